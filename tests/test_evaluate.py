@@ -201,7 +201,7 @@ def test_bad_lines_and_links_hide_nothing_and_are_named(tmp_path: Path) -> None:
     found, problem = read_evaluations(run)
     assert [evaluation["data"] for evaluation in found] == ["a", "b"]
     assert math.isnan(found[0]["loss"])
-    assert problem == f"{EVALUATIONS} is damaged: 3 of its lines are no evaluations"
+    assert problem == f"{EVALUATIONS} is damaged: 3 of its lines are not evaluations"
     (run / EVALUATIONS).rename(tmp_path / "elsewhere")
     (run / EVALUATIONS).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="leads out"):

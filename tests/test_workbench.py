@@ -250,7 +250,7 @@ def test_a_result_is_a_mapping() -> None:
         ({"max_iters": 0}, "code: max_iters: expected integer >= 1 or none, got 0"),
         ({"mlp": "gelo"}, "code: mlp: expected gelu, gelu_tanh, relu2 or swiglu, got 'gelo'; did you mean gelu?"),
         ({"seed": 1, "train": {"seed": 1}}, "seed is set twice"),
-        ({"n_embd": 15}, "code: n_embd (15) must be divisible by n_head (2), or head_dim be set"),
+        ({"n_embd": 15}, "code: n_embd (15) must be divisible by n_head (2), or head_dim must be set"),
         ({"dataset": "no such file"}, "unknown dataset no such file"),
     ],
 )

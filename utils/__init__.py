@@ -1,6 +1,6 @@
-"""The workshop behind the scripts: one idea a file, layers as in docs/architecture.md.
+"""The code behind the scripts: one idea per file, in the layers that docs/architecture.md describes.
 
-Each script imports from here first, so this is where a Python without the packages, or too old, is noticed.
+Each script imports from here first, so this is where a missing package or a Python that is too old is reported.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import importlib.util
 import os
 import sys
 
-NEEDED = ("numpy", "orjson", "pydantic", "rich", "safetensors", "torch", "yaml")  # looked for, not imported
+NEEDED = ("numpy", "orjson", "pydantic", "rich", "safetensors", "torch", "yaml")  # searched for, not imported
 
 
 def environment_problem() -> str | None:
-    """Why this Python cannot run the workbench, and what to do; None if it can."""
+    """Why this Python cannot run the workbench, and what to do about it; None if it can."""
     if sys.platform == "win32":
         return "Windows is not supported, because run directories need POSIX locks and signals; use WSL 2"
     missing = [name for name in NEEDED if name not in sys.modules and importlib.util.find_spec(name) is None]
@@ -26,7 +26,7 @@ def environment_problem() -> str | None:
 
 
 if (_problem := environment_problem()) is not None:
-    if not hasattr(sys.modules.get("__main__"), "__file__"):  # a notebook or a prompt, which must not end
+    if not hasattr(sys.modules.get("__main__"), "__file__"):  # a notebook or interactive prompt must not exit
         raise ImportError(_problem)
     print(f"error: {_problem}", file=sys.stderr)
     sys.exit(2)

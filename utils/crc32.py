@@ -1,6 +1,6 @@
-"""CRC-32 as zlib and gzip have it: of bytes, of a file, and of bytes whose parts several threads have read.
+"""CRC-32, as in zlib and gzip, of bytes, of files, and of files whose parts are read by several threads.
 
-The package isal computes it three to four times as fast as zlib (docs/LOG.md); without it zlib does.
+The package isal computes it three to four times as fast as zlib (docs/LOG.md); zlib is the fallback.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ try:
 except ImportError:
     from zlib import crc32 as crc32
 
-READ_BYTES = 1 << 22  # of one read: the caches still have it for the checksum, and threads seldom wait for Python
+READ_BYTES = 1 << 22  # small enough to stay in the CPU caches, large enough that threads seldom wait for the GIL
 
-POLYNOMIAL = 0xEDB88320  # of zlib.crc32; the highest bit is the coefficient of x**0
+POLYNOMIAL = 0xEDB88320  # that of zlib.crc32; the highest bit is the coefficient of x**0
 ONE, X = 1 << 31, 1 << 30
 
 
 def file_crc32(file: BufferedReader | FileIO) -> int:
-    """Of what is left to read of an open file.
+    """CRC-32 of an open file from its current position to its end.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     size = os.fstat(file.fileno()).st_size
     checksum, buffer = 0, memoryview(bytearray(min(size, READ_BYTES) or 1))  # most files of a run are small
@@ -34,11 +34,11 @@ def file_crc32(file: BufferedReader | FileIO) -> int:
 
 
 def part_crc32(handle: int, start: int, length: int) -> int:
-    """Of `length` bytes of an open file, from the place `start` on.
+    """CRC-32 of `length` bytes of an open file, starting at offset `start`.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it ends before.
+        OSError: the file cannot be read.
+        ValueError: the file is shorter.
     """
     checksum, end = 0, start + length
     buffer = memoryview(bytearray(min(length, READ_BYTES)))
@@ -52,9 +52,9 @@ def part_crc32(handle: int, start: int, length: int) -> int:
 
 
 def joined(first: int, second: int, length: int) -> int:
-    """crc32(a + b), given that of a, that of b, and len(b).
+    """crc32(a + b), given crc32(a), crc32(b) and len(b).
 
-    A CRC is the remainder of a polynomial over GF(2), so that bytes which follow shift the remainder of those before.
+    A CRC is the remainder of a polynomial over GF(2), so appending n bytes multiplies the remainder by x**(8 n).
     """
     return _product(first, _power(8 * length)) ^ second
 

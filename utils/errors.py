@@ -1,12 +1,12 @@
-"""The one error type for mistakes that a user can mend: printed as one line, exit status 2."""
+"""Errors whose message is all that a user needs to see, and helpers that put values into messages."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-SHOWN = 200  # characters of a value in a message
-ALIASES = {  # short names that other programs have: too short for their letters to tell
+SHOWN = 200  # most characters of a value that a message shows
+ALIASES = {  # short names in other programs, too short to be found by similarity
     "lr": "learning_rate",
     "bs": "batch_size",
     "steps": "max_iters",
@@ -15,7 +15,9 @@ ALIASES = {  # short names that other programs have: too short for their letters
 
 
 class UserError(ValueError):
-    """What is wrong, where, and what was expected, in words for the person at the terminal; a line for each mistake.
+    """A mistake that the user can correct; the message says what is wrong, where, and what was expected.
+
+    The scripts print it, one line for each mistake, and exit with status 2.
 
     >>> try:
     ...     train(learning_rat=3e-3)
@@ -26,13 +28,13 @@ class UserError(ValueError):
 
 
 class OutOfMemoryError(RuntimeError):
-    """Memory is too small, in words for the person at the terminal: printed as one line, exit status 1."""
+    """Memory is too small. The scripts print the message as one line and exit with status 1."""
 
 
 class RankError(RuntimeError):
-    """What ended the ranks of a run, with the rank that did it: printed as one line, exit status 1.
+    """A failure of one rank, named in the message, that ended all of them; printed as one line, exit status 1.
 
-    trace: the traceback of that rank, if it left one.
+    trace: the traceback of that rank, if it sent one.
     """
 
     def __init__(self, message: str, trace: str = "") -> None:
@@ -41,14 +43,14 @@ class RankError(RuntimeError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation has failed; torch raises a RuntimeError of its own for each kind of device."""
+    """Whether an allocation has failed; torch raises a different RuntimeError for each kind of device."""
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     named = type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and named)
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another package says, in one line; its type where it says nothing or only a key.
+    """The first line of the message of another package's exception, with its type if that is empty or only a key.
 
     >>> first_line(RuntimeError("no\\nbackend")), first_line(EOFError()), first_line(KeyError("rows"))
     ('no', 'EOFError', "KeyError: 'rows'")
@@ -58,7 +60,7 @@ def first_line(error: BaseException) -> str:
 
 
 def typed_line(error: BaseException) -> str:
-    """The type of an exception and the first line of what it says, as at the end of a traceback.
+    """The type and the first line of the message of an exception, as at the end of a traceback.
 
     >>> typed_line(ValueError("no\\nbackend")), typed_line(EOFError())
     ('ValueError: no', 'EOFError')
@@ -68,7 +70,7 @@ def typed_line(error: BaseException) -> str:
 
 
 def number_text(value: float) -> str:
-    """A number in as few digits as tell it from all others: read again, it is the same.
+    """A number in the fewest digits that read back as the same number.
 
     >>> [number_text(value) for value in (3e-4, 0.00123456789, 64.0)]
     ['0.0003', '0.00123456789', '64']
@@ -78,7 +80,7 @@ def number_text(value: float) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a message quotes it: as Python writes it, and the beginning of a long one.
+    """The repr of a value, to be quoted in a message; a long one is cut.
 
     >>> shown("x" * 1000)[197:]
     'xxx... (1,002 characters)'
@@ -91,7 +93,7 @@ def shown(value: object) -> str:
 
 
 def cut(text: str, length: int) -> str:
-    """The beginning of a text that is longer than `length` characters."""
+    """`text`, cut after `length` characters if it is longer, with a note of its full length."""
     return text if len(text) <= length else f"{text[:length]}... ({len(text):,} characters)"
 
 
@@ -103,9 +105,9 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     >>> nearest("--lr", ["--mlp", "--learning-rate"])
     '; did you mean --learning-rate?'
     """
-    if len(name) > SHOWN:  # comparing takes the square of its length
+    if len(name) > SHOWN:  # the comparison takes quadratic time
         return ""
-    words = {word.lstrip("-").replace("-", "_"): word for word in valid}  # the dashes of flags are no likeness
+    words = {word.lstrip("-").replace("-", "_"): word for word in valid}  # dashes of flags must not add similarity
     given = name.lstrip("-").replace("-", "_")
     if (alias := ALIASES.get(given)) in words:
         return f"; did you mean {words[alias]}?"

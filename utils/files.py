@@ -1,7 +1,8 @@
-"""Files that are complete or absent, and files that can be opened without harm.
+"""Atomic writing and safe reading of files.
 
-Writing: beside the place, synced, renamed into it. Reading: regular files only, and none that a link takes elsewhere.
-Modes are those that the umask leaves, as for any program, so a group can share a folder of runs.
+A file is written under a temporary name in the same folder, synced, and renamed, so it is complete or absent. Only
+regular files are read, and links must not lead out of their folder. New files get the mode that the umask leaves, so
+that a group can share a folder of runs.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ import orjson
 from utils.errors import UserError
 from utils.locks import folder_lock
 
-JSON_BYTES = 64 << 20  # of a JSON file: the largest that are written, about a model of a million layers, have less
-MODE = 0o666  # of a new file, less what the umask takes away
-# Of the machine, not of the command: one line and exit status 1.
+JSON_BYTES = 64 << 20  # limit for a JSON file; the largest ones written, for a model of a million layers, are smaller
+MODE = 0o666  # mode of a new file, before the umask is applied
+# Errors of the machine rather than mistakes in the command: printed as one line with exit status 1.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -35,14 +36,14 @@ KINDS = {
 
 
 def regular_fd(path: Path, inside: Path | None = None, flags: int = os.O_RDONLY) -> int:
-    """Open a regular file, at once: a pipe or a device could block or never end.
+    """Open a regular file without blocking; a pipe or a device, which could block or never end, is refused.
 
     Args:
-        inside: the folder that a link must not lead out of; by default that of the file.
-        flags: for os.open; os.O_CREAT makes the file.
+        inside: the folder that links must not lead out of, by default the folder of the file.
+        flags: for os.open; os.O_CREAT creates the file.
 
     Raises:
-        OSError: it cannot be opened, is something else, or lies outside `inside`; `strerror` says which.
+        OSError: the file cannot be opened, is not a regular file, or is outside `inside`; `strerror` says which.
     """
     if _has_links(path, inside or path.parent):
         folder = os.path.realpath(inside or path.parent)
@@ -52,9 +53,10 @@ def regular_fd(path: Path, inside: Path | None = None, flags: int = os.O_RDONLY)
 
 
 def _has_links(path: Path, folder: Path) -> bool:
-    """Whether a link is on the way from `folder` to `path`, or may be: then the real paths must be compared.
+    """Whether the part of `path` below `folder` may contain a symbolic link, so that real paths must be compared.
 
-    These take an lstat for each folder from the root on, which is most of the time of reading an index of runs.
+    Computing real paths takes an lstat for each folder from the root down, which would be most of the time of reading
+    an index of runs.
     """
     text, place = os.fspath(path), os.fspath(folder)
     if ".." in path.parts or not text.startswith(f"{place.rstrip(os.sep)}{os.sep}"):
@@ -67,7 +69,7 @@ def _has_links(path: Path, folder: Path) -> bool:
 
 
 def _regular_fd(path: Path, flags: int) -> int:
-    """As `regular_fd`, wherever links lead."""
+    """Like `regular_fd`, but links may lead anywhere."""
     fd = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, MODE)
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
@@ -82,20 +84,20 @@ def _regular_fd(path: Path, flags: int) -> int:
 
 
 def dangling_link(path: Path) -> Path | None:
-    """The link on the way to `path`, or at its end, whose target does not exist; None if there is none."""
+    """The first dangling symbolic link among `path` and its parents; None if there is none."""
     ways = (place for place in (path, *path.parents) if place.is_symlink() and not place.exists())
     return next(ways, None)
 
 
 def open_regular(path: Path, inside: Path | None = None) -> io.BufferedReader:
-    """A regular file for reading (see `regular_fd`)."""
+    """Open a regular file for reading (see `regular_fd`)."""
     return os.fdopen(regular_fd(path, inside), "rb")
 
 
 def open_named(path: Path) -> io.BufferedReader:
-    """A regular file that a person named, for reading: unlike `open_regular`, wherever links lead.
+    """Open a regular file that the user named, for reading; unlike for `open_regular`, links may lead anywhere.
 
-    A pipe is refused, because nothing says when it ends, unless it is open already, as that of a shell's `<(...)` is.
+    A pipe is refused, since it may never end, unless this process has it open already, as with a shell's `<(...)`.
     """
     if path.parent == Path("/dev/fd"):
         return path.open("rb")
@@ -103,7 +105,7 @@ def open_named(path: Path) -> io.BufferedReader:
 
 
 def is_regular(path: Path, inside: Path | None = None) -> bool:
-    """Whether `open_regular` would open the file."""
+    """Whether `open_regular` can open the file."""
     try:
         open_regular(path, inside).close()
     except OSError:
@@ -112,20 +114,20 @@ def is_regular(path: Path, inside: Path | None = None) -> bool:
 
 
 def read_bytes(path: Path, inside: Path | None = None, limit: int = JSON_BYTES) -> bytes:
-    """The content of a regular file (see `regular_fd`).
+    """Read a regular file (see `regular_fd`).
 
     Raises:
-        OSError: it cannot be opened, or is larger than `limit` bytes.
+        OSError: the file cannot be opened, or is larger than `limit` bytes.
     """
     with open_regular(path, inside) as file:
         return _content(file, path, limit)
 
 
 def read_named(path: Path, limit: int = JSON_BYTES) -> bytes:
-    """The content of a file that a person named (see `open_named`).
+    """Read a file that the user named (see `open_named`).
 
     Raises:
-        OSError: as `read_bytes`.
+        OSError: as for `read_bytes`.
     """
     with open_named(path) as file:
         return _content(file, path, limit)
@@ -139,24 +141,24 @@ def _content(file: io.BufferedReader, path: Path, limit: int) -> bytes:
 
 
 def read_text(path: Path, inside: Path | None = None, errors: str = "strict") -> str:
-    """The content of a regular file as text (see `read_bytes`).
+    """Read a regular file as UTF-8 text (see `read_bytes`).
 
     Raises:
-        OSError: as `read_bytes`.
-        ValueError: it is not UTF-8.
+        OSError: as for `read_bytes`.
+        ValueError: the file is not UTF-8.
     """
     return read_bytes(path, inside).decode("utf-8", errors)
 
 
 def read_json(path: Path, inside: Path | None = None) -> Any:
-    """The value in a JSON file (see `read_bytes`).
+    """Read the value in a JSON file (see `read_bytes`).
 
     Raises:
-        OSError: as `read_bytes`.
-        ValueError: it is not JSON, or nested too deeply.
+        OSError: as for `read_bytes`.
+        ValueError: the file is not JSON, or is nested too deeply.
     """
     content = read_bytes(path, inside)
-    with suppress(ValueError):  # NaN, say, which only the standard library takes; or its message is wanted
+    with suppress(ValueError):  # the standard library accepts more, such as NaN, and has better messages
         return orjson.loads(content)
     try:
         return json.loads(content)
@@ -165,7 +167,7 @@ def read_json(path: Path, inside: Path | None = None) -> Any:
 
 
 def read_json_or_empty(path: Path, inside: Path | None = None) -> dict[str, Any]:
-    """The object in a JSON file that serves people; empty if it is missing, damaged or something else."""
+    """Read the object in a JSON file that training can do without; empty if it is missing, damaged or not an object."""
     try:
         value = read_json(path, inside)
     except (OSError, ValueError):
@@ -174,12 +176,12 @@ def read_json_or_empty(path: Path, inside: Path | None = None) -> dict[str, Any]
 
 
 def expand_home(text: str) -> str:
-    """A path as a person wrote it, with their home folder in place of a leading `~`, as a shell does.
+    """Expand a leading `~` to the home folder, as a shell does.
 
-    A shell leaves the `~` of `--flag=~/runs` as it is, and nothing expands the one in a configuration file.
+    A shell does not expand the `~` in `--flag=~/runs`, and nothing else expands one in a configuration file.
 
     Raises:
-        UserError: it names the home of an unknown user, and not a file that exists.
+        UserError: the path names the home folder of an unknown user, and no file of that name exists.
     """
     path = os.path.expanduser(text)
     if path.startswith("~") and not os.path.lexists(path):
@@ -188,14 +190,14 @@ def expand_home(text: str) -> str:
 
 
 def real_path(path: Path) -> Path:
-    """The absolute path without links; one that leads to itself stays, where Path.resolve of Python 3.11 raises."""
+    """The absolute path with links resolved; a link loop is left as it is, where Path.resolve of Python 3.11 raises."""
     return Path(os.path.realpath(path))
 
 
 def write_atomic(path: Path, data: bytes | memoryview | str) -> None:
-    """Replace `path` by `data`; a crash leaves the old content or the new, never a part.
+    """Write `data` to `path` atomically: after a crash the file has either the old or the new content.
 
-    For files of ours: a link at `path` is replaced, not followed. An older file keeps its mode.
+    A link at `path` is replaced, not followed. An existing file keeps its mode.
 
     Raises:
         OSError: the folder is missing, read-only or full; `path` is unchanged.
@@ -225,18 +227,18 @@ def _keep_mode(handle: int, path: Path) -> None:
 
 
 def _encoded(data: bytes | memoryview | str) -> bytes | memoryview:
-    """The bytes of a text; a file name or an argument in it may be no valid text."""
+    """Encode text as UTF-8; a file name or argument in it may contain lone surrogates, which are escaped."""
     return data.encode("utf-8", errors="backslashreplace") if isinstance(data, str) else data
 
 
 def write_output(path: Path, data: bytes | str) -> None:
-    """Write a file that a person named: through a link into its target, into a device or a pipe as it is.
+    """Write `data` to a path that the user named: a file, the target of a link, a device or a pipe.
 
-    A regular file is replaced by `write_atomic`, unless it is where stdout or stderr goes (`--out /dev/stdout > log`):
-    there `data` follows what is in it already.
+    A regular file is replaced by `write_atomic`. But if stdout or stderr is redirected to it, as in
+    `--out /dev/stdout > log`, `data` follows what it contains already.
 
     Raises:
-        OSError: it cannot be written, or is a pipe without a reader, a socket or a disk; `strerror` says which.
+        OSError: the path cannot be written, or is a pipe without a reader, a socket or a disk; `strerror` says which.
     """
     if (target := output_target(path)) is not None:
         write_atomic(target, data)
@@ -257,7 +259,7 @@ def write_output(path: Path, data: bytes | str) -> None:
 
 
 def _stream_at(path: Path) -> int | None:
-    """The descriptor of this process's stdout or stderr, if that is the file at `path`."""
+    """The descriptor of stdout or stderr, if that is the file at `path`; otherwise None."""
     for descriptor in (1, 2):
         with suppress(OSError):  # it is closed
             if os.path.samestat(os.fstat(descriptor), path.stat()):
@@ -266,8 +268,9 @@ def _stream_at(path: Path) -> int | None:
 
 
 def output_target(path: Path) -> Path | None:
-    """The regular file that writing to `path` makes or replaces; None for what has to stay: a device, a pipe, the file
-    that stdout or stderr goes to.
+    """The regular file that writing to `path` creates or replaces.
+
+    None for what must not be replaced: a device, a pipe, or the file that stdout or stderr is redirected to.
 
     Raises:
         OSError: nothing can be written there.
@@ -289,7 +292,7 @@ def output_target(path: Path) -> Path | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as indented JSON (see `write_atomic`)."""
+    """Write `value` to `path` as indented JSON (see `write_atomic`)."""
     write_atomic(path, json_text(value))
 
 
@@ -299,10 +302,10 @@ def json_text(value: Any) -> str:
 
 
 def change_json(path: Path, change: Callable[[Any], Any], read: Callable[[Path], Any] = read_json) -> Any:
-    """Replace the value in a JSON file by what `change` makes of it; of several writers none undoes another's change.
+    """Replace the value in a JSON file by `change(value)`, under a lock, so that no writer undoes another's change.
 
     Args:
-        change: gets the value, None if there is no file.
+        change: maps the old value, or None if the file does not exist, to the new one.
         read: reads the file.
 
     Returns:
@@ -323,7 +326,7 @@ def change_json(path: Path, change: Callable[[Any], Any], read: Callable[[Path],
 
 
 def put_aside(path: Path) -> Path:
-    """Rename what is at `path` to a free name beside it, NAME.damaged, and return that.
+    """Rename a file or folder to NAME.damaged, or with a number added if that exists; return the new path.
 
     Raises:
         OSError: it cannot be renamed.
@@ -337,10 +340,10 @@ def put_aside(path: Path) -> Path:
 
 
 def unwritable(place: Path, error: OSError, mistake: UserError | None = None) -> OSError | UserError:
-    """The error for a place that a person named: an OSError if the disk is full or fails, else a mistake of theirs.
+    """The error to raise if a place that the user named cannot be written.
 
-    Args:
-        mistake: that mistake, if it is said in other words.
+    Returns:
+        An OSError if the disk is full or fails; otherwise `mistake`, by default a UserError that names the place.
     """
     if error.errno in DISK_ERRORS:
         return OSError(error.errno, error.strerror, str(place))

@@ -1,4 +1,4 @@
-"""Folders as a whole: replaced, deleted, made to survive a power loss, measured."""
+"""Operations on whole folders: replace, delete, sync to disk, measure."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def replace_folder(folder: Path, new: Path) -> None:
-    """Move the folder `new` to `folder`; if that fails, an old one there stays.
+    """Move the folder `new` to `folder`, replacing an existing one; if that fails, the existing one stays.
 
     Raises:
-        OSError: it cannot be moved.
+        OSError: the folder cannot be moved.
     """
     restore_folder(folder)
     old = _old(folder)
@@ -29,18 +29,18 @@ def replace_folder(folder: Path, new: Path) -> None:
 
 
 def restore_folder(folder: Path) -> None:
-    """Put the old folder back where `replace_folder` was killed between its two moves."""
+    """Put the old folder back if `replace_folder` was killed between its two moves."""
     if not os.path.lexists(folder) and _old(folder).exists():
         _old(folder).rename(folder)
 
 
 def _old(folder: Path) -> Path:
-    """Where a folder is while it is being replaced."""
+    """The path to which a folder is moved while it is being replaced."""
     return folder.with_name(f".{folder.name}.old")
 
 
 def delete(path: Path) -> None:
-    """Delete a folder with its content, or whatever else is there.
+    """Delete a folder with its content, a file or a link; do nothing if `path` does not exist.
 
     Raises:
         OSError: something cannot be deleted.
@@ -52,9 +52,9 @@ def delete(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """As `delete`, but what cannot be deleted stays.
+    """Like `delete`, but ignore what cannot be deleted.
 
-    shutil.rmtree opens what it is to delete, so at a pipe it would wait forever.
+    shutil.rmtree is used for folders only, because it opens what it deletes and would wait forever at a pipe.
     """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -64,7 +64,7 @@ def remove(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` survive a power loss."""
+    """Sync a folder to disk, so that the names in it survive a power loss."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -73,7 +73,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_files(folder: Path) -> None:
-    """Make the files in `folder` survive a power loss."""
+    """Sync the files in `folder` to disk, so that their content survives a power loss."""
     for path in folder.iterdir():
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -83,7 +83,7 @@ def sync_files(folder: Path) -> None:
 
 
 def links_out(folder: Path) -> list[Path]:
-    """The links in a folder that lead out of it, sorted: whoever writes to these names writes elsewhere."""
+    """The symbolic links below a folder whose targets are outside it, sorted; writing through them writes elsewhere."""
     real, found = Path(os.path.realpath(folder)), []
     for place, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -94,12 +94,12 @@ def links_out(folder: Path) -> list[Path]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the files below `folder`; 0 if there is none."""
+    """Total size in bytes of the files below `folder`; 0 if it does not exist."""
     total = 0
     for root, _, names in os.walk(folder):
         for name in names:
             try:
                 total += os.lstat(os.path.join(root, name)).st_size
-            except OSError:  # deleted meanwhile
+            except OSError:  # deleted in the meantime
                 continue
     return total

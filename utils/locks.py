@@ -1,4 +1,4 @@
-"""Locks between processes: flock, or where the file system has none, a file that names its holder."""
+"""Locks between processes: flock or, on file systems without it, a file that names its holder."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-LOCK_SECONDS = 10.0  # to wait for another writer of a JSON file, which holds the lock for milliseconds
-LOCK_FILE = ".lock.tmp"  # of a folder, without flock; a process that was killed may leave it, and prune removes it
-RELEASED = "released"  # the last word of a signature whose process has released the lock
+LOCK_SECONDS = 10.0  # how long to wait for another writer of a JSON file, which holds the lock for milliseconds
+LOCK_FILE = ".lock.tmp"  # the lock of a folder without flock; if a killed process leaves it behind, prune removes it
+RELEASED = "released"  # last word of the signature of a process that has released the lock
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# What flock raises on NFS without a lock manager, Lustre without the flock option, and the like.
+# The errors of flock on NFS without a lock manager, on Lustre without the flock option, and the like.
 NO_FLOCK = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EINVAL)
 
 
 def try_flock(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
-    """Take the lock of an open file, without waiting; False if its file system has no locks.
+    """Take the lock of an open file without waiting; return False if its file system does not support locks.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the lock.
         OSError: any other failure.
     """
     try:
@@ -41,7 +41,7 @@ def try_flock(handle: int, kind: int = fcntl.LOCK_EX) -> bool:
 
 @cache
 def boot_id() -> str:
-    """Tells this boot of this machine from all others, whatever its name; empty where the system has no such id."""
+    """An id unique to this boot of this machine; empty if the system provides none."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:
@@ -49,7 +49,7 @@ def boot_id() -> str:
 
 
 class Holder(NamedTuple):
-    """The process that holds a lock, as it signed it. boot: empty if an older version did."""
+    """The process that holds a lock, as recorded in its signature. boot: empty if an older version wrote it."""
 
     pid: int
     host: str
@@ -61,7 +61,7 @@ class Holder(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Holder | None:
-        """The holder whose signature is the line `text`; None if it has no end, or says that the lock was released."""
+        """Parse the signature in the first line of `text`; None if it is incomplete, malformed or released."""
         line, end, _ = text.partition("\n")
         try:
             pid, host, *boot = line.split()
@@ -77,15 +77,14 @@ class Holder(NamedTuple):
 
     @property
     def is_here(self) -> bool:
-        """Whether it is a process of this machine since its boot, so that its id means something here."""
+        """Whether the process belongs to this machine and its current boot, so that its pid can be looked up."""
         return self.host == socket.gethostname() and self.boot in ("", boot_id())
 
     def is_alive(self, seen: float) -> bool:
-        """Whether a process of this machine still runs.
+        """Whether the process, which must belong to this machine, is still running.
 
         Args:
-            seen: when it gave its last sign of life, in seconds since 1970. A process that started later has its id
-                by chance.
+            seen: time of its last sign of life, in seconds since 1970; a process that started later reuses the pid.
         """
         import psutil
 
@@ -102,10 +101,12 @@ class Holder(NamedTuple):
 
 @contextlib.contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock that writers of the JSON files in `folder` take; it ends with the process, and leaves no file.
+    """Hold the lock that writers of the JSON files in `folder` take.
+
+    With flock, the lock ends with the process and leaves no file.
 
     Raises:
-        TimeoutError: another process holds it for too long.
+        TimeoutError: another process holds the lock for too long.
         OSError: the folder cannot be opened.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -130,11 +131,13 @@ def folder_lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock_file(path: Path, deadline: float) -> Iterator[None]:
-    """Hold a lock that is a file. One whose process is gone, or cannot be asked until `deadline`, is taken over.
+    """Hold a lock by creating a file.
+
+    An existing lock file is taken over if its process has ended, or at the `deadline` if that cannot be checked here.
 
     Raises:
-        TimeoutError: a process of this machine holds it until `deadline`.
-        OSError: the file cannot be made.
+        TimeoutError: a live process of this machine still holds the lock at the `deadline`.
+        OSError: the file cannot be created.
     """
     while True:
         with contextlib.suppress(FileExistsError):
@@ -160,7 +163,7 @@ def _lock_file(path: Path, deadline: float) -> Iterator[None]:
 
 
 def _signed(path: Path) -> tuple[Holder | None, float]:
-    """Who has signed a lock file, and its mtime."""
+    """The holder named in a lock file, and the file's mtime."""
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         return Holder.parse(os.read(handle, 4096).decode(errors="replace")), os.fstat(handle).st_mtime

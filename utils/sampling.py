@@ -1,4 +1,4 @@
-"""Deprecated, and gone in the next release: `from workbench import SamplingOptions`."""
+"""Deprecated, to be removed in the next release; use `from workbench import SamplingOptions`."""
 
 import warnings
 

@@ -340,8 +340,8 @@ def test_a_truncated_safetensors_header_is_reported_whatever_the_manifest_says(
         ("[]", "expected an object, got a list"),
         ("\xff", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("{}", "names no step"),
-        ('{"step": "10"}', "names no step"),
+        ("{}", "has no step"),
+        ('{"step": "10"}', "has no step"),
     ],
 )
 def test_an_unusable_state_is_reported(tmp_path: Path, content: str, message: str) -> None:

@@ -34,7 +34,7 @@ def test_each_name_without_counterpart_is_one_line(tmp_path: Path) -> None:
     loaded = project(tmp_path, vocab_size=65, n_embd=96, n_head=3, wandb_project="x").load()
     assert loaded.config.model.n_embd == 96
     assert loaded.ignored == (
-        "config.json:2: vocab_size has no counterpart here, so it is ignored: the tokenizer says it",
+        "config.json:2: vocab_size has no counterpart here, so it is ignored: the tokenizer determines it",
         "config.json:5: wandb_project has no counterpart here, so it is ignored: experiment names the project",
     )
 

@@ -189,15 +189,15 @@ def test_unknown_keys_are_forbidden(section: str | None) -> None:
         Config.model_validate(surplus if section is None else {section: surplus})
 
 
-TOKENS = "special_tokens: expected different tokens beside <|endoftext|>, got"
+TOKENS = "special_tokens: expected distinct tokens other than <|endoftext|>, got"
 EVEN = "position rope rotates pairs of channels: the head dimension must be even"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"unknown_token": "?", "tokenizer": "byte"}, "unknown_token is of tokenizer char, not of byte"),
-        ({"special_tokens": ["<a>"]}, "special_tokens is of tokenizer bpe, not of char"),
+        ({"unknown_token": "?", "tokenizer": "byte"}, "unknown_token needs tokenizer char, not byte"),
+        ({"special_tokens": ["<a>"]}, "special_tokens needs tokenizer bpe, not char"),
         ({"special_tokens": ["<a>", "<a>"], "tokenizer": "bpe"}, f"{TOKENS} ['<a>', '<a>']"),
         ({"special_tokens": [""], "tokenizer": "bpe"}, f"{TOKENS} ['']"),
         ({"special_tokens": ["<|endoftext|>"], "tokenizer": "bpe"}, f"{TOKENS} ['<|endoftext|>']"),
@@ -205,7 +205,7 @@ EVEN = "position rope rotates pairs of channels: the head dimension must be even
             {"special_tokens": ["<a>"], "tokenizer": "bpe", "bpe_vocab_size": 257},
             "bpe_vocab_size (257) must be at least 258: 256 bytes, <|endoftext|> and 1 special tokens",
         ),
-        ({"n_embd": 130}, "n_embd (130) must be divisible by n_head (4), or head_dim be set"),
+        ({"n_embd": 130}, "n_embd (130) must be divisible by n_head (4), or head_dim must be set"),
         ({"n_head": 6, "n_embd": 96, "n_kv_head": 4}, "n_head (6) must be divisible by n_kv_head (4)"),
         ({"n_kv_head": 8}, "n_head (4) must be divisible by n_kv_head (8)"),
         ({"position": "rope", "n_embd": 12}, f"{EVEN}, not 3"),
@@ -221,7 +221,7 @@ EVEN = "position rope rotates pairs of channels: the head dimension must be even
         ),
         (
             {"batch_size": "auto", "gradient_accumulation_steps": 2},
-            "batch_size auto finds gradient_accumulation_steps, too: it must be 1, not 2",
+            "batch_size auto also chooses gradient_accumulation_steps: it must be 1, not 2",
         ),
         (
             {"tokens_per_step": 640},
@@ -410,7 +410,7 @@ def test_another_form_of_a_callback_is_refused(name: str) -> None:
         (lambda: ModelConfig(n_layers=2), "unknown key n_layers in section model; did you mean n_layer?"),
         (lambda: ModelConfig(n_layer="x"), "code: n_layer: expected integer >= 1 and <= 1024, got 'x'"),
         (lambda: ModelConfig(mlp="gelo"), "code: mlp: expected gelu, gelu_tanh, relu2 or swiglu, got 'gelo'; did you"),
-        (lambda: ModelConfig(n_embd=15), "n_embd (15) must be divisible by n_head (4), or head_dim be set"),
+        (lambda: ModelConfig(n_embd=15), "n_embd (15) must be divisible by n_head (4), or head_dim must be set"),
         (lambda: TrainConfig(batch_size=0), "code: batch_size: expected integer >= 1 or auto, got 0"),
         (
             lambda: TrainConfig(max_iters=0, seed=-1),
@@ -421,7 +421,7 @@ def test_another_form_of_a_callback_is_refused(name: str) -> None:
         (lambda: Config(model=2), "section model: expected a ModelConfig or a mapping, got 2"),
         (lambda: Config(train=ModelConfig()), "section train: expected a TrainConfig or a mapping, got ModelConfig(n_"),
         (lambda: Config(model={"n_layers": 2}), "unknown key n_layers in section model; did you mean n_layer?"),
-        (lambda: Config(model={"n_embd": 15}), "n_embd (15) must be divisible by n_head (4), or head_dim be set"),
+        (lambda: Config(model={"n_embd": 15}), "n_embd (15) must be divisible by n_head (4), or head_dim must be set"),
         (
             lambda: Config(optimizer=OptimizerConfig(warmup_iters=9), train=TrainConfig(max_iters=5)),
             "warmup_iters (9) must not exceed max_iters (5)",

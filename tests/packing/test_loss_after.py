@@ -71,7 +71,7 @@ def test_questions_are_the_documents_of_validation_that_fit(tmp_path: Path) -> N
 def test_a_text_that_no_document_has_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"loss_after '\?' is in none of the first rows of its training split"):
         load(tmp_path, "none", "?")
-    with pytest.raises(ValueError, match="loss_after needs rows of documents: packing none or documents"):
+    with pytest.raises(ValueError, match="loss_after needs packing none or documents, not random"):
         DataConfig(loss_after="=")
 
 

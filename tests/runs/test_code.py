@@ -464,7 +464,7 @@ def test_a_module_that_was_edited_since_its_import_is_not_what_runs(
     write(repo, {"edited_here.py": "x = 1\n"})
     monkeypatch.syspath_prepend(str(repo))
     module = importlib.import_module("edited_here")
-    old = "edited_here.py (edited since this process imported it: the run has the code from before)"
+    old = "edited_here.py (edited since this process imported it: the run uses the code from before the edit)"
     left_out = [facts_of(repo).left_out]
     for text in ("x = 22\n", "x = 1\n", "x = 333\n"):
         write(repo, {"edited_here.py": text})

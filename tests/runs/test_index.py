@@ -201,6 +201,9 @@ WRONG_TYPES: list[tuple[str, Any]] = [
     ("parent", {"run": 3}),
     ("resolved", {"torch": 2**70}),
     ("resolved", {"parameters": "many"}),
+    ("resumes", [{"before": "x"}]),
+    ("resumes", [{"before": ["x"]}]),
+    ("resumes", [{"step": "x", "git": {"commit": "x", "code": None}}]),
 ]
 
 
@@ -332,6 +335,14 @@ def test_a_damaged_log_never_raises(runs_dir: Path, name: str, status: str) -> N
     path = make_run(runs_dir, "bad", status=status, **({} if ended else {"last_step": None, "summary": {}}))
     write(path / "logs" / "metrics.jsonl", {**TORN_LOGS, **BROKEN_LOGS}[name])
     use(read_run(path), good)
+
+
+def test_a_long_last_line_of_a_log_is_no_problem(runs_dir: Path) -> None:
+    path = indexed(runs_dir, "run").path
+    metrics = {f"grad_norm/blocks.{number}.attention.qkv.weight": 0.125 for number in range(200)}
+    with (path / "logs" / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 30, "time": 3.0, **metrics}) + "\n")
+    assert read_run(path).problem is None
 
 
 def test_a_log_that_is_a_folder_or_missing_never_raises(runs_dir: Path) -> None:

@@ -142,7 +142,7 @@ def test_a_line_longer_than_the_default_chunk_comes_back(log: Path) -> None:
 
 def test_a_complete_line_that_is_not_json_is_an_error(log: Path) -> None:
     log.write_bytes(b'{"step": 0}\nnonsense\n')
-    with pytest.raises(ValueError, match="is no record"):
+    with pytest.raises(ValueError, match="is not a record"):
         read_from(log)
 
 
@@ -313,8 +313,8 @@ def test_without_a_registry_file_nothing_is_added(tmp_path: Path) -> None:
     [
         (Metric("step", "steps"), "no metric can be named step"),
         (Metric("time", "s"), "no metric can be named time"),
-        (Metric("sample", "1"), "no metric in Aim can be named sample: it shows something else of a run there"),
-        (Metric("x/y", "1", views=("tensorbord",)), "no view tensorbord; there are tensorboard, aim, wandb"),
+        (Metric("sample", "1"), "no metric in Aim can be named sample: that name is used for another part of a run"),
+        (Metric("x/y", "1", views=("tensorbord",)), "unknown view tensorbord; the views are tensorboard, aim, wandb"),
         (Metric("x/y", "1", "up"), "direction 'up' is not one of"),  # type: ignore[arg-type]
     ],
 )
@@ -588,4 +588,4 @@ def test_a_line_is_a_record_if_it_has_step_and_time(log: Path, line: bytes, good
     else:
         with pytest.raises(RunLogError) as caught:
             record_at(log, before, line)
-        assert str(caught.value) == f"{log}:3: the log is damaged: this line is no record"
+        assert str(caught.value) == f"{log}:3: the log is damaged: this line is not a record"

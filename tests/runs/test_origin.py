@@ -143,7 +143,7 @@ def test_an_export_alone_gives_weights_and_nothing_else(tmp_path: Path, monkeypa
         with pytest.raises(RunError) as caught:
             find_origin(relation, text, tmp_path / "runs")  # type: ignore[arg-type]
         assert str(caught.value) == (
-            f"{text} is an export, which has nothing but weights: --init-from weights starts with them"
+            f"{text} is an export, which has only weights: --init-from weights starts with them"
         )
 
 

@@ -192,7 +192,7 @@ def test_an_incomplete_run_continues_to_its_end(status: str) -> None:
 
 def test_a_complete_run_does_not_go_on() -> None:
     assert length_refusal(2000, 2000, "completed") == (
-        "a_run is complete (2,000 steps); a larger --max-iters continues it where the schedule allows, "
+        "a_run is complete (2,000 steps); a larger --max-iters continues it if the schedule allows that, "
         "--fork starts a new run from its checkpoint"
     )
 

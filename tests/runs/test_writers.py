@@ -111,5 +111,5 @@ def test_what_is_put_aside_replaces_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("field", ["resumes", "resolved", "parent", "views", "git", "last_step", "summary"])
 def test_a_record_with_a_wrong_type_is_one_line(field: str, tmp_path: Path) -> None:
     path = make_run(tmp_path, "run", **{field: "text"})
-    with pytest.raises(RunError, match=f"not as this workbench writes it: {field}"):
+    with pytest.raises(RunError, match=f"has invalid fields: {field}"):
         Run.resume(path)

@@ -64,7 +64,7 @@ def test_trials_that_fail_or_diverge_do_not_end_a_sweep(make_sweep: MakeSweep) -
         (t.params["learning_rate"], t.params["n_embd"]): (t.state.name, t.user_attrs.get("reason"))
         for t in study.trials()
     }
-    multiple = "--n-embd: n_embd (30) must be divisible by n_head (4), or head_dim be set"
+    multiple = "--n-embd: n_embd (30) must be divisible by n_head (4), or head_dim must be set"
     assert {states[rate, 30] for rate in (0.25, 0.6, 0.01)} == {("FAIL", multiple)}
     assert states[0.25, 32] == ("FAIL", "ValueError: planted")
     assert states[0.6, 32] == ("PRUNED", "diverged: train/loss is nan at step 0")

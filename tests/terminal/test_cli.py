@@ -166,7 +166,10 @@ def test_help_has_every_flag_under_its_section(capsys: pytest.CaptureFixture[str
 
 def test_help_has_no_python_and_no_blanks_at_ends_of_lines(capsys: pytest.CaptureFixture[str], root: Path) -> None:
     text = help_text(capsys, root)
-    assert "\nmodel:\n  A decoder-only transformer; settings that are none are derived.\n\n  --n-layer N" in text
+    assert (
+        "\nmodel:\n  A decoder-only transformer; settings left at none are derived from the others.\n\n  --n-layer N"
+        in text
+    )
     assert ">>>" not in text
     assert not re.search(" $", text, re.MULTILINE)
 

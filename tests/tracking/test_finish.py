@@ -127,4 +127,4 @@ def test_a_damaged_line_of_a_log_is_named_by_a_rebuild(
     run = make_run(tmp_path, "run", settings={"aim_logging": False})
     (run / LOGS / "metrics.jsonl").write_text(f'{{"step":0,"time":1.0,"val/loss":3.0}}\n{line}\n')
     assert experiments.main(["rebuild", "run", "--tensorboard", "--runs-dir", str(tmp_path)]) == 1
-    assert "logs/metrics.jsonl:2: the log is damaged: this line is no record" in capsys.readouterr().err
+    assert "logs/metrics.jsonl:2: the log is damaged: this line is not a record" in capsys.readouterr().err

@@ -642,7 +642,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(folder:
     assert found is not None
     assert found.step == 20
     assert [message.split(": ")[0] for message in messages] == [f"{newest / WEIGHTS_FILE}", f"{middle / MANIFEST_FILE}"]
-    assert all(message.endswith(": looking for the one before") for message in messages)
+    assert all(message.endswith(": trying the checkpoint before it") for message in messages)
 
 
 def test_strict_refuses_a_damaged_newest_checkpoint(folder: Path, messages: Messages) -> None:
@@ -666,7 +666,7 @@ def test_where_all_are_damaged_the_newest_is_named(folder: Path, messages: Messa
         damage(path)
     with pytest.raises(CheckpointError) as caught:
         newest_good(folder, strict=False, warn=messages)
-    newest = messages[0].removesuffix(": looking for the one before")
+    newest = messages[0].removesuffix(": trying the checkpoint before it")
     assert newest.startswith(f"{folder / 'step_000020' / WEIGHTS_FILE}: damaged: ")
     assert str(caught.value) == f"{folder}: no checkpoint can be used; the newest: {newest}"
 
@@ -755,7 +755,7 @@ def test_a_checkpoint_of_another_step_than_its_name_says_is_passed_over(folder: 
     found, unusable = newest_good(folder, strict=False, warn=messages)
     assert found is not None
     assert (found.step, unusable) == (10, [folder / "step_000030"])
-    assert messages == [f"{problem}: looking for the one before"]
+    assert messages == [f"{problem}: trying the checkpoint before it"]
 
 
 def test_what_is_wrong_with_a_checkpoint_is_said_with_its_place(folder: Path) -> None:

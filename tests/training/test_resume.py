@@ -299,7 +299,7 @@ def test_a_run_whose_checkpoints_were_pruned_keeps_its_log(
     assert experiments.main(prune) == 0
     capsys.readouterr()
     assert train.main(["--resume", str(run), *again]) == 2
-    assert "kept has no checkpoints any more: it could only begin again at step 0" in capsys.readouterr().err
+    assert "kept no longer has checkpoints: it could only start again at step 0" in capsys.readouterr().err
     assert (run / "logs" / "metrics.jsonl").read_bytes() == log
     assert experiments.main(["check", str(run)]) == 0
     if not again:  # a complete run is not resumed anyway
@@ -377,7 +377,7 @@ def test_a_checkpoint_of_another_model_is_reported_and_nothing_is_lost(
     run = run_of("stopped")
     shutil.copytree(checkpoints(run_of("other")) / "step_000060", checkpoints(run) / "step_000060")
     assert train.main(["--resume", str(run)]) == 0
-    assert "it is of another model: n_embd: looking for the one before" in capsys.readouterr().out
+    assert "it is of another model: n_embd: trying the checkpoint before it" in capsys.readouterr().out
     assert (checkpoints(run) / "step_000060_damaged").is_dir()
     assert differences(run_of("straight"), run) == SAME
 

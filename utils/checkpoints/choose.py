@@ -1,4 +1,4 @@
-"""Choosing among the checkpoints of a folder: which one to use, keep, put aside or delete."""
+"""Choose among the checkpoints of a folder: which one to use, keep, rename or delete."""
 
 from __future__ import annotations
 
@@ -25,16 +25,17 @@ def newest_good(
     warn: Callable[[str], None],
     problem: Callable[[Checkpoint], str] = lambda checkpoint: "",
 ) -> tuple[Checkpoint | None, list[Path]]:
-    """The newest usable checkpoint, and the unusable ones that are newer; there is a warning about each of these.
+    """Find the newest usable checkpoint, with a warning about each newer one that cannot be used.
 
     Args:
-        problem: says what is wrong with a checkpoint that can be read; empty if nothing is.
+        strict: whether an unusable newest checkpoint is an error.
+        problem: returns what is wrong with a checkpoint that was read, empty if nothing is.
 
     Returns:
-        The checkpoint is None if the folder has none at all.
+        The checkpoint, None if the folder has none at all; and the unusable ones that are newer.
 
     Raises:
-        CheckpointError: no checkpoint is usable, or with `strict`, the newest one is not.
+        CheckpointError: no checkpoint is usable or, with `strict`, the newest one is not.
     """
     first_error: CheckpointError | None = None
     unusable: list[Path] = []
@@ -49,17 +50,17 @@ def newest_good(
                 raise
             first_error = first_error or error
             unusable.append(path)
-            warn(f"{error}: looking for the one before")
+            warn(f"{error}: trying the checkpoint before it")
     if first_error is not None:
         raise CheckpointError(f"{folder}: no checkpoint can be used; the newest: {first_error}")
     return None, []
 
 
 def choose_checkpoint(folder: Path, which: str, *, strict: bool, warn: Callable[[str], None]) -> Checkpoint:
-    """The checkpoint of another run that `which` names: `latest`, `best` or a step.
+    """Read the checkpoint of another run that `which` names: `latest`, `best` or a step.
 
     Raises:
-        CheckpointError: `which` names none, there is no such checkpoint, or it is damaged.
+        CheckpointError: `which` is none of these, there is no such checkpoint, or it is damaged.
     """
     if not is_choice(which):
         raise CheckpointError(
@@ -82,10 +83,10 @@ def choose_checkpoint(folder: Path, which: str, *, strict: bool, warn: Callable[
 
 
 def _read(path: Path, step: int) -> Checkpoint:
-    """The checkpoint at `path`, whose name says that it is of `step`.
+    """Read the checkpoint at `path`, which must be the one of `step`.
 
     Raises:
-        CheckpointError: it is damaged, or of another step.
+        CheckpointError: the checkpoint is damaged, or of another step.
     """
     checkpoint = read_checkpoint(path)
     if checkpoint.step != step:
@@ -102,19 +103,19 @@ def put_aside(paths: Iterable[Path]) -> None:
 
 
 def prune(folder: Path, keep_last: int, best: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and the best one: that of step `best`, if it was written."""
+    """Delete all but the newest `keep_last` checkpoints and the best one, that of step `best` if it was written."""
     checkpoints = list_checkpoints(folder)
     kept = folder / folder_name(best) if best is not None else None
-    if kept is not None and not kept.is_dir():  # it could not be written: keep the previous best one
+    if kept is not None and not kept.is_dir():  # it could not be written, so the previous best one is kept
         kept = best_path(folder)
     for _, path in checkpoints[keep_last:]:
         if path != kept:
-            old = path.with_name(f".{path.name}.old")  # renamed first: a crash leaves no half checkpoint
+            old = path.with_name(f".{path.name}.old")  # renamed first, so that a crash leaves no partial checkpoint
             path.rename(old)
             remove(old)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what a killed process left half written or half deleted."""
+    """Delete what a killed process left partly written or partly deleted."""
     for path in folder.glob(".*"):
         remove(path)

@@ -1,14 +1,14 @@
-"""Checkpoints: everything that a resume needs, as safetensors and JSON; complete or absent, never half written.
+"""Checkpoints: everything that a resume needs, as safetensors and JSON; complete or absent, never partly written.
 
-    step_000500/model.safetensors       the weights, tied ones once
-                optimizer.safetensors   the tensors of the optimizer's state, `parameter/key`
-                tokenizer.json          without which the weights mean nothing
+    step_000500/model.safetensors       the weights; tied ones are stored once
+                optimizer.safetensors   the tensors of the optimizer's state, named `parameter/key`
+                tokenizer.json          the tokenizer, without which the weights mean nothing
                 state.json              the rest: step, random states, best loss, offsets of the logs, ...
-                manifest.json           size and CRC-32 of each of these, written last
-    base.safetensors                    of a run that trains adapters: its frozen weights, which no checkpoint repeats
+                manifest.json           size and CRC-32 of each of these files, written last
+    base.safetensors                    with adapters: the frozen weights, which the checkpoints do not repeat
 
-A checkpoint is written beside its place, synced, and renamed into it. Reading checks the manifest, so a
-flipped bit or a lost page is found before it is trained on.
+A checkpoint is written under a temporary name, synced, and renamed. Reading verifies the manifest, so a flipped bit or
+a lost page is found before training continues from it.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ from utils.folders import remove, sync_folder
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What `read_checkpoint` returns; the tensors are in host memory, mapped from the files."""
+    """The content of a checkpoint. The tensors are in host memory, mapped from the files."""
 
     path: Path
     step: int
     weights: Mapping[str, torch.Tensor]
     optimizer_tensors: Mapping[str, torch.Tensor]
-    tokenizer: dict[str, Any]  # as its JSON form
+    tokenizer: dict[str, Any]  # in its JSON form
     state: dict[str, Any]
-    base: Mapping[str, Any] | None = None  # the entry of its BASE_FILE in the manifest, if it has one
+    base: Mapping[str, Any] | None = None  # the manifest's entry of BASE_FILE, if there is one
 
 
 def write_checkpoint(
@@ -69,10 +69,10 @@ def write_checkpoint(
     """Write a checkpoint, replacing a damaged one of the same step.
 
     Args:
-        path: becomes the checkpoint.
-        weights, optimizer_tensors: in host memory, contiguous.
+        path: the folder of the checkpoint.
+        weights, optimizer_tensors: contiguous tensors in host memory.
         before_manifest: called when everything but the manifest is on disk, to sync the logs.
-        base: what `write_base` returned, if `weights` leaves the frozen ones out.
+        base: the result of `write_base`, if `weights` does not contain the frozen ones.
 
     Raises:
         OSError: the disk is full, gone or read-only; nothing is left behind.
@@ -95,7 +95,7 @@ def write_folder(
     before_manifest: Callable[[], None] = lambda: None,
     base: Mapping[str, Any] | None = None,
 ) -> None:
-    """`write_checkpoint`, with tensors in files that `write` writes and syncs in a folder; it returns their entries."""
+    """Like `write_checkpoint`, but `write(folder)` writes and syncs the tensor files, and returns their entries."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         remove(temporary)
@@ -119,7 +119,7 @@ def write_folder(
 
 
 def write_base(folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Write the frozen weights that the checkpoints in `folder` share; returns their entry in a manifest.
+    """Write the frozen weights that the checkpoints in `folder` share; return their entry for the manifests.
 
     Raises:
         OSError: the disk is full, gone or read-only; nothing is left behind.
@@ -137,12 +137,12 @@ def write_base(folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, A
 
 
 def write_object(path: Path, value: Any) -> dict[str, Any]:
-    """Write and sync a JSON file; returns its entry in the manifest.
+    """Write and sync a JSON file; return its entry for the manifest.
 
     Raises:
-        ValueError: it would be larger than what is read.
+        ValueError: the file would be too large to be read again.
     """
-    content = _json_bytes(value)
+    content = memoryview((json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
     if len(content) > JSON_BYTES:
         raise ValueError(
             f"{path.name} has {len(content) >> 20:,} MiB, and at most {JSON_BYTES >> 20} can be read: "
@@ -151,18 +151,14 @@ def write_object(path: Path, value: Any) -> dict[str, Any]:
     return write_parts(path, [content])
 
 
-def _json_bytes(value: Any) -> memoryview:
-    return memoryview((json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
 def read_checkpoint(path: Path, *, checked: bool = False) -> Checkpoint:
-    """Read a checkpoint and check every byte of it against its manifest.
+    """Read a checkpoint and verify every byte of it against its manifest.
 
     Args:
-        checked: another rank has checked it just now.
+        checked: skip the verification, because another rank has just done it.
 
     Raises:
-        CheckpointError: what is missing or damaged.
+        CheckpointError: a part of the checkpoint is missing or damaged.
     """
     manifest = read_manifest(path)
     if not checked:
@@ -171,7 +167,7 @@ def read_checkpoint(path: Path, *, checked: bool = False) -> Checkpoint:
                 pass
     state = read_object(path / STATE_FILE)
     if not isinstance(state.get("step"), int):
-        raise CheckpointError(f"{path / STATE_FILE}: names no step")
+        raise CheckpointError(f"{path / STATE_FILE}: has no step")
     weights, optimizer = _tensors_of(path, manifest)
     return Checkpoint(
         path=path,
@@ -195,9 +191,9 @@ def _tensors_of(
 
 
 def weight_differences(weights: Mapping[str, torch.Tensor | TensorEntry], model: torch.nn.Module) -> str:
-    """In words, how names and shapes of weights differ from those of the model; empty if they do not."""
+    """Describe how the names and shapes of weights differ from those of the model; empty if they do not."""
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    shapes = getattr(weights, "shapes", None)  # of tensors in shards, which are joined when they are asked for
+    shapes = getattr(weights, "shapes", None)  # JoinedTensors: accessing the tensors themselves would read the shards
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()} if shapes is None else dict(shapes)
     differences = [
         *(f"{key} is missing" for key in expected if key not in found),

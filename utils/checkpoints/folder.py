@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: their names, their files, and checksums that show whether they are intact."""
+"""The folders of a run's checkpoints: their names, files, and the checksums that show whether they are intact."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from utils.files import read_json, read_json_or_empty, regular_fd
 FORMAT_VERSION = 1
 WEIGHTS_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 TOKENIZER_FILE, STATE_FILE, MANIFEST_FILE = "tokenizer.json", "state.json", "manifest.json"
-EXPORT_CONFIG_FILE = "config.json"  # of an export: weights and tokenizer as in a checkpoint, and this
-INDEX_FILE = "index.json"  # of a checkpoint in shards (utils/checkpoints/index.py)
-BASE_FILE = "../base.safetensors"  # frozen weights that all checkpoints of a run share; a manifest may name it
-FILES = (OPTIMIZER_FILE, WEIGHTS_FILE, TOKENIZER_FILE, STATE_FILE)  # the largest first
-FILES_OF_SHARDS = (TOKENIZER_FILE, STATE_FILE, INDEX_FILE)  # beside those of each rank
+EXPORT_CONFIG_FILE = "config.json"  # in an export, beside weights and tokenizer with the names of a checkpoint
+INDEX_FILE = "index.json"  # in a sharded checkpoint (utils/checkpoints/index.py)
+BASE_FILE = "../base.safetensors"  # frozen weights that all checkpoints of a run share, if their manifests name it
+FILES = (OPTIMIZER_FILE, WEIGHTS_FILE, TOKENIZER_FILE, STATE_FILE)  # largest first
+FILES_OF_SHARDS = (TOKENIZER_FILE, STATE_FILE, INDEX_FILE)  # in a sharded checkpoint, besides the shards
 SHARD = "{kind}-{number:05d}-of-{count:05d}.safetensors"
-CHUNK_BYTES = 1 << 24  # of one write: between two of them other threads have their turn
+CHUNK_BYTES = 1 << 24  # size of one write, so that other threads can run in between
 FOLDER_PATTERN = re.compile(r"step_(\d{6,})")
-CHOICES = ("latest", "best")  # what may be asked for beside a step
+CHOICES = ("latest", "best")  # names of checkpoints, besides a step
 LATEST_FILE, BEST_FILE = "latest.json", "best.json"  # pointers beside the checkpoints
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged, or of another experiment."""
+    """A checkpoint is missing, damaged, or of another experiment."""
 
 
 def is_choice(which: str) -> bool:
-    """Whether this names a checkpoint of a run: `latest`, `best` or a step."""
+    """Whether `which` has the form of a checkpoint's name: `latest`, `best` or a step."""
     return which in CHOICES or (which.isascii() and which.isdigit() and len(which) < 19)
 
 
@@ -41,28 +41,28 @@ def folder_name(step: int) -> str:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of the checkpoints in `folder`, newest first; their contents are not checked."""
+    """List (step, path) for the checkpoints in `folder`, newest first; their contents are not checked."""
     found = [(FOLDER_PATTERN.fullmatch(path.name), path) for path in folder.glob("step_*") if path.is_dir()]
     return sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
 
 
 def best_path(folder: Path) -> Path | None:
-    """The saved checkpoint with the best val/loss, or None."""
+    """The checkpoint with the best val/loss; None if there is none."""
     step = read_pointer(folder / BEST_FILE).get("step")
     path = folder / folder_name(step) if isinstance(step, int) else None
     return path if path is not None and path.is_dir() else None
 
 
 def read_pointer(path: Path) -> dict[str, Any]:
-    """The contents of a pointer; empty if it is missing or damaged."""
+    """Read a pointer file; empty if it is missing or damaged."""
     return read_json_or_empty(path)
 
 
 def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
-    """(size, CRC-32) of each file of the checkpoint `path`.
+    """Read the manifest of the checkpoint `path`: (size, CRC-32) of each of its files, by name.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: the checkpoint or its manifest is missing, or the manifest is damaged.
     """
     place = path / MANIFEST_FILE
     if not path.is_dir():
@@ -86,7 +86,7 @@ def read_manifest(path: Path) -> dict[str, tuple[int, str]]:
 
 
 def _names(files: dict[str, Any]) -> tuple[str, ...]:
-    """The files that a checkpoint consists of, by those that its manifest has."""
+    """The files that a checkpoint must have, given the files in its manifest."""
     base = (BASE_FILE,) if BASE_FILE in files else ()
     if INDEX_FILE not in files:
         return (*base, *FILES)
@@ -97,7 +97,7 @@ def _names(files: dict[str, Any]) -> tuple[str, ...]:
 
 
 def write_parts(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
-    """Write and sync a file; returns its entry in the manifest."""
+    """Write and sync a file; return its entry for the manifest."""
     checksum = size = 0
     with open(path, "wb", buffering=0) as file:
         for part in parts:
@@ -112,10 +112,10 @@ def write_parts(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
 
 
 def check_file(path: Path, size: int, expected: str) -> None:
-    """Compare a whole file with its entry in the manifest; reading it puts it into the page cache.
+    """Compare a whole file with its entry in the manifest, which also brings it into the page cache.
 
     Raises:
-        CheckpointError: unless size and checksum agree.
+        CheckpointError: the file is missing, cannot be read, or has another size or checksum.
     """
     try:
         with os.fdopen(regular_fd(path), "rb", buffering=0) as file:
@@ -132,10 +132,10 @@ def check_file(path: Path, size: int, expected: str) -> None:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint.
+    """Read the JSON object in a file of a checkpoint.
 
     Raises:
-        CheckpointError: it cannot be read, or is something else.
+        CheckpointError: the file cannot be read, or does not contain an object.
     """
     try:
         value = read_json(path)

@@ -1,7 +1,7 @@
-"""The header of a safetensors file: which tensors it has, and where each lies. Read without torch, and without trust.
+"""The header of a safetensors file: its tensors and their places. Read without torch, and validated as untrusted input.
 
-8 bytes: the length of the header, little-endian; the header, a JSON object; then the bytes of the tensors, one after
-the other, without gaps [https://github.com/huggingface/safetensors#format].
+A file consists of 8 bytes with the length of the header, little-endian; the header, a JSON object; and the bytes of the
+tensors, one after the other, without gaps [https://github.com/huggingface/safetensors#format].
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from utils.checkpoints.folder import CheckpointError
 from utils.errors import SHOWN, cut, shown
 from utils.files import open_named, open_regular
 
-HEADER_BYTES = 100_000_000  # the limit of the format
-HEADER_VALUES = 4_000_000  # of numbers, lists and objects, which take more memory than their text
+HEADER_BYTES = 100_000_000  # limit set by the format
+HEADER_VALUES = 4_000_000  # limit for numbers, lists and objects, which take more memory than their text
 MOST_DIMENSIONS = 64
-PART_BYTES = 1 << 20  # of one read
-BITS = {  # of one element; what has fewer than 8 is packed
+PART_BYTES = 1 << 20  # size of one read
+BITS = {  # bits per element; elements of fewer than 8 bits are packed
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
@@ -36,7 +36,7 @@ BITS = {  # of one element; what has fewer than 8 is packed
 class TensorEntry(NamedTuple):
     """One tensor of a file.
 
-    begin, end: of its bytes, from the start of the file.
+    begin, end: offsets of its bytes from the start of the file.
     """
 
     dtype: str
@@ -55,7 +55,7 @@ class TensorEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class Header:
-    """The tensors of a safetensors file by name, in the order of their bytes; and the notes of who wrote it."""
+    """The tensors of a safetensors file by name, in the order of their bytes, and the metadata of its writer."""
 
     tensors: dict[str, TensorEntry]
     metadata: dict[str, str]
@@ -65,10 +65,10 @@ def read_header(path: Path, named: bool = False) -> Header:
     """Read the header of a safetensors file, and check that it describes the file to the last byte.
 
     Args:
-        named: a person named the file, so a link may lead anywhere.
+        named: whether the user named the file, so that links may lead anywhere.
 
     Raises:
-        CheckpointError: it cannot be read, or is not a safetensors file.
+        CheckpointError: the file cannot be read, or is not a safetensors file.
     """
     try:
         with open_named(path) if named else open_regular(path) as file:
@@ -80,12 +80,12 @@ def read_header(path: Path, named: bool = False) -> Header:
 
 
 def tensors_sha256(path: Path) -> str:
-    """The SHA-256 of the names, types, shapes and bytes of all tensors, as hexadecimal digits.
+    """The SHA-256 of the names, types, shapes and bytes of all tensors, in hexadecimal digits.
 
-    Neither the notes of who wrote the file play a part, nor the spaces of its header.
+    It does not depend on the metadata in the header, or on the formatting of the header.
 
     Raises:
-        CheckpointError: it cannot be read, or is not a safetensors file.
+        CheckpointError: the file cannot be read, or is not a safetensors file.
     """
     tensors = read_header(path).tensors
     outlines = [(name, entry.dtype, entry.shape) for name, entry in tensors.items()]
@@ -101,10 +101,10 @@ def tensors_sha256(path: Path) -> str:
 
 
 def header_of(file: BinaryIO) -> Header:
-    """The header of an open file.
+    """Parse the header of an open file. No memory is allocated for sizes that the header merely claims.
 
     Raises:
-        ValueError: what is wrong with it. Nothing of the size that it claims was allocated.
+        ValueError: the header is invalid; the message says why.
     """
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
@@ -145,10 +145,14 @@ def _different_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any, start: int, size: int) -> TensorEntry:
-    """The tensor that an entry of the header describes, in a file of `size` bytes; its own count from `start`.
+    """Parse one entry of the header.
+
+    Args:
+        start: the offset in the file from which `data_offsets` count.
+        size: the size of the file in bytes.
 
     Raises:
-        ValueError: what is wrong with it.
+        ValueError: the entry is invalid; the message says why.
     """
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{cut(name, SHOWN)}: expected dtype, shape and data_offsets")
@@ -168,12 +172,12 @@ def _entry(name: str, entry: Any, start: int, size: int) -> TensorEntry:
             f"it has {shown(offsets[1] - offsets[0])}"
         )
     if not is_shape(shape):
-        raise ValueError(f"{cut(name, SHOWN)}: shape {shown(shape)}: too large, even without numbers")
+        raise ValueError(f"{cut(name, SHOWN)}: shape {shown(shape)}: too large, even for an empty tensor")
     return TensorEntry(dtype, tuple(shape), start + offsets[0], start + offsets[1])
 
 
 def is_shape(value: Any) -> bool:
-    """Whether torch can make a tensor of these sizes; for its strides it multiplies those beside a 0, too."""
+    """Whether torch can create a tensor of these sizes; even if one is 0, the others must fit into its strides."""
     return _is_list_of_sizes(value) and math.prod(size or 1 for size in value) < 2**63
 
 
@@ -184,7 +188,7 @@ def _is_list_of_sizes(value: Any) -> bool:
 
 
 def _check_cover(entries: Iterable[tuple[str, TensorEntry]], start: int, size: int) -> None:
-    """Raises ValueError unless the tensors, in their order, cover the file from `start` to its end."""
+    """Raise ValueError unless the tensors, in their order, cover the file from `start` to its end."""
     end, before = start, ""
     for name, entry in entries:
         if entry.begin < end:

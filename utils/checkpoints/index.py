@@ -1,12 +1,12 @@
-"""index.json of a checkpoint that several ranks wrote: which rows of which tensor are in which file. Without torch.
+"""index.json of a sharded checkpoint: which rows of which tensor are in which file. Does not import torch.
 
     {"world_size": 2,
      "model": {"final_norm.weight": {"dtype": "F32", "shape": [33],
                                      "files": [["model-00001-of-00002.safetensors", 0, 17], [..., 17, 33]]}},
      "optimizer": {...}}
 
-Rows are those of the first dimension: `first` and `end`, which is not one of them. A tensor without dimensions has one
-file, rows 0 to 1. A file has its rows under the name of the tensor.
+Rows are slices along the first dimension, from `first` up to but excluding `end`. A tensor without dimensions is in one
+file, as rows 0 to 1. A file stores its rows under the name of the tensor.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SHARD_PATTERN = re.compile(r"(model|optimizer)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 class Rows(NamedTuple):
-    """Rows of a tensor in a file."""
+    """The rows `first` up to `end` of a tensor, and the file that contains them."""
 
     file: str
     first: int
@@ -36,9 +36,9 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Sharded:
-    """A tensor whose rows are in several files, in their order."""
+    """A tensor whose rows are spread over several files, in order."""
 
-    dtype: str  # as safetensors names it
+    dtype: str  # the name in safetensors
     shape: tuple[int, ...]
     rows: tuple[Rows, ...]
 
@@ -51,13 +51,13 @@ def shard_name(kind: Kind, rank: int, world_size: int) -> str:
 
 
 def rows_of(count: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The first of the `count` rows that a rank has, and their end; as torch.chunk deals them: the last have fewer."""
+    """(first, end) of the rows of a rank, out of `count`; split as by torch.chunk, so the last ranks may have fewer."""
     size = -(-count // world_size)
     return min(rank * size, count), min((rank + 1) * size, count)
 
 
 def sharded(kind: Kind, dtype: str, shape: tuple[int, ...], world_size: int) -> Sharded:
-    """Where each rank has written its rows of a tensor; a tensor without dimensions is with rank 0."""
+    """Where each rank writes its rows of a tensor; rank 0 writes tensors without dimensions."""
     if not shape:
         return Sharded(dtype, shape, (Rows(shard_name(kind, 0, world_size), 0, 1),))
     places = (
@@ -67,13 +67,13 @@ def sharded(kind: Kind, dtype: str, shape: tuple[int, ...], world_size: int) -> 
 
 
 def index_json(world_size: int, tensors: dict[Kind, dict[str, Sharded]]) -> dict[str, Any]:
-    """What INDEX_FILE says."""
+    """The content of INDEX_FILE."""
     found: dict[str, Any] = {"world_size": world_size}
     return found | {kind: {name: entry.as_json() for name, entry in tensors[kind].items()} for kind in KINDS}
 
 
 def read_index(folder: Path, kind: Kind) -> dict[str, Sharded]:
-    """The tensors of one kind in the checkpoint `folder`.
+    """Read the index entries of one kind in the checkpoint `folder`, by name of the tensor.
 
     Raises:
         CheckpointError: index or manifest is missing or damaged, or the index names a file that is not in the manifest.
@@ -86,10 +86,13 @@ def read_index(folder: Path, kind: Kind) -> dict[str, Sharded]:
 
 
 def _sharded(entry: Any, kind: Kind, files: Container[str]) -> Sharded:
-    """Raises LookupError, TypeError or ValueError unless it is one, whose rows follow each other without a gap.
+    """Parse one entry of the index.
 
     Args:
-        files: of the checkpoint.
+        files: the names of the files of the checkpoint.
+
+    Raises:
+        LookupError, TypeError, ValueError: the entry is malformed, or its rows do not follow each other without gaps.
     """
     if entry["dtype"] not in BITS or not is_shape(entry["shape"]):
         raise ValueError("expected a dtype and a shape")
@@ -99,11 +102,11 @@ def _sharded(entry: Any, kind: Kind, files: Container[str]) -> Sharded:
     for part in rows:
         match = SHARD_PATTERN.fullmatch(part.file)
         if match is None or match[1] != kind:
-            raise ValueError(f"{part.file} is no file of {kind}")
+            raise ValueError(f"{part.file} is not a file of {kind}")
         if part.file not in files:
             raise ValueError(f"{part.file} is not in {MANIFEST_FILE}")
         if type(part.first) is not int or type(part.end) is not int:
-            raise ValueError(f"{part.file}: expected the numbers of rows")
+            raise ValueError(f"{part.file}: expected row numbers")
         if part.first != end or not part.first < part.end <= count:
             raise ValueError(f"rows {part.first} to {part.end} do not follow row {end}")
         end = part.end
@@ -113,7 +116,7 @@ def _sharded(entry: Any, kind: Kind, files: Container[str]) -> Sharded:
 
 
 class Piece(NamedTuple):
-    """Rows of a tensor, which are a tensor of a file."""
+    """The rows `first` up to `end` of a tensor, and their entry in the header of a file."""
 
     file: Path
     first: int
@@ -122,10 +125,10 @@ class Piece(NamedTuple):
 
 
 def locate(folder: Path, kind: Kind) -> dict[str, tuple[Sharded, tuple[Piece, ...]]]:
-    """Each tensor of one kind in the checkpoint `folder`, and where its rows lie.
+    """Find each tensor of one kind in the checkpoint `folder`, and the places of its rows, by name.
 
     Raises:
-        CheckpointError: as `read_index`, or a file does not have the rows that the index says.
+        CheckpointError: as for `read_index`, or a file does not contain the rows that the index names.
     """
     index = read_index(folder, kind)
     names = sorted({part.file for entry in index.values() for part in entry.rows})
@@ -137,7 +140,7 @@ def locate(folder: Path, kind: Kind) -> dict[str, tuple[Sharded, tuple[Piece, ..
             entry, shape = headers[part.file].get(name), (part.end - part.first, *tensor.shape[1:])
             if entry is None or entry.dtype != tensor.dtype or entry.shape != (shape if tensor.shape else ()):
                 raise CheckpointError(
-                    f"{folder / part.file}: rows {part.first:,} to {part.end:,} of {cut(name, SHOWN)} are not there"
+                    f"{folder / part.file}: rows {part.first:,} to {part.end:,} of {cut(name, SHOWN)} are missing"
                 )
             pieces.append(Piece(folder / part.file, part.first, part.end, entry))
         found[name] = tensor, tuple(pieces)

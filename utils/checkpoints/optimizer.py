@@ -1,4 +1,4 @@
-"""The state of any torch optimizer, converted to tensors and JSON and back."""
+"""Convert the state of any torch optimizer to tensors and JSON, and back."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from utils.checkpoints.folder import CheckpointError
 
 
 class Named(Protocol):
-    """A module, or what has parameters with names as one."""
+    """A module, or any other object with named parameters."""
 
     def named_parameters(self) -> Iterable[tuple[str, torch.Tensor]]: ...
 
 
 def flatten_optimizer(model: Named, optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The state of an optimizer: its tensors, named `parameter/key`, and everything else as JSON.
+    """Split the state of an optimizer into its tensors, named `parameter/key`, and everything else as JSON.
 
     In the JSON, {"tensor": name} stands for a tensor.
 
     Raises:
-        ValueError: the optimizer has a parameter that is not the model's, or a value that JSON cannot hold.
+        ValueError: the optimizer has a parameter that the model does not have, or a value that JSON cannot express.
     """
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
@@ -66,10 +66,10 @@ def restore_optimizer(
     """Load the state that `flatten_optimizer` returned for an optimizer like this one.
 
     Args:
-        keep_settings: keep the settings of the groups (weight decay, betas) and load the state only.
+        keep_settings: keep the settings of the groups (weight decay, betas), and load only the state.
 
     Raises:
-        CheckpointError: it is the state of another class of optimizer, or of other parameter groups.
+        CheckpointError: the state belongs to another class of optimizer, or to other parameter groups.
     """
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
@@ -79,12 +79,13 @@ def restore_optimizer(
         )
     if groups != [group["params"] for group in structure["groups"]]:
         raise CheckpointError(
-            "the parameter groups of the optimizer are not those of the checkpoint: of another version, or optimizer"
+            "the parameter groups of the optimizer are not those of the checkpoint, which was saved by another version "
+            "or with another optimizer"
         )
 
     def decode(value: Any) -> Any:
         if isinstance(value, dict) and set(value) == {"tensor"}:
-            # Tensors of a file may lie at any address, and torch sums unaligned memory in another order.
+            # Tensors mapped from a file may be unaligned, and torch sums unaligned memory in another order.
             return tensors[value["tensor"]].clone()
         if isinstance(value, dict):
             return {key: decode(item) for key, item in value.items()}
@@ -105,14 +106,14 @@ def restore_optimizer(
         first += len(members)
     numbered = {index: saved[name] for index, name in enumerate(order) if name in saved}
     optimizer.load_state_dict({"state": numbered, "param_groups": settings})
-    for parameter, name in names.items():  # load_state_dict casts to the type of the parameter; the bits must stay
+    for parameter, name in names.items():  # load_state_dict casts to the dtype of the parameter, which changes bits
         if name in saved:
             state = optimizer.state[parameter]
             state.update({key: _with_types(value, state[key]) for key, value in saved[name].items()})
 
 
 def _with_types(saved: Any, loaded: Any) -> Any:
-    """The values that torch has loaded (onto the right device), with the types that were saved."""
+    """The values that torch has loaded, on their device, but with the dtypes that were saved."""
     if isinstance(saved, torch.Tensor):
         return loaded if loaded.dtype == saved.dtype else saved.to(loaded.device)
     if isinstance(saved, dict):

@@ -1,8 +1,8 @@
-"""Checkpoints in shards: each rank writes the rows that it has of every tensor, and any number of ranks reads them.
+"""Sharded checkpoints: each rank writes its rows of every tensor, and any number of ranks can read them.
 
 step_000500/model-00001-of-00002.safetensors        the rows of the weights that rank 0 of 2 has
-            optimizer-00001-of-00002.safetensors    and of the optimizer's state
-            index.json                              which rows of which tensor are where
+            optimizer-00001-of-00002.safetensors    its rows of the optimizer's state
+            index.json                              which rows of which tensor are in which file
             tokenizer.json, state.json, manifest.json, as in any checkpoint
 """
 
@@ -20,9 +20,9 @@ from utils.checkpoints.tensors import DTYPE_NAMES, DTYPES, Outlines, map_tensors
 
 
 class JoinedTensors(Mapping[str, torch.Tensor]):
-    """The tensors of one kind in a checkpoint of shards. Their rows are mapped from the files, and read when asked for.
+    """The tensors of one kind in a sharded checkpoint. Their rows are mapped from the files and joined on access.
 
-    shapes: of the whole tensors.
+    shapes: the shapes of the whole tensors, by name.
 
     Raises:
         CheckpointError: the index or a file is damaged.
@@ -45,10 +45,10 @@ class JoinedTensors(Mapping[str, torch.Tensor]):
         return len(self._places)
 
     def rows(self, name: str, first: int, end: int) -> torch.Tensor:
-        """Rows of a tensor: a view of a file where one has them all, else a copy. No other rows are read."""
+        """Rows of a tensor: a view of the file if one contains them all, otherwise a copy. No other rows are read."""
         tensor, pieces = self._places[name]
         if tensor.dtype not in DTYPES:
-            raise CheckpointError(f"{self._folder}: {name}: {tensor.dtype} is not read here")
+            raise CheckpointError(f"{self._folder}: {name}: dtype {tensor.dtype} is not supported")
         if not tensor.shape:
             return self._mapping(pieces[0].file)[name]
         parts = [
@@ -67,18 +67,18 @@ class JoinedTensors(Mapping[str, torch.Tensor]):
 
 
 def rows_in(tensors: Mapping[str, torch.Tensor], name: str, first: int, end: int) -> torch.Tensor:
-    """Rows of a tensor, read as `JoinedTensors.rows` does where they are in shards."""
+    """Rows of a tensor; those of a sharded checkpoint are read by `JoinedTensors.rows`."""
     return tensors.rows(name, first, end) if isinstance(tensors, JoinedTensors) else tensors[name][first:end]
 
 
 def write_shards(
     folder: Path, rank: int, world_size: int, tensors: Mapping[Kind, Mapping[str, torch.Tensor]]
 ) -> dict[str, Any]:
-    """Write and sync what a rank has; returns the entries of its files in the manifest.
+    """Write and sync the shards of a rank; return the entries of its files for the manifest.
 
     Args:
-        tensors: its rows, in host memory. What has no rows here, and on other ranks than 0 what has no dimensions, is
-            left out.
+        tensors: the rows of this rank, in host memory. Tensors without rows are left out and, on ranks other than 0,
+            tensors without dimensions.
 
     Raises:
         OSError: the disk is full, gone or read-only.
@@ -93,7 +93,7 @@ def write_shards(
 
 
 def index_of(world_size: int, tensors: Mapping[Kind, Outlines]) -> dict[str, Any]:
-    """The index of a checkpoint, from the types and shapes of the whole tensors."""
+    """The index of a sharded checkpoint, from the types and shapes of the whole tensors."""
     return index_json(
         world_size,
         {

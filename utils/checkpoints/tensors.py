@@ -1,7 +1,4 @@
-"""Tensors in safetensors files: written straight from memory, and mapped into it, perhaps while the file is checked.
-
-https://github.com/huggingface/safetensors#format
-"""
+"""Write safetensors files straight from memory, and map them into memory [github.com/huggingface/safetensors]."""
 
 from __future__ import annotations
 
@@ -22,8 +19,8 @@ from utils.crc32 import joined, part_crc32
 from utils.files import open_named, open_regular
 
 READERS = 2  # threads that compute the checksum of a file
-PART_BYTES = 1 << 26  # of the file, that one of them reads at a time
-ALIGNMENT = 64  # bytes: at other addresses, kernels may add up in another order, which changes the last bits
+PART_BYTES = 1 << 26  # part of a file that one thread reads at a time
+ALIGNMENT = 64  # bytes; at other addresses, kernels may sum in another order, which changes the last bits
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -48,22 +45,22 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """Write a safetensors file straight from the memory of the tensors; returns its entry in the manifest.
+    """Write a safetensors file straight from the memory of the tensors; return its entry for the manifest.
 
-    The library's own writer first copies every tensor into a bytes object: half the speed, twice the memory
-    (docs/LOG.md).
+    The library's own writer first copies every tensor into a bytes object, which takes twice the time and twice the
+    memory (docs/LOG.md).
     """
     outlines = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     return write_stream(path, outlines, lambda name: [tensors[name]], metadata)
 
 
-Outlines = Mapping[str, tuple[torch.dtype, torch.Size]]  # types and shapes of tensors, by their names
+Outlines = Mapping[str, tuple[torch.dtype, torch.Size]]  # name -> type and shape of a tensor
 
 
 def stream_order(outlines: Outlines) -> list[str]:
     """The names of tensors in the order of their bytes in a file.
 
-    Larger items first, as the library does: then each tensor is aligned to its own item size.
+    Larger item sizes come first, as in the library, so that each tensor is aligned to its own item size.
     """
     return sorted(outlines, key=lambda name: (-outlines[name][0].itemsize, name))
 
@@ -74,10 +71,10 @@ def write_stream(
     pieces: Callable[[str], Iterable[torch.Tensor]],
     metadata: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Write a safetensors file of tensors that need not be in memory together; returns its entry in the manifest.
+    """Write a safetensors file of tensors that need not be in memory together; return its entry for the manifest.
 
     Args:
-        pieces: gives the numbers of a tensor, in host memory; asked for each in `stream_order`.
+        pieces: returns the consecutive parts of a tensor, in host memory; called for each tensor in `stream_order`.
     """
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
@@ -104,15 +101,15 @@ def _memory(tensor: torch.Tensor) -> memoryview:
 
 
 def map_tensors(path: Path, named: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file, as views of the file in memory; writing to them does not change it.
+    """Map the tensors of a safetensors file into memory; writing to them does not change the file.
 
-    Nothing is copied: filling a gigabyte of new memory takes longer than reading it from a disk.
+    Nothing is copied, because filling a gigabyte of new memory takes longer than reading it from a disk.
 
     Args:
-        named: a person named the file, or a hub's cache has it, so a link may lead anywhere.
+        named: whether the user named the file, or it is in the cache of a hub, so that links may lead anywhere.
 
     Raises:
-        CheckpointError: it is not a safetensors file, or a tensor reaches beyond its end.
+        CheckpointError: the file cannot be read, or is not a valid safetensors file.
     """
     with _one_error(path, "not a safetensors file: "), open_named(path) if named else open_regular(path) as file:
         return _mapped(file, header_of(file).tensors)
@@ -120,15 +117,15 @@ def map_tensors(path: Path, named: bool = False) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def open_tensors(path: Path, expected: str) -> Iterator[dict[str, torch.Tensor]]:
-    """As `map_tensors`; meanwhile threads read the file for its checksum, which is compared at the end.
+    """Like `map_tensors`, while threads compute the checksum of the file, which is compared on exit.
 
-    Tensors that do not begin at a multiple of ALIGNMENT are copied to one.
+    Tensors that are not aligned to ALIGNMENT are copied.
 
     Args:
         expected: the CRC-32 of the whole file.
 
     Raises:
-        CheckpointError: it is not a safetensors file; at the end, it has another checksum.
+        CheckpointError: the file is not a safetensors file or, on exit, has another checksum.
     """
     with contextlib.ExitStack() as stack:
         with _one_error(path, "not a safetensors file: "):
@@ -156,10 +153,10 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def map_entries(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, torch.Tensor]:
-    """Tensors at known places of a file that a person named, as views of it (see `map_tensors`).
+    """Map tensors at known places of a file that the user named (see `map_tensors`).
 
     Raises:
-        CheckpointError: it cannot be read, or is shorter.
+        CheckpointError: the file cannot be read, or is too short.
     """
     with _one_error(path), open_named(path) as file:
         return _mapped(file, entries)
@@ -167,7 +164,7 @@ def map_entries(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, tor
 
 @contextlib.contextmanager
 def _one_error(path: Path, prefix: str = "") -> Iterator[None]:
-    """What goes wrong with a file becomes a CheckpointError; `prefix`: before what is wrong with its contents."""
+    """Turn OSError and ValueError into a CheckpointError that names the file; `prefix` is for those of its content."""
     try:
         yield
     except CheckpointError:
@@ -184,7 +181,7 @@ def _mapped(file: BinaryIO, entries: Mapping[str, TensorEntry]) -> dict[str, tor
 
 
 def _view(memory: mmap.mmap, name: str, entry: TensorEntry) -> torch.Tensor:
-    """A tensor of a file that is mapped into memory, at whatever address it lies; it keeps the mapping alive."""
+    """A tensor in a mapped file, perhaps unaligned; it keeps the mapping alive."""
     dtype = _dtype(name, entry)
     if not entry.elements:
         return torch.empty(entry.shape, dtype=dtype)
@@ -193,5 +190,5 @@ def _view(memory: mmap.mmap, name: str, entry: TensorEntry) -> torch.Tensor:
 
 def _dtype(name: str, entry: TensorEntry) -> torch.dtype:
     if entry.dtype not in DTYPES:
-        raise ValueError(f"{name}: {entry.dtype} is not read here")
+        raise ValueError(f"{name}: dtype {entry.dtype} is not supported")
     return DTYPES[entry.dtype]

@@ -1,4 +1,4 @@
-"""The configuration: every setting, and where its value came from."""
+"""The configuration: every setting, and where its value comes from."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import os
 import warnings
 from typing import Any
 
-os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # it would look for some in every installed package
+# Otherwise pydantic would search every installed package for plugins.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 MOVED = ("Config", "DataConfig", "ModelConfig", "OptimizerConfig", "TrackingConfig", "TrainConfig")
 
 
 def __getattr__(name: str) -> Any:
-    """Deprecated, and gone in the next release: `from utils.config import Config`."""
+    """Support `from utils.config import Config`, which is deprecated and will be removed in the next release."""
     if name not in MOVED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from utils.config import settings

@@ -1,4 +1,4 @@
-"""Settings by their flat names: their sections, accepted values and values, the config hash, the JSON schema."""
+"""Settings by their flat names: sections, accepted values, current values, the config hash and the JSON schema."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SECTIONS: dict[str, type[Section]] = {
 
 
 def iter_fields() -> Iterator[tuple[str, str, FieldInfo]]:
-    """(section, key, field) of every setting, in the order of settings.py."""
+    """Yield (section, key, field) for every setting, in the order of settings.py."""
     for section, model in SECTIONS.items():
         for key, field in model.model_fields.items():
             yield section, key, field
@@ -31,7 +31,7 @@ SECTION_OF: dict[str, str] = {key: section for section, key, _ in iter_fields()}
 assert len(FIELDS) == sum(len(model.model_fields) for model in SECTIONS.values()), "leaf names are unique"
 assert not FIELDS.keys() & SECTIONS.keys(), "no setting is named like a section"
 
-# Settings that older runs do not have. Their defaults leave a run as it was, and its hash, too.
+# Settings that older runs do not have. At their defaults they change nothing, so the config hash leaves them out.
 ADDED = {
     *("packing", "loss_after"),
     *("rope_scaling", "rope_factor", "rope_original_context", "rope_low_freq", "rope_high_freq"),
@@ -49,7 +49,7 @@ def field_fact(key: str, fact: Literal["kind", "unit"]) -> str:
 
 
 def expected(key: str) -> str:
-    """What a value of `key` must be, in words: "integer >= 1", "gelu, gelu_tanh, relu2 or swiglu"."""
+    """Describe the accepted values of `key`, e.g. "integer >= 1" or "gelu, gelu_tanh, relu2 or swiglu"."""
     field = FIELDS[key]
     if key == "device":
         return "auto, cpu, cuda, cuda:N or mps"
@@ -93,7 +93,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def derived_settings(config: Config, max_iters: int) -> dict[str, Any]:
-    """Values of settings that are none, or alternatives of each other, in a run of `max_iters` steps."""
+    """The values that settings left at none, and alternatives like epochs, resolve to in a run of `max_iters` steps."""
     model, optimizer = config.model, config.optimizer
     return {
         **model.derived,
@@ -108,12 +108,12 @@ def derived_settings(config: Config, max_iters: int) -> dict[str, Any]:
 
 
 def config_hash(config: Config, resolved: dict[str, Any]) -> str:
-    """sha256 over everything that decides the numbers of a run.
+    """SHA-256 of everything that determines the numbers of a run.
 
     Args:
         config: the merged configuration.
-        resolved: the values that "auto", none and the like resolved to (device type, dtype, threads, derived
-            settings, hashes of corpus and tokenizer); each replaces the setting of the same name.
+        resolved: the values that "auto" and none resolved to (device type, dtype, threads, derived settings), and
+            the hashes of corpus and tokenizer; each replaces the setting of the same name.
     """
     values = {key: value for key, value in flat(config).items() if field_fact(key, "kind") == TRAJECTORY}
     values = {key: value for key, value in values.items() if key not in ADDED or value != FIELDS[key].default}
@@ -122,12 +122,12 @@ def config_hash(config: Config, resolved: dict[str, Any]) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """The JSON schema of a file in configs/: sectioned or flat, every key optional."""
+    """The JSON schema of a file in configs/, which may be sectioned or flat; every key is optional."""
     schema = Config.model_json_schema()
     flat_properties = {key: schema["$defs"][SECTIONS[SECTION_OF[key]].__name__]["properties"][key] for key in FIELDS}
     schema["properties"] = {**schema["properties"], **flat_properties}
     for described in (schema, *schema["$defs"].values()):
-        described["description"] = described["description"].partition("\n")[0]  # without the example of its docstring
+        described["description"] = described["description"].partition("\n")[0]  # without the docstring's example
     schema["title"] = "Experiment configuration"
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     return schema

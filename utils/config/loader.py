@@ -1,8 +1,8 @@
-"""Layers of settings -> one validated Config, with the source of every value.
+"""Merge layers of settings into one validated Config, with the source of every value.
 
 Priority, highest first: command line > `--config FILE` (later wins) > configs/*.yaml|yml|json >
 legacy config.json > defaults. For every key the loader keeps each layer that set it, with file and line, so
-that a mistake is reported with its place and a value can be explained.
+that a mistake can be located and a value explained.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from utils.errors import SHOWN, cut, nearest, shown
 from utils.files import open_regular, real_path
 
 ALTERNATIVES = (("max_iters", "epochs"),)  # setting one of a pair in a higher layer clears the other
-NO_SETTINGS = "cleaning"  # how the names of files in configs/ begin that are for prepare.py
+CLEANING = "cleaning"  # files of configs/ with this prefix are for prepare.py and contain no settings
 CODE = "code"  # the source of a setting that was given in Python
-NONE_WORDS = ("none", "null")  # how a text says "no value"
-RECORDED = "full_config.json"  # in which a run keeps its configuration, perhaps with the sections of an older version
-MOVED_FROM = {"qa_template": "tracking", "qa_stop": "tracking"}  # setting -> the section that it was in
+NONE_WORDS = ("none", "null")  # text that means "no value"
+RECORDED = "full_config.json"  # the configuration that a run has recorded, perhaps with sections of an older version
+MOVED_FROM = {"qa_template": "tracking", "qa_stop": "tracking"}  # setting -> its section in older versions
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One layer's value for one key."""
+    """The value of one key in one layer."""
 
     value: Any
     source: str  # "configs/train.yaml:7", "--batch-size", "code" or "default"
@@ -43,8 +43,8 @@ class Setting:
 class LoadedConfig:
     """A validated configuration and the source of each value.
 
-    layers: per key, lowest priority first.
-    ignored: a line for each name in a legacy config.json that has no counterpart.
+    layers: key -> its values in all layers, lowest priority first.
+    ignored: one line for each name in a legacy config.json that has no counterpart.
     """
 
     config: Config
@@ -53,7 +53,7 @@ class LoadedConfig:
 
     @classmethod
     def from_config(cls, config: Config) -> LoadedConfig:
-        """For a Config made in code: values that differ from the defaults get the source "code"."""
+        """Wrap a Config created in Python; values that differ from the defaults get the source "code"."""
         layers = _default_layers()
         for key, value in flat(config).items():
             if value != layers[key][0].value:
@@ -64,7 +64,7 @@ class LoadedConfig:
         return self.layers[key][-1].source
 
     def non_default(self) -> list[tuple[str, Any, str]]:
-        """(key, value, source) of every setting whose value differs from the default."""
+        """List (key, value, source) for every setting that differs from its default."""
         default = flat(Config())
         return [(key, value, self.source(key)) for key, value in flat(self.config).items() if value != default[key]]
 
@@ -82,13 +82,13 @@ class LoadedConfig:
 
 
 def config_files(loaded: LoadedConfig) -> set[str]:
-    """The files that settings come from, as `relative_name` writes them."""
+    """The names of the files that settings come from, as `relative_name` returns them."""
     sources = (setting.source for layers in loaded.layers.values() for setting in layers)
     return {name for name in (source.rpartition(":")[0] for source in sources) if name.endswith(CONFIG_SUFFIXES)}
 
 
 def relative_name(path: Path, root: Path) -> str:
-    """`path` as a person would type it from `root`."""
+    """`path` relative to `root` if it is inside, otherwise unchanged."""
     try:
         return real_path(path).relative_to(real_path(root)).as_posix()
     except ValueError:
@@ -96,16 +96,17 @@ def relative_name(path: Path, root: Path) -> str:
 
 
 def read_config_file(path: Path, name: str, ignored: list[str] | None = None) -> dict[str, Setting]:
-    """The settings of one file, flat or sectioned, by leaf name.
+    """Read the settings of one file, flat or sectioned, by leaf name.
 
     Args:
-        path: a .yaml, .yml or .json file. The recorded configuration of a run may have settings in older sections.
-        name: its name in messages and sources.
-        ignored: gets a line for each name that has no counterpart, for a flat file that may have the names of other
-            programs (utils/config/legacy.py); without it, such names are mistakes.
+        path: a .yaml, .yml or .json file. In the recorded configuration of a run, settings may be in older sections.
+        name: the file's name in messages and sources.
+        ignored: if given, the names of other programs are accepted (utils/config/legacy.py), and this list gets a line
+            for each name without counterpart; otherwise such names are mistakes.
 
     Raises:
-        ConfigError: the file is unreadable or malformed, or has a key that is unknown, in a wrong section or set twice.
+        ConfigError: the file is unreadable or malformed, or has a key that is unknown, in the wrong section or set
+            twice.
     """
     if path.suffix not in CONFIG_SUFFIXES:
         raise ConfigError(f"{name}: expected a file that ends in {', '.join(CONFIG_SUFFIXES)}")
@@ -122,7 +123,7 @@ def read_config_file(path: Path, name: str, ignored: list[str] | None = None) ->
             raise ConfigError(f"{name}:{line}: {key} is set twice in this file (also at {settings[key].source})")
         if not isinstance(value, str | int | float | list | None):  # YAML has dates, bytes and sets as well
             raise ConfigError(f"{name}:{line}: {key}: expected {expected(key)}, got a {type(value).__name__}")
-        none = is_none(key, value) and path.name != RECORDED  # in which a value is what it is
+        none = is_none(key, value) and path.name != RECORDED  # a recorded "none" is text: no value is null there
         settings[key] = Setting(None if none else value, f"{name}:{line}")
 
     for key, value in document.items():
@@ -149,7 +150,7 @@ def read_config_file(path: Path, name: str, ignored: list[str] | None = None) ->
 
 
 def unknown_key(key: str, section: str | None = None) -> str:
-    """What is wrong with a name that is no setting, or none of its section, and the nearest one that is."""
+    """The message for a name that is not a setting, or not one of its section, with the nearest valid name."""
     if section and key in SECTION_OF:
         return f"{key} belongs to section {SECTION_OF[key]}, not {section}"
     if section:
@@ -160,13 +161,13 @@ def unknown_key(key: str, section: str | None = None) -> str:
 
 
 def is_none(key: str, value: Any) -> bool:
-    """Whether the text of a setting says that it has no value."""
+    """Whether `value` is text that means "no value" for this setting."""
     optional = type(None) in getattr(FIELDS[key].annotation, "__args__", ())
     return optional and isinstance(value, str) and value.lower() in NONE_WORDS
 
 
 def _from_flag(key: str, text: str) -> Any:
-    """The text after a flag as a value that pydantic can validate."""
+    """Convert the text after a flag to a value that pydantic can validate."""
     if is_none(key, text):
         return None
     if get_origin(FIELDS[key].annotation) is tuple:
@@ -175,12 +176,12 @@ def _from_flag(key: str, text: str) -> Any:
 
 
 def from_code(key: str, value: Any) -> Any:
-    """A value given in Python as a file could have it, since it is recorded: paths and the numbers of NumPy and torch
-    are texts and numbers there, and what can be iterated only once is a list.
+    """Convert a value given in Python to one that JSON can record: paths to text, numbers and arrays of NumPy and torch
+    to numbers and lists, iterables to lists.
     """
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "tolist"):  # of NumPy and torch: a number, or a list of them
+    if hasattr(value, "tolist"):  # NumPy and torch: returns a number or a list
         return value.tolist()
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
         return [from_code(key, item) for item in value]
@@ -191,8 +192,8 @@ class ConfigLoader:
     """Merges the layers of one project folder.
 
     Args:
-        root: the folder that holds train.py; default paths and names in messages are relative to it.
-        config_dir: folder of the shared files; default root/configs.
+        root: the folder that contains train.py; default paths and names in messages are relative to it.
+        config_dir: folder of the shared files, root/configs by default.
     """
 
     def __init__(self, root: Path, config_dir: Path | None = None) -> None:
@@ -202,7 +203,7 @@ class ConfigLoader:
             raise ConfigError(f"--config-dir {config_dir}: no such folder")
 
     def load(self, files: Iterable[Path] = (), overrides: Mapping[str, str | bool] | None = None) -> LoadedConfig:
-        """Merge and validate.
+        """Merge and validate all layers.
 
         Args:
             files: `--config` files, lowest priority first.
@@ -219,12 +220,12 @@ class ConfigLoader:
         """Load one regular file of a run on top of the built-in defaults, without configs/.
 
         Raises:
-            ConfigError: as `load`.
+            ConfigError: as for `load`.
         """
         try:
             open_regular(path, path.parent.parent).close()
         except FileNotFoundError:
-            pass  # reported below
+            pass  # reported below, with the nearest name
         except OSError as error:
             raise ConfigError(f"{relative_name(path, self.root)}: cannot be read: {error.strerror}") from None
         return _merge(_default_layers(), [read_config_file(path, relative_name(path, self.root))])
@@ -235,7 +236,7 @@ class ConfigLoader:
         """Like `load`, but with `base` instead of the defaults and configs/.
 
         Raises:
-            ConfigError: as `load`.
+            ConfigError: as for `load`.
         """
         layers = {key: list(settings) for key, settings in base.layers.items()}
         return _merge(layers, self._own_layers(files, overrides or {}))
@@ -244,15 +245,15 @@ class ConfigLoader:
         """`base` with one more layer on top.
 
         Raises:
-            ConfigError: as `load`.
+            ConfigError: as for `load`.
         """
         return _merge({key: list(settings) for key, settings in base.layers.items()}, [dict(layer)])
 
     def load_code(self, settings: Mapping[str, Any], base: LoadedConfig | None = None) -> LoadedConfig:
-        """Settings given in Python, flat or by section, on top of `base`, or else of the defaults and configs/.
+        """Merge settings given in Python, flat or by section, on top of `base`, or of the defaults and configs/.
 
         Raises:
-            ConfigError: as `load`.
+            ConfigError: as for `load`.
         """
         layer: dict[str, Setting] = {}
         for name, value in settings.items():
@@ -284,10 +285,10 @@ class ConfigLoader:
         }
 
     def _shared_layer(self) -> dict[str, Setting]:
-        """All files of the configuration folder; they are one layer, so no key may be set in two of them."""
+        """The settings of all files in the configuration folder, as one layer: each key may be set only once."""
         folder = self.config_dir or self.root / "configs"
         layer: dict[str, Setting] = {}
-        files = [p for p in folder.glob("[!.]*") if p.suffix in CONFIG_SUFFIXES and not p.name.startswith(NO_SETTINGS)]
+        files = [p for p in folder.glob("[!.]*") if p.suffix in CONFIG_SUFFIXES and not p.name.startswith(CLEANING)]
         for path in sorted(files):
             for key, setting in read_config_file(path, relative_name(path, self.root)).items():
                 if key in layer:
@@ -301,7 +302,7 @@ def _default_layers() -> dict[str, list[Setting]]:
 
 
 def _merge(layers: dict[str, list[Setting]], further: Iterable[dict[str, Setting]]) -> LoadedConfig:
-    """`further` layers on top of `layers`, lowest priority first, validated."""
+    """Put the layers `further`, lowest priority first, on top of `layers`, in place, and validate the result."""
     for layer in further:
         check_values(layer)
         for pair in ALTERNATIVES:
@@ -309,16 +310,17 @@ def _merge(layers: dict[str, list[Setting]], further: Iterable[dict[str, Setting
             if len(given) == 1:
                 (other,) = set(pair) - set(given)
                 layer.setdefault(other, Setting(None, layer[given[0]].source))
-        _make_room(layer, layers)
+        _settle_batch_size(layer, layers)
         for key, setting in layer.items():
             layers[key].append(setting)
     return LoadedConfig(_validate(layers), layers)
 
 
-def _make_room(layer: dict[str, Setting], below: Mapping[str, list[Setting]]) -> None:
-    """A number of sequences in a layer clears tokens_per_step below it; auto clears the micro-steps.
+def _settle_batch_size(layer: dict[str, Setting], below: Mapping[str, list[Setting]]) -> None:
+    """Add to `layer` what its batch_size or tokens_per_step implies for the settings in the layers below.
 
-    tokens_per_step alone means batch_size auto.
+    tokens_per_step alone implies batch_size auto. A number as batch_size clears tokens_per_step below it, and auto
+    resets gradient_accumulation_steps to 1.
     """
     tokens = layer.get("tokens_per_step")
     if tokens is not None and tokens.value is not None:
@@ -330,7 +332,7 @@ def _make_room(layer: dict[str, Setting], below: Mapping[str, list[Setting]]) ->
 
 
 def load_layer(layer: dict[str, Setting]) -> LoadedConfig:
-    """One layer of settings on top of the built-in defaults, validated.
+    """Put one layer of settings on top of the built-in defaults and validate the result.
 
     Raises:
         ConfigError: one line for each mistake, with its source.
@@ -339,17 +341,17 @@ def load_layer(layer: dict[str, Setting]) -> LoadedConfig:
 
 
 def flag_name(key: str, value: Any = None) -> str:
-    """`batch_size` -> `--batch-size`; a switch that is off -> `--no-...`."""
+    """The flag of a setting: `--batch-size` for batch_size, `--no-...` for a switch that is off."""
     return ("--no-" if value is False else "--") + key.replace("_", "-")
 
 
 def check_values(layer: Mapping[str, Setting]) -> None:
-    """Raises ConfigError unless each value of a layer is valid by itself, even if a higher layer shadows it."""
+    """Raise ConfigError unless each value of a layer is valid on its own, even if a higher layer overrides it."""
     mistakes = []
     for key, setting in layer.items():
         try:
             SECTIONS[SECTION_OF[key]].model_validate({key: setting.value})
-        except ValidationError as error:  # rules between settings are for the merged configuration
+        except ValidationError as error:  # rules between settings (no "loc") are checked on the merged configuration
             details = [d for d in error.errors(include_url=False) if d["loc"]][:1]
             mistakes += [_explain({**d, "loc": (SECTION_OF[key], key)}, {key: [setting]}) for d in details]
     if mistakes:
@@ -367,7 +369,7 @@ def _validate(layers: dict[str, list[Setting]]) -> Config:
 
 
 def _by_key(error: ValidationError) -> list[ErrorDetails]:
-    """One detail for each key: pydantic reports every member of a union type."""
+    """The first error of each key, because pydantic reports one for every member of a union type."""
     seen: dict[tuple[int | str, ...], ErrorDetails] = {}
     for detail in error.errors(include_url=False):
         seen.setdefault(detail["loc"][:2], detail)
@@ -375,7 +377,7 @@ def _by_key(error: ValidationError) -> list[ErrorDetails]:
 
 
 def _explain(detail: ErrorDetails, layers: dict[str, list[Setting]]) -> str:
-    """One line: the place, the key, what was expected and what was given."""
+    """Describe a mistake in one line: its place, the key, the expected and the given value."""
     cause = detail.get("ctx", {}).get("error")
     if isinstance(cause, RuleError):
         return f"{_set_last(cause, layers)}: {cause}"
@@ -388,19 +390,19 @@ def _explain(detail: ErrorDetails, layers: dict[str, list[Setting]]) -> str:
     return f"{named}: expected {expected(key)}, got {shown(setting.value)}{hint}"
 
 
-def mistakes_by_hand(kind: type[Section], error: ValidationError) -> str:
-    """What is wrong with a section, or a Config, that was made in Python: one line for each mistake."""
+def mistakes_in_code(kind: type[Section], error: ValidationError) -> str:
+    """Describe the mistakes in a section or Config created in Python, one line each."""
     section = next((name for name, model in SECTIONS.items() if issubclass(kind, model)), None)
     lines: dict[object, str] = {}
     for detail in error.errors(include_url=False):
         place = detail["loc"] if section is None else (section, *detail["loc"])
         if place[:2] not in lines:  # pydantic reports every member of a union type
-            lines[place[:2]] = _mistake_by_hand({**detail, "loc": place})
+            lines[place[:2]] = _mistake_in_code({**detail, "loc": place})
     return "\n".join(lines.values())
 
 
-def _mistake_by_hand(detail: ErrorDetails) -> str:
-    """One line. `loc` begins with the name of the section, or is a surplus name of a Config."""
+def _mistake_in_code(detail: ErrorDetails) -> str:
+    """Describe one mistake in one line. `loc` begins with the name of a section or an unknown name of a Config."""
     cause, (section, *keys) = detail.get("ctx", {}).get("error"), map(str, detail["loc"] or ("",))
     if isinstance(cause, RuleError):
         return str(cause)
@@ -415,12 +417,12 @@ def _mistake_by_hand(detail: ErrorDetails) -> str:
 
 
 def rule_error(error: RuleError, loaded: LoadedConfig) -> ConfigError:
-    """The error for a rule that was found broken after loading, with the place where its first key was set."""
+    """The error for a rule found broken after loading, with the place of the setting to blame."""
     return ConfigError(f"{_set_last(error, loaded.layers)}: {error}")
 
 
 def _set_last(error: RuleError, layers: Mapping[str, Sequence[Setting]]) -> str:
-    """The source to name for a broken rule: a flag before a file, then what overrides the most, then the first."""
+    """The source to blame for a broken rule: a flag before a file, then the key set in most layers, then the first."""
     found = [layers[key] for key in error.keys if layers[key][-1].source != "default"]
     found.sort(key=lambda settings: (not settings[-1].source.startswith("--"), -len(settings)))
     return found[0][-1].source if found else "default"

@@ -1,4 +1,4 @@
-"""YAML and JSON files of settings -> their document, with the line of each key."""
+"""Parse YAML and JSON files of settings, with the line number of each key."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from utils.files import read_named
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 CONFIG_BYTES = 1 << 20
-CONFIG_VALUES = 10_000  # with every alias of YAML in full: a few lines of aliases can stand for billions
-Lines = dict[int, dict[str, int]]  # id of a mapping -> key -> line; in YAML also id of a list -> number of item -> line
+CONFIG_VALUES = 10_000  # counting YAML aliases expanded: a few lines of aliases can expand to billions of values
+Lines = dict[int, dict[str, int]]  # id of a mapping -> key -> line; in YAML also id of a list -> index of item -> line
 
 
 class ConfigError(UserError):
@@ -23,13 +23,13 @@ class ConfigError(UserError):
 
 
 def parse_file(path: Path, name: str) -> tuple[Any, Lines]:
-    """The document of a file that ends in one of CONFIG_SUFFIXES, and the line of each key of its mappings.
+    """Parse a file whose suffix is in CONFIG_SUFFIXES; return its document and the line of each key of its mappings.
 
     Args:
-        name: its name in messages.
+        name: the file's name in messages.
 
     Raises:
-        ConfigError: it cannot be read, is malformed, or sets a key twice.
+        ConfigError: the file cannot be read, is malformed, or sets a key twice.
     """
     parse = _parse_json if path.suffix == ".json" else _parse_yaml
     return parse(_read_text(path, name), name)
@@ -37,7 +37,7 @@ def parse_file(path: Path, name: str) -> tuple[Any, Lines]:
 
 def _read_text(path: Path, name: str) -> str:
     try:
-        return read_named(path, CONFIG_BYTES).decode("utf-8-sig")  # some editors begin a file with a byte order mark
+        return read_named(path, CONFIG_BYTES).decode("utf-8-sig")  # some editors start a file with a byte order mark
     except FileNotFoundError:
         siblings = [p.name for p in path.parent.glob("*") if p.suffix in CONFIG_SUFFIXES]
         raise ConfigError(f"{name}: no such configuration file{nearest(path.name, siblings)}") from None
@@ -48,7 +48,7 @@ def _read_text(path: Path, name: str) -> str:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that records the line of each key and refuses a key that a mapping has twice."""
+    """A SafeLoader that records the line of each key and refuses duplicate keys in a mapping."""
 
     lines: Lines
 
@@ -76,19 +76,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _construct_sequence(loader: _UniqueKeyLoader, node: yaml.SequenceNode) -> list[Any]:
-    """A list, with the line of each item under its number."""
+    """Construct a list; record the line of each item under its index."""
     items = loader.construct_sequence(node, deep=True)
     loader.lines[id(items)] = {str(number): item.start_mark.line + 1 for number, item in enumerate(node.value)}
     return items
 
 
 def _construct_text(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> str:
-    """A date stays text: no setting is a date, and a tag may look like one."""
+    """Keep a date as text: no setting is a date, and a tag may look like one."""
     return str(node.value)
 
 
 def _construct_number(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> int | float | str:
-    """A number as YAML 1.2 and flags read it: 0100 is not octal, and 1:30 is text, not a count of seconds."""
+    """Construct a number as YAML 1.2 and flags read it: 0100 is not octal, and 1:30 is text, not a duration."""
     text = str(node.value).replace("_", "")
     if ":" in text or text.lstrip("+-").startswith("0b"):
         return str(node.value)
@@ -118,19 +118,21 @@ _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:merge", _refuse_merge)
 
 
 def _count(node: yaml.Node, counts: dict[int, int]) -> int:
-    """The number of values in a node, where an alias counts as all that it stands for.
+    """Count the values in a node with its aliases expanded.
 
     Args:
-        counts: id of a node -> its number of values, of those that were counted before.
+        counts: id of a node -> number of its values, for the nodes already counted; 0 while a node is being counted.
 
     Raises:
         ConstructorError: a node contains itself.
     """
     known = counts.get(id(node))
     if known == 0:
-        raise yaml.constructor.ConstructorError(None, None, "an alias of what it is in", node.start_mark)
+        raise yaml.constructor.ConstructorError(
+            None, None, "an alias refers to a value that contains it", node.start_mark
+        )
     if known is None:
-        counts[id(node)] = 0  # until it is counted
+        counts[id(node)] = 0
         children = [] if isinstance(node, yaml.ScalarNode) else node.value
         parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
         known = counts[id(node)] = 1 + sum(_count(part, counts) for part in parts)
@@ -146,7 +148,7 @@ def _parse_yaml(text: str, name: str) -> tuple[Any, Lines]:
         if node is None:
             return None, {}
         if _count(node, {}) > CONFIG_VALUES:
-            raise ConfigError(f"{name}: more than {CONFIG_VALUES:,} values, each alias in full")
+            raise ConfigError(f"{name}: more than {CONFIG_VALUES:,} values, with its aliases expanded")
         return loader.construct_document(node), loader.lines
     except ConfigError:
         raise
@@ -160,12 +162,12 @@ def _parse_yaml(text: str, name: str) -> tuple[Any, Lines]:
         raise ConfigError(f"{name}:{line}: not valid YAML: {problem}") from None
     except RecursionError:
         raise ConfigError(f"{name}: nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number or date that Python cannot hold
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number with too many digits for Python
         raise ConfigError(f"{name}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
 def _parse_json(text: str, name: str) -> tuple[Any, Lines]:
-    """Like `_parse_yaml`; the line of a key is the first one with its quoted name."""
+    """Like `_parse_yaml`. The line of a key is the first one that contains its quoted name and a colon."""
     lines: Lines = {}
 
     def line_of(key: str) -> int:
@@ -189,5 +191,5 @@ def _parse_json(text: str, name: str) -> tuple[Any, Lines]:
         raise ConfigError(f"{name}: nested too deeply") from None
     except ConfigError:
         raise
-    except ValueError as error:  # a number that Python cannot hold
+    except ValueError as error:  # a number with too many digits for Python
         raise ConfigError(f"{name}: not valid JSON: {error}") from None

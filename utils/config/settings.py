@@ -1,8 +1,8 @@
 """Every setting of the workbench: type, default, bounds, unit, meaning and kind.
 
-Flags, `--help`, docs/config.schema.json, the config hash and the rules of a resume are derived from
-these models, so a new setting is one new field here and its use. Importing this file does not
-import torch.
+Flags, `--help`, docs/config.schema.json, the config hash and the rules for resuming are derived from
+these models, so adding a setting takes one field here and the code that uses it. Importing this file
+does not import torch.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from utils.files import expand_home
 
 Kind = Literal["trajectory", "observation", "machine"]
 TRAJECTORY: Kind = "trajectory"  # changes the numbers of a run
-OBSERVATION: Kind = "observation"  # what is recorded of a run, how often, and how its model is used
-MACHINE: Kind = "machine"  # paths, limits of time, addresses
+OBSERVATION: Kind = "observation"  # what is recorded about a run, how often, and how its model is used
+MACHINE: Kind = "machine"  # paths, time limits, addresses
 
 
 class RuleError(ValueError):
-    """A rule between settings is broken; `keys` are the settings concerned."""
+    """A setting or a combination of settings breaks a rule; `keys` names the settings."""
 
     def __init__(self, message: str, *keys: str) -> None:
         super().__init__(message)
@@ -44,7 +44,7 @@ class RuleError(ValueError):
 
 
 def _refuse_bool(value: Any) -> Any:
-    """Refuses True, which pydantic would read as 1: in a config file it is a mistake."""
+    """Refuse True and False, which pydantic would read as 1 and 0; in a config file they are mistakes."""
     if isinstance(value, bool):
         raise PydanticCustomError("boolean", "expected a number, got a boolean")
     return value
@@ -56,12 +56,12 @@ Place = Annotated[str, AfterValidator(expand_home)]  # a path; `~` is the home f
 
 
 def setting(default: Any, meaning: str, *, kind: Kind, unit: str = "", **bounds: Any) -> Any:
-    """A field with its meaning, kind, unit and bounds, from which flags, help, schema and hash are derived."""
+    """A pydantic field with the meaning, kind, unit and bounds of a setting."""
     return Field(default, description=meaning, json_schema_extra={"kind": kind, "unit": unit}, **bounds)
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text has no lone surrogates, which stand for the bytes of a command line that are not text."""
+    """Whether `text` has no lone surrogates, which Python uses for bytes of a command line that are not valid text."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
@@ -73,19 +73,19 @@ class Section(BaseModel):
     )
 
     def __init__(self, **settings: Any) -> None:
-        """A section made by hand. Its mistakes have the words of the command line, unlike those of pydantic.
+        """Create a section in Python code.
 
         Raises:
-            UserError: one line for each mistake.
+            UserError: one line for each mistake, worded as on the command line rather than by pydantic.
         """
         try:
             super().__init__(**settings)
         except ValidationError as error:
-            from utils.config.loader import mistakes_by_hand  # which imports this module
+            from utils.config.loader import mistakes_in_code  # here, because the loader imports this module
 
-            raise UserError(mistakes_by_hand(type(self), error)) from None
+            raise UserError(mistakes_in_code(type(self), error)) from None
 
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # validating a mapping does not go through it
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # validating a mapping does not call it
 
     def __setattr__(self, name: str, value: Any) -> None:
         is_setting = name in type(self).model_fields and not isinstance(getattr(self, name), Section)
@@ -93,10 +93,10 @@ class Section(BaseModel):
         raise UserError(f"{name} cannot be set: a configuration is frozen{hint}")
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """A copy with other values, which are checked when it is trained with.
+        """A copy with some values replaced; the new values are validated when the configuration is used for training.
 
         Raises:
-            UserError: a name that this section does not have; pydantic takes it, and nothing would read it.
+            UserError: the section has no such setting (pydantic would accept the name, and nothing would read it).
         """
         fields = type(self).model_fields
         for name in (update or {}).keys() - fields:
@@ -106,21 +106,21 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _is_unicode(cls, value: Any) -> Any:
-        """Refuses lone surrogates: bytes that are not text, which a command line can hold but no log or tracker can."""
+        """Refuse lone surrogates: a command line can contain such bytes, but no log or tracker can store them."""
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str) and not is_unicode(text):
                 raise PydanticCustomError("unicode", "expected Unicode text")
         return value
 
 
-TOKENIZERS = ("char", "byte", "bpe", "gpt2")  # and hf:PATH
+TOKENIZERS = ("char", "byte", "bpe", "gpt2")  # besides hf:PATH
 TOKENIZER_SCHEMA = WithJsonSchema(
     {"anyOf": [{"type": "string", "enum": [*TOKENIZERS]}, {"type": "string", "pattern": "^hf:."}]}
 )
 
 
 def check_tokenizer_name(name: str) -> str:
-    """Returns `name`, with the home folder for a `~`; raises ValueError unless it is one of TOKENIZERS or hf:PATH."""
+    """Return `name` with `~` expanded; raise ValueError unless it is one of TOKENIZERS or hf:PATH."""
     if name not in TOKENIZERS and not re.match(r"hf:.", name):
         raise ValueError(
             f"expected {', '.join(TOKENIZERS)} or hf:PATH of a tokenizer.json, got {name!r}{nearest(name, TOKENIZERS)}"
@@ -130,7 +130,7 @@ def check_tokenizer_name(name: str) -> str:
 
 
 class DataConfig(Section):
-    """The text that the model learns.
+    """The training text and its tokenizer.
 
     >>> config = Config(data=DataConfig(dataset="pydocs", tokenizer="byte"))
     >>> create_model(config).vocab_size
@@ -139,48 +139,54 @@ class DataConfig(Section):
 
     dataset: Annotated[str, AfterValidator(os.path.expanduser)] = setting(
         "pydocs",
-        "a registered corpus (pydocs, shakespeare), the name or path of a prepared dataset (prepare.py), or the path "
-        "of a UTF-8 text file or a folder of them",
-        kind=MACHINE,  # the text decides, wherever it is: corpus_hash takes its place
+        "a built-in corpus (pydocs, shakespeare, arithmetic), the name or path of a prepared dataset (prepare.py), or "
+        "the path of a UTF-8 text file or a folder of such files",
+        kind=MACHINE,  # the same text may be stored elsewhere; the config hash contains corpus_hash instead
         min_length=1,
     )
     tokenizer: Annotated[str, AfterValidator(check_tokenizer_name), TOKENIZER_SCHEMA] = setting(
         "char",
-        "how text becomes token ids: characters, bytes of UTF-8, byte-pair encoding learned from the corpus, "
-        "the encoding of GPT-2, or any tokenizer.json",
+        "how text becomes token ids: characters, UTF-8 bytes, byte-pair encoding learned from the corpus, GPT-2's "
+        "encoding, or any tokenizer.json",
         kind=TRAJECTORY,
     )
     bpe_vocab_size: Int = setting(
-        4096, "tokens that `tokenizer: bpe` learns", kind=TRAJECTORY, unit="tokens", ge=257, le=1_000_000
+        4096,
+        "vocabulary size of `tokenizer: bpe`, including its 256 bytes and the special tokens",
+        kind=TRAJECTORY,
+        unit="tokens",
+        ge=257,
+        le=1_000_000,
     )
     special_tokens: tuple[str, ...] = setting(
-        (), "further tokens with a role of `tokenizer: bpe`, beside <|endoftext|>", kind=TRAJECTORY
+        (), "special tokens of `tokenizer: bpe`, in addition to <|endoftext|>", kind=TRAJECTORY
     )
     unknown_token: str | None = setting(
         None,
-        "one character that stands for characters outside the vocabulary of `tokenizer: char`; none: they are an error",
+        "with `tokenizer: char`: one character that replaces any character outside the vocabulary; none: such a "
+        "character is an error",
         kind=TRAJECTORY,
         min_length=1,
         max_length=1,
     )
     val_fraction: Float = setting(
-        0.1, "share of the tokens, at the end of the corpus, kept for validation", kind=TRAJECTORY, gt=0, lt=1
+        0.1, "share of the tokens kept for validation, from the end of the corpus", kind=TRAJECTORY, gt=0, lt=1
     )
     packing: Literal["none", "random", "documents"] = setting(
         "random",
-        "samples of a prepared dataset: one document in each row, windows at random offsets, or whole documents packed "
-        "into rows; attention and loss stay within documents except for random",
+        "how a prepared dataset is cut into samples: one document per row (none), windows at random offsets (random), "
+        "or whole documents packed into rows (documents); attention and loss cross documents only with random",
         kind=TRAJECTORY,
     )
     loss_after: str | None = setting(
         None,
-        "with rows of documents: only what follows this text in a document counts, an answer after its question say; "
-        "none: all of it",
+        "with packing none or documents: count only the loss of what follows this text in each document, such as the "
+        "answer to a question; none: count all of it",
         kind=TRAJECTORY,
         min_length=1,
     )
     corpora_dir: Place = setting(
-        "corpora", "folder of downloaded corpora and encoded token files", kind=MACHINE, min_length=1
+        "corpora", "folder for downloaded corpora and encoded token files", kind=MACHINE, min_length=1
     )
     datasets_dir: Place = setting("datasets", "folder of prepared datasets", kind=MACHINE, min_length=1)
 
@@ -189,13 +195,13 @@ class DataConfig(Section):
         needs = {"unknown_token": "char", "special_tokens": "bpe"}
         for key, kind in needs.items():
             if getattr(self, key) and self.tokenizer != kind:
-                raise RuleError(f"{key} is of tokenizer {kind}, not of {self.tokenizer}", key, "tokenizer")
+                raise RuleError(f"{key} needs tokenizer {kind}, not {self.tokenizer}", key, "tokenizer")
         if self.loss_after is not None and self.packing == "random":
-            raise RuleError("loss_after needs rows of documents: packing none or documents", "loss_after", "packing")
+            raise RuleError("loss_after needs packing none or documents, not random", "loss_after", "packing")
         texts = [*self.special_tokens]
         if "" in texts or "<|endoftext|>" in texts or len(set(texts)) < len(texts):
             raise RuleError(
-                f"special_tokens: expected different tokens beside <|endoftext|>, got {texts}", "special_tokens"
+                f"special_tokens: expected distinct tokens other than <|endoftext|>, got {texts}", "special_tokens"
             )
         if 256 + 1 + len(texts) > self.bpe_vocab_size:
             raise RuleError(
@@ -211,7 +217,7 @@ OPERATORS = ("+", "-", "*", "//", "%")
 
 
 class ArithmeticConfig(Section):
-    """The problems of `dataset: arithmetic`; other datasets ignore these settings.
+    """The problems that `dataset: arithmetic` generates; other datasets ignore these settings.
 
     >>> config = Config(data=DataConfig(dataset="arithmetic"), arithmetic=ArithmeticConfig(arithmetic_digits=1))
     >>> create_model(config).tokenizer.encode("1+2")
@@ -219,12 +225,14 @@ class ArithmeticConfig(Section):
     """
 
     arithmetic_operators: tuple[str, ...] = setting(
-        ("+", "-"), "operators between operands: +, -, *, // or %, as in Python", kind=TRAJECTORY
+        ("+", "-"), "operators that problems use: +, -, *, // or %, as in Python", kind=TRAJECTORY
     )
-    arithmetic_digits: Int = setting(2, "most digits of an operand", kind=TRAJECTORY, unit="digits", ge=1, le=9)
+    arithmetic_digits: Int = setting(
+        2, "largest number of digits in an operand", kind=TRAJECTORY, unit="digits", ge=1, le=9
+    )
     arithmetic_terms: Int = setting(
         2,
-        "most operands of a problem; with three or four, the order of operations matters",
+        "largest number of operands in a problem; with more than two, the order of operations matters",
         kind=TRAJECTORY,
         ge=2,
         le=4,
@@ -237,18 +245,18 @@ class ArithmeticConfig(Section):
         kind=TRAJECTORY,
     )
     arithmetic_commute: bool = setting(
-        True, "train on each problem in all orders that the commutative law allows", kind=TRAJECTORY
+        True, "train on each problem in every order that the commutative law allows", kind=TRAJECTORY
     )
     arithmetic_problems: Int = setting(
         20_000,
-        "problems, before they are written in several orders; all of them where there are fewer",
+        "number of problems, before each is written in several orders; if fewer exist, all of them",
         kind=TRAJECTORY,
         unit="problems",
         ge=100,
         le=1_000_000,
     )
     arithmetic_held_out: Float = setting(
-        0.1, "share of the problems that is kept for validation, in no order trained on", kind=TRAJECTORY, gt=0, lt=1
+        0.1, "share of the problems kept for validation and never trained on, in any order", kind=TRAJECTORY, gt=0, lt=1
     )
 
     @model_validator(mode="after")
@@ -256,13 +264,13 @@ class ArithmeticConfig(Section):
         operators = self.arithmetic_operators
         if not operators or set(operators) - {*OPERATORS} or len(set(operators)) < len(operators):
             raise RuleError(
-                f"arithmetic_operators: expected different ones of {', '.join(OPERATORS)}, got {', '.join(operators)}",
+                f"arithmetic_operators: expected distinct ones of {', '.join(OPERATORS)}, got {', '.join(operators)}",
                 "arithmetic_operators",
             )
         return self
 
 
-# The hidden width of each kind of MLP for which it is not 4 n_embd. A gated MLP has three matrices instead of two: with
+# The hidden width of the kinds of MLP that do not use 4 n_embd. A gated MLP has three matrices instead of two; with
 # 8/3 n_embd, rounded up to a multiple of 32, it has about as many parameters.
 FFN_WIDTHS: dict[str, Callable[[int], int]] = {
     "swiglu": lambda n_embd: -(-8 * n_embd // 96) * 32,
@@ -270,44 +278,51 @@ FFN_WIDTHS: dict[str, Callable[[int], int]] = {
 
 
 class ModelConfig(Section):
-    """A decoder-only transformer; settings that are none are derived.
+    """A decoder-only transformer; settings left at none are derived from the others.
 
     >>> model = create_model(ModelConfig(n_layer=2, n_head=4, n_embd=64, block_size=32), vocab_size=65)
     >>> get_model_info(model)["layers"]
     2
     """
 
-    n_layer: Int = setting(4, "transformer blocks", kind=TRAJECTORY, ge=1, le=1024)
-    n_head: Int = setting(4, "query heads", kind=TRAJECTORY, ge=1, le=1024)
+    n_layer: Int = setting(4, "number of transformer blocks", kind=TRAJECTORY, ge=1, le=1024)
+    n_head: Int = setting(4, "number of query heads", kind=TRAJECTORY, ge=1, le=1024)
     n_kv_head: Int | None = setting(
-        None, "key/value heads, each shared by n_head / n_kv_head query heads; none: n_head", kind=TRAJECTORY, ge=1
+        None,
+        "number of key/value heads, each shared by n_head / n_kv_head query heads; none: n_head",
+        kind=TRAJECTORY,
+        ge=1,
     )
     n_embd: Int = setting(128, "width of the residual stream (C)", kind=TRAJECTORY, ge=1, le=65536)
-    head_dim: Int | None = setting(None, "width of one head (D); none: n_embd / n_head", kind=TRAJECTORY, ge=1)
+    head_dim: Int | None = setting(None, "width of each head (D); none: n_embd / n_head", kind=TRAJECTORY, ge=1)
     ffn_dim: Int | None = setting(
         None,
-        "hidden width of the MLP; none: 4 n_embd, for swiglu 8/3 n_embd rounded up to a multiple of 32",
+        "hidden width of the MLP; none: 4 n_embd, or for swiglu 8/3 n_embd rounded up to a multiple of 32",
         kind=TRAJECTORY,
         ge=1,
     )
     block_size: Int = setting(64, "context length (T)", kind=TRAJECTORY, unit="tokens", ge=1, le=65536)
     dropout: Float = setting(0.0, "dropout probability", kind=TRAJECTORY, ge=0, lt=1)
     position: Literal["learned", "rope"] = setting(
-        "learned", "position encoding: a learned table, or rotations of q and k", kind=TRAJECTORY
+        "learned", "position encoding: a learned table, or rotary embedding of queries and keys", kind=TRAJECTORY
     )
-    rope_theta: Float = setting(10000.0, "base of the rotation frequencies", kind=TRAJECTORY, gt=0)
+    rope_theta: Float = setting(10000.0, "base of the rotary frequencies", kind=TRAJECTORY, gt=0)
     rope_scaling: Literal["none", "linear", "llama3", "yarn"] = setting(
         "none",
-        "how rotations are slowed for a longer context than that of the first training: all of them, or the slow ones "
-        "as in Llama 3 or in YaRN",
+        "how rotary frequencies are lowered for a context longer than that of the original training: all alike "
+        "(linear), or only the low ones, as in Llama 3 or YaRN",
         kind=TRAJECTORY,
     )
     rope_factor: Float = setting(
-        1.0, "with rope_scaling: how many times as slow the slowest rotations become", kind=TRAJECTORY, ge=1, le=65536
+        1.0,
+        "with rope_scaling: factor by which the lowest frequencies (linear: all) are divided",
+        kind=TRAJECTORY,
+        ge=1,
+        le=65536,
     )
     rope_original_context: Int | None = setting(
         None,
-        "with rope_scaling llama3 or yarn: context length of the first training",
+        "with rope_scaling llama3 or yarn: context length of the original training",
         kind=TRAJECTORY,
         unit="tokens",
         ge=1,
@@ -315,45 +330,53 @@ class ModelConfig(Section):
     )
     rope_low_freq: Float = setting(
         1.0,
-        "with rope_scaling llama3 or yarn: what rotates at most so often within that context is slowed in full",
+        "with rope_scaling llama3 or yarn: channels with at most this many rotations in rope_original_context are "
+        "divided by the whole rope_factor",
         kind=TRAJECTORY,
         gt=0,
     )
     rope_high_freq: Float = setting(
         4.0,
-        "with rope_scaling llama3 or yarn: what rotates so often within that context is left as it is (YaRN: 32)",
+        "with rope_scaling llama3 or yarn: channels with at least this many rotations in rope_original_context are not "
+        "scaled (YaRN's value: 32)",
         kind=TRAJECTORY,
         gt=0,
     )
     sliding_window: Int | None = setting(
         None,
-        "tokens that a token attends to, itself included; none: all before it",
+        "how many of the most recent tokens each token attends to, itself included; none: all of them",
         kind=TRAJECTORY,
         unit="tokens",
         ge=1,
     )
     full_attention_layers: Int = setting(
-        0, "with sliding_window: first blocks without it", kind=TRAJECTORY, unit="blocks", ge=0, le=1024
+        0, "with sliding_window: number of first blocks without a window", kind=TRAJECTORY, unit="blocks", ge=0, le=1024
     )
     ngram_rows: tuple[Annotated[Int, Field(ge=1, le=2**31)], ...] = setting(
-        (), "rows of the hashed embedding tables of the last 2, 3, ... tokens; empty: no such tables", kind=TRAJECTORY
+        (),
+        "rows of the hashed embedding table for the last 2 tokens, the last 3 tokens, and so on; empty: no such tables",
+        kind=TRAJECTORY,
     )
     norm: Literal["layernorm", "rmsnorm"] = setting("layernorm", "normalisation before each sublayer", kind=TRAJECTORY)
-    norm_eps: Float = setting(1e-5, "added to the variance in a norm", kind=TRAJECTORY, gt=0, lt=1)
+    norm_eps: Float = setting(1e-5, "epsilon that a norm adds to the variance", kind=TRAJECTORY, gt=0, lt=1)
     mlp: Literal["gelu", "gelu_tanh", "relu2", "swiglu"] = setting(
         "gelu", "activation of the MLP: GELU, its tanh approximation, squared ReLU, or gated SiLU", kind=TRAJECTORY
     )
     bias: bool = setting(True, "biases in linear layers and layernorms", kind=TRAJECTORY)
-    qkv_bias: bool | None = setting(None, "bias of the q, k, v projection; none: as bias says", kind=TRAJECTORY)
-    mlp_bias: bool | None = setting(None, "biases of the MLP; none: as bias says", kind=TRAJECTORY)
+    qkv_bias: bool | None = setting(None, "bias in the q, k, v projection; none: same as bias", kind=TRAJECTORY)
+    mlp_bias: bool | None = setting(None, "biases in the MLP; none: same as bias", kind=TRAJECTORY)
     qk_norm: bool = setting(False, "normalise queries and keys, without learned weights", kind=TRAJECTORY)
-    qk_norm_weights: bool = setting(False, "with qk_norm: learned weights, as in Qwen 3", kind=TRAJECTORY)
-    tie_embeddings: bool = setting(True, "one matrix for token embedding and output head", kind=TRAJECTORY)
-    head_bias: bool = setting(False, "bias of the output head, which then is not tied", kind=TRAJECTORY)
-    zero_init: bool = setting(
-        False, "start projections into the residual stream, and an untied head, at zero", kind=TRAJECTORY
+    qk_norm_weights: bool = setting(False, "with qk_norm: add learned weights, as in Qwen 3", kind=TRAJECTORY)
+    tie_embeddings: bool = setting(
+        True, "use one matrix for both the token embedding and the output head", kind=TRAJECTORY
     )
-    logit_softcap: Float | None = setting(None, "squash logits into (-c, c) with c tanh(x / c)", kind=TRAJECTORY, gt=0)
+    head_bias: bool = setting(False, "bias in the output head, which must not be tied", kind=TRAJECTORY)
+    zero_init: bool = setting(
+        False, "initialise projections into the residual stream, and an untied head, to zero", kind=TRAJECTORY
+    )
+    logit_softcap: Float | None = setting(
+        None, "cap c of the logits: x becomes c tanh(x / c); none: no cap", kind=TRAJECTORY, gt=0
+    )
 
     @property
     def kv_heads(self) -> int:
@@ -372,7 +395,7 @@ class ModelConfig(Section):
         return self.bias if self.mlp_bias is None else self.mlp_bias
 
     def window(self, layer: int) -> int | None:
-        """Tokens that a token attends to in a block, itself included; None: all before it."""
+        """How many of the most recent tokens a token attends to in a block, itself included; None: all of them."""
         return None if layer < self.full_attention_layers else self.sliding_window
 
     @property
@@ -383,7 +406,7 @@ class ModelConfig(Section):
 
     @property
     def derived(self) -> dict[str, Any]:
-        """The values that settings which may be none resolve to."""
+        """The values that settings left at none resolve to."""
         return {
             "n_kv_head": self.kv_heads,
             "head_dim": self.head_width,
@@ -395,7 +418,7 @@ class ModelConfig(Section):
     def _rules(self) -> ModelConfig:
         if self.head_dim is None and self.n_embd % self.n_head:
             raise RuleError(
-                f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head}), or head_dim be set",
+                f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head}), or head_dim must be set",
                 "n_embd",
                 "n_head",
             )
@@ -404,7 +427,7 @@ class ModelConfig(Section):
                 f"n_head ({self.n_head}) must be divisible by n_kv_head ({self.n_kv_head})", "n_kv_head", "n_head"
             )
         if self.head_bias and self.tie_embeddings:
-            raise RuleError("head_bias needs a head of its own: tie_embeddings false", "head_bias", "tie_embeddings")
+            raise RuleError("head_bias needs an untied head: tie_embeddings false", "head_bias", "tie_embeddings")
         if self.position == "rope" and self.head_width % 2:
             raise RuleError(
                 f"position rope rotates pairs of channels: the head dimension must be even, not {self.head_width}",
@@ -429,7 +452,7 @@ class ModelConfig(Section):
                     "rope_high_freq",
                 )
         if self.rope_scaling == "yarn" and self.rope_theta <= 1:
-            raise RuleError("rope_scaling yarn needs a rope_theta above 1", "rope_theta", "rope_scaling")
+            raise RuleError("rope_scaling yarn needs rope_theta > 1", "rope_theta", "rope_scaling")
         if self.qk_norm_weights and not self.qk_norm:
             raise RuleError("qk_norm_weights needs qk_norm", "qk_norm_weights", "qk_norm")
         return self
@@ -444,7 +467,7 @@ class OptimizerConfig(Section):
     """
 
     optimizer_name: Literal["adamw", "muon"] = setting(
-        "adamw", "rule of the weight updates; muon: for hidden matrices, with AdamW for all else", kind=TRAJECTORY
+        "adamw", "optimizer; muon: Muon for the hidden matrices, AdamW for all other parameters", kind=TRAJECTORY
     )
     learning_rate: Float = setting(1e-3, "peak learning rate", kind=TRAJECTORY, gt=0, le=10)
     embedding_lr: Float | None = setting(
@@ -463,45 +486,54 @@ class OptimizerConfig(Section):
         "cosine", "shape of the decay after the warmup", kind=TRAJECTORY
     )
     warmup_iters: Int | None = setting(
-        None, "steps of linear warmup from zero; none: a twentieth of the run", kind=TRAJECTORY, unit="steps", ge=0
+        None,
+        "steps of linear warmup from zero; none: a twentieth of the steps up to the end of the decay",
+        kind=TRAJECTORY,
+        unit="steps",
+        ge=0,
     )
     lr_decay_iters: Int | None = setting(
         None, "step at which the decay ends; none: the last step", kind=TRAJECTORY, unit="steps", ge=1
     )
     weight_decay: Float = setting(
-        0.1, "decoupled weight decay, not on biases and norm weights", kind=TRAJECTORY, ge=0, le=10
+        0.1, "decoupled weight decay; biases and norm weights are exempt", kind=TRAJECTORY, ge=0, le=10
     )
     weight_decay_schedule: Literal["constant", "linear", "cosine"] = setting(
-        "constant", "shape of the weight decay over the run; linear and cosine end at zero", kind=TRAJECTORY
+        "constant", "how weight decay changes over the run; linear and cosine end at zero", kind=TRAJECTORY
     )
-    momentum: Float = setting(0.95, "Muon: decay of the mean of gradients", kind=TRAJECTORY, ge=0, lt=1)
+    momentum: Float = setting(0.95, "Muon: decay rate of the running mean of gradients", kind=TRAJECTORY, ge=0, lt=1)
     momentum_warmup_iters: Int = setting(
-        0, "Muon: steps in which momentum rises from 0.85", kind=TRAJECTORY, unit="steps", ge=0
+        0, "Muon: steps over which momentum rises from 0.85", kind=TRAJECTORY, unit="steps", ge=0
     )
-    beta1: Float = setting(0.9, "AdamW: decay of the mean of gradients", kind=TRAJECTORY, ge=0, lt=1)
-    beta2: Float = setting(0.99, "AdamW: decay of the mean of squared gradients", kind=TRAJECTORY, ge=0, lt=1)
-    adam_eps: Float = setting(1e-8, "AdamW: added to the denominator", kind=TRAJECTORY, gt=0, lt=1)
+    beta1: Float = setting(0.9, "AdamW: decay rate of the running mean of gradients", kind=TRAJECTORY, ge=0, lt=1)
+    beta2: Float = setting(
+        0.99, "AdamW: decay rate of the running mean of squared gradients", kind=TRAJECTORY, ge=0, lt=1
+    )
+    adam_eps: Float = setting(1e-8, "AdamW: epsilon added to the denominator", kind=TRAJECTORY, gt=0, lt=1)
     grad_clip: Float = setting(
-        1.0, "largest global gradient norm; larger gradients are scaled down, 0: never", kind=TRAJECTORY, ge=0
+        1.0,
+        "largest global gradient norm; larger gradients are scaled down to it; 0: no clipping",
+        kind=TRAJECTORY,
+        ge=0,
     )
     lora_rank: Int | None = setting(
         None,
-        "train adapters of this rank beside frozen weights (LoRA), for fine-tuning with --init-from; none: train all "
-        "weights",
+        "train low-rank adapters (LoRA) of this rank and freeze all other weights, for fine-tuning with --init-from; "
+        "none: train all weights",
         kind=TRAJECTORY,
         ge=1,
         le=65536,
     )
     lora_alpha: Float | None = setting(
-        None, "adapters are multiplied by lora_alpha / lora_rank; none: 2 lora_rank", kind=TRAJECTORY, gt=0
+        None, "the output of adapters is scaled by lora_alpha / lora_rank; none: 2 lora_rank", kind=TRAJECTORY, gt=0
     )
     lora_dropout: Float = setting(
-        0.0, "dropout probability of the input of adapters, not of the frozen weights", kind=TRAJECTORY, ge=0, lt=1
+        0.0, "dropout probability on the input of the adapters alone", kind=TRAJECTORY, ge=0, lt=1
     )
     lora_targets: tuple[str, ...] = setting(
         (),
-        "layers that get adapters, by the ends of their names (qkv, attention.proj, up); empty: all linear layers of "
-        "the blocks",
+        "layers that get adapters, given by the ends of their names (qkv, attention.proj, up); empty: all linear "
+        "layers of the blocks",
         kind=TRAJECTORY,
     )
 
@@ -511,7 +543,7 @@ class OptimizerConfig(Section):
 
     @property
     def adapter_alpha(self) -> float:
-        """lora_alpha as a number; there must be a lora_rank."""
+        """lora_alpha, or its default; only with a lora_rank."""
         assert self.lora_rank is not None
         return 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
 
@@ -528,7 +560,7 @@ class OptimizerConfig(Section):
 
 
 def check_callback_name(name: str) -> str:
-    """Returns `name`; raises ValueError unless it has the form module:Class."""
+    """Return `name`; raise ValueError unless it has the form module:Class."""
     module, colon, attribute = name.partition(":")
     is_file = module.endswith(".py")
     if is_file or not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
@@ -549,31 +581,31 @@ class TrainConfig(Section):
     7
     """
 
-    max_iters: Int | None = setting(2000, "optimizer updates of the run", kind=TRAJECTORY, unit="steps", ge=1)
+    max_iters: Int | None = setting(2000, "optimizer updates in the run", kind=TRAJECTORY, unit="steps", ge=1)
     epochs: Float | None = setting(
-        None, "passes over the training tokens; an alternative to max_iters", kind=TRAJECTORY, unit="epochs", gt=0
+        None, "passes over the training tokens, instead of max_iters", kind=TRAJECTORY, unit="epochs", gt=0
     )
     batch_size: Annotated[int, Field(ge=1), BeforeValidator(_refuse_bool)] | Literal["auto"] = setting(
         12,
-        "sequences in one optimizer update, over all micro-steps; auto: from tokens_per_step, or else the largest "
-        "power of two that fits into memory",
+        "sequences in one optimizer update, over all micro-steps; auto: derived from tokens_per_step if set, otherwise "
+        "the largest power of two that fits into memory",
         kind=TRAJECTORY,
         unit="sequences",
     )
     tokens_per_step: Int | None = setting(
         None,
-        "tokens in one optimizer update, instead of batch_size, in as few micro-steps as fit into memory",
+        "tokens in one optimizer update, instead of batch_size, split into as few micro-steps as fit into memory",
         kind=TRAJECTORY,
         unit="tokens",
         ge=1,
     )
     gradient_accumulation_steps: Int = setting(
-        1, "micro-steps that an update is split into, to save memory", kind=TRAJECTORY, unit="micro-steps", ge=1
+        1, "micro-steps that each update is split into, to save memory", kind=TRAJECTORY, unit="micro-steps", ge=1
     )
     lanes: Int | None = setting(
         None,
-        "fixed slices of a batch whose gradients are added in one binary tree, a power of two: then the numbers do not "
-        "depend on the number of ranks; none: a batch is one sum",
+        "fixed slices of a batch (a power of two) whose gradients are added in a binary tree, so that the numbers do "
+        "not depend on the number of ranks; none: sum the batch as a whole",
         kind=TRAJECTORY,
         unit="lanes",
         ge=1,
@@ -581,75 +613,85 @@ class TrainConfig(Section):
     )
     shard: Literal["none", "fsdp"] = setting(
         "none",
-        "fsdp: each rank keeps a share of the rows of every weight, gradient and moment, and gathers the weights of a "
-        "block when it needs them; none: each rank has all",
+        "fsdp: each rank stores a share of the rows of every weight, gradient and moment, and gathers the weights of a "
+        "block when it needs them; none: each rank stores all of them",
         kind=TRAJECTORY,
     )
     eval_interval: Int = setting(250, "steps between evaluations", kind=TRAJECTORY, unit="steps", ge=1)
     eval_at: tuple[Annotated[Int, Field(ge=1)], ...] = setting(
         (),
-        "further steps with an evaluation; a run that grows by max_iters adds the end that it had",
+        "additional steps to evaluate at; when a resume raises max_iters, the previous last step is added",
         kind=OBSERVATION,
         unit="steps",
     )
     eval_iters: Int = setting(
-        20, "batches of each split that an evaluation averages", kind=TRAJECTORY, unit="batches", ge=1
+        20, "batches of each split that an evaluation averages over", kind=TRAJECTORY, unit="batches", ge=1
     )
-    seed: Int = setting(1337, "seed of initialisation, batches and dropout", kind=TRAJECTORY, ge=0, lt=2**63)
+    seed: Int = setting(1337, "seed for initialisation, batches and dropout", kind=TRAJECTORY, ge=0, lt=2**63)
     device: str = setting(
         "auto",
-        "auto (mps, then cuda, then cpu), cpu, cuda, cuda:N or mps",
+        "device to train on: auto (the first available of mps, cuda and cpu), cpu, cuda, cuda:N or mps",
         kind=TRAJECTORY,
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto",
-        "precision of matrix products (autocast); auto: bfloat16 on CUDA that has it, else float32",
+        "precision of matrix products (autocast); auto: bfloat16 on CUDA devices that support it, otherwise float32",
         kind=TRAJECTORY,
     )
     threads: Int | None = setting(
-        None, "CPU threads of a tensor operation; none: torch's own choice", kind=TRAJECTORY, ge=1, le=1024
+        None, "CPU threads per tensor operation; none: torch's default", kind=TRAJECTORY, ge=1, le=1024
     )
     deterministic: bool | None = setting(
         None,
-        "use only operations that repeat bit for bit; none: on the CPU, where it costs nothing, but not on a GPU",
+        "use only operations that repeat bit for bit; none: yes on the CPU, where it costs nothing, but not on a GPU",
         kind=TRAJECTORY,
     )
     tf32: bool = setting(
-        True, "CUDA: matrix products of float32 with 10 bits of mantissa, several times as fast", kind=TRAJECTORY
+        True,
+        "CUDA: compute float32 matrix products in TF32 (10 bits of mantissa), which is several times as fast",
+        kind=TRAJECTORY,
     )
     cuda_graph: bool = setting(
         True,
-        "CUDA: record a step once and launch it as a whole, which small models gain most from; what cannot be recorded "
-        "is launched kernel by kernel",
+        "CUDA: record a step once as CUDA graphs and launch it as a whole, which speeds up small models most; what "
+        "cannot be recorded is launched kernel by kernel",
         kind=MACHINE,
     )
     fp8: bool = setting(
         False,
-        "CUDA from compute capability 8.9: matrix products of blocks and logits in 8 bits; faster only with compile",
+        "CUDA, compute capability 8.9 or later: compute matrix products of blocks and logits in 8 bits; faster only "
+        "with compile",
         kind=TRAJECTORY,
     )
     activation_checkpointing: bool = setting(
         False,
-        "keep only the input of each block for the backward pass, and compute the rest again: less memory, more time",
+        "keep only the input of each block for the backward pass and recompute the rest: less memory, more time",
         kind=MACHINE,
     )
     compile: bool = setting(
-        False, "torch.compile the model (inductor; aot_eager on mps); falls back to eager", kind=TRAJECTORY
+        False,
+        "compile the model with torch.compile (inductor; aot_eager on mps); if that fails, train in eager mode",
+        kind=TRAJECTORY,
     )
     compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = setting(
         "default",
-        "goal of torch.compile; max-autotune: also times kernels; reduce-overhead: default, since cuda_graph does that",
+        "mode of torch.compile; max-autotune also times kernels against each other; reduce-overhead is the same as "
+        "default, since cuda_graph has its effect",
         kind=TRAJECTORY,
     )
     checkpoint_interval: Int = setting(
-        500, "steps between checkpoints; 0: none by steps", kind=OBSERVATION, unit="steps", ge=0
+        500, "steps between checkpoints; 0: no checkpoints by step", kind=OBSERVATION, unit="steps", ge=0
     )
     checkpoint_minutes: Float | None = setting(
-        15.0, "wall time after which a checkpoint is due as well; none: never", kind=OBSERVATION, unit="minutes", gt=0
+        15.0,
+        "also save a checkpoint once this much wall time has passed since the last one; none: only by step",
+        kind=OBSERVATION,
+        unit="minutes",
+        gt=0,
     )
     keep_last: Int = setting(
-        2, "newest checkpoints that are kept; older ones are deleted", kind=OBSERVATION, unit="checkpoints", ge=1
+        2, "newest checkpoints to keep; older ones are deleted", kind=OBSERVATION, unit="checkpoints", ge=1
     )
     keep_best: bool = setting(
         True, "save a checkpoint whenever val/loss is the best so far, and keep the latest of these", kind=OBSERVATION
@@ -663,42 +705,47 @@ class TrainConfig(Section):
     )
     stop_at_step: Int | None = setting(
         None,
-        "stop with a checkpoint at this step, as if interrupted; the learning rates are those of max_iters",
+        "stop with a checkpoint at this step, as if interrupted; the learning-rate schedule is still that of max_iters",
         kind=MACHINE,
         unit="steps",
         ge=1,
     )
     rank_timeout: Float = setting(
-        20.0, "how long ranks wait for one that does not get as far as they do", kind=MACHINE, unit="seconds", ge=1
+        20.0,
+        "how long ranks wait for a rank that has stopped responding before the run fails",
+        kind=MACHINE,
+        unit="seconds",
+        ge=1,
     )
     patience: Int | None = setting(
         None,
-        "evaluations without a better val/loss after which training ends; none: it continues to the last step",
+        "end training after this many evaluations in a row without a better val/loss; none: train to the last step",
         kind=TRAJECTORY,
         unit="evaluations",
         ge=1,
     )
     min_delta: Float = setting(
-        0.0, "val/loss is better if it is lower by more than this", kind=TRAJECTORY, unit="nats", ge=0
+        0.0, "with patience: val/loss is better only if lower by more than this", kind=TRAJECTORY, unit="nats", ge=0
     )
     export_weights: Literal["auto", "last", "best"] = setting(
         "auto",
-        "weights that the export is made from: of the last step, or of the best val/loss; "
-        "auto: best with early stopping (patience), else last",
+        "weights to export: those of the last step or of the best val/loss; auto: best with early stopping (patience), "
+        "otherwise last",
         kind=TRAJECTORY,
     )
     profile_step: Int | None = setting(
         None,
-        "step that is profiled into artifacts/profile/, with the nine steps before it; none: no step",
+        "step to profile, with the nine steps before it, into artifacts/profile/; none: no profile",
         kind=OBSERVATION,
         ge=0,
     )
     callbacks: tuple[CallbackName, ...] = setting(
-        (), "your own classes that training calls, as module:Class (docs/callbacks.md)", kind=TRAJECTORY
+        (), "your own classes for training to call, as module:Class (docs/callbacks.md)", kind=TRAJECTORY
     )
     skip_nonfinite: Int = setting(
         20,
-        "with float16: steps in a row whose loss or gradient may be non-finite; they change no weights",
+        "with float16: how many steps in a row may have a non-finite loss or gradient before the run ends as diverged; "
+        "such steps change no weights",
         kind=TRAJECTORY,
         unit="steps",
         ge=0,
@@ -706,7 +753,7 @@ class TrainConfig(Section):
 
     @property
     def sequences(self) -> int:
-        """batch_size as a number: before training, utils/training/batch_size.py replaces auto by one."""
+        """batch_size as a number; utils/training/batch_size.py replaces auto before training starts."""
         assert self.batch_size != "auto"
         return self.batch_size
 
@@ -721,7 +768,7 @@ class TrainConfig(Section):
         if self.batch_size == "auto":
             if self.gradient_accumulation_steps != 1:
                 raise RuleError(
-                    "batch_size auto finds gradient_accumulation_steps, too: it must be 1, not "
+                    "batch_size auto also chooses gradient_accumulation_steps: it must be 1, not "
                     f"{self.gradient_accumulation_steps}",
                     "gradient_accumulation_steps",
                     "batch_size",
@@ -748,7 +795,7 @@ class TrainConfig(Section):
         return self
 
     def _check_shard(self) -> None:
-        """Raises RuleError for a setting that does not work with `shard`."""
+        """Raise RuleError for a setting that does not work with `shard`."""
         if self.shard == "none":
             return
         refused = {
@@ -765,11 +812,11 @@ class TrainConfig(Section):
                 raise RuleError(f"shard fsdp does not work with {words}", key, "shard")
 
     def _check_lanes(self) -> None:
-        """Raises RuleError unless lanes, sequences and micro-steps divide each other."""
+        """Raise RuleError unless lanes divide the batch, and lanes and micro-steps divide each other."""
         if self.lanes is None:
             return
         if self.lanes & (self.lanes - 1):
-            raise RuleError(f"lanes ({self.lanes}) must be a power of two: they are added in pairs", "lanes")
+            raise RuleError(f"lanes ({self.lanes}) must be a power of two, since they are added in pairs", "lanes")
         if self.batch_size != "auto" and self.batch_size % self.lanes:
             raise RuleError(f"lanes ({self.lanes}) must divide batch_size ({self.batch_size})", "lanes", "batch_size")
         micro_steps = self.gradient_accumulation_steps
@@ -785,14 +832,14 @@ Tag = Annotated[str, AfterValidator(check_tag)]
 
 
 def check_aim_repo(repo: str) -> str:
-    """Returns `repo`, or for a folder named .aim its parent; raises ValueError unless it is a folder or aim://HOST:PORT."""
+    """Return `repo`, or the parent of a folder named .aim; raise ValueError for a URL other than aim://HOST:PORT."""
     if "://" in repo and not re.fullmatch(r"aim://[^/:@\s]+:\d{1,5}", repo):
         raise ValueError(f"expected a folder or aim://HOST:PORT, got {shown(repo)}")
     return re.sub(r"(^|/)\.aim/?$", "", repo) or ("/" if repo.startswith("/") else ".")
 
 
 class TrackingConfig(Section):
-    """What is recorded of a run, where, and how often.
+    """What is recorded about a run, where, and how often.
 
     >>> config = Config(tracking=TrackingConfig(run_tag="baseline", note="before the change", aim_logging=False))
     >>> config.tracking.note
@@ -806,7 +853,7 @@ class TrackingConfig(Section):
     log_interval: Int = setting(1, "steps between training records", kind=OBSERVATION, unit="steps", ge=1)
     flush_interval: Int = setting(
         50,
-        "steps between writes to the log (it is also written every 2 s)",
+        "steps between writes to the log, which is also written every 2 s",
         kind=OBSERVATION,
         unit="steps",
         ge=1,
@@ -816,40 +863,51 @@ class TrackingConfig(Section):
         250, "steps between histograms of parameters and gradients; 0: none", kind=OBSERVATION, unit="steps", ge=0
     )
     sample_tokens: Int = setting(
-        200, "length of the sample text at each evaluation; 0: none", kind=OBSERVATION, unit="tokens", ge=0
+        200, "length of the text generated at each evaluation; 0: none", kind=OBSERVATION, unit="tokens", ge=0
     )
     sample_prompt: str = setting(
-        "", "beginning of the sample text; empty: a line break, which is not shown", kind=OBSERVATION
+        "", "prompt for the text generated at each evaluation; empty: a line break, not shown", kind=OBSERVATION
     )
-    aim_logging: bool = setting(False, "feed the run to Aim as well as to TensorBoard", kind=OBSERVATION)
+    aim_logging: bool = setting(False, "send the run to Aim in addition to TensorBoard", kind=OBSERVATION)
     aim_repo: Annotated[Place, AfterValidator(check_aim_repo)] = setting(
-        ".", "folder that holds the .aim repository, or aim://HOST:PORT of an `aim server`", kind=MACHINE, min_length=1
+        ".",
+        "folder that contains the .aim repository, or aim://HOST:PORT of an `aim server`",
+        kind=MACHINE,
+        min_length=1,
     )
     wandb_mode: Literal["offline", "online", "disabled"] = setting(
         "disabled",
-        "feed the run to Weights & Biases: offline into files to sync later, online to its server, or not at all",
+        "send the run to Weights & Biases: offline (to files, to sync later), online (to its server), or not at all",
         kind=OBSERVATION,
     )
     experiment: str = setting(
-        "workbench", "Aim experiment, or Weights & Biases project, of the run", kind=OBSERVATION, min_length=1
+        "workbench", "name of the run's Aim experiment or Weights & Biases project", kind=OBSERVATION, min_length=1
     )
     system_interval: Float = setting(
-        10.0, "time between samples of processor, memory, GPU and disk; 0: none", kind=OBSERVATION, unit="s", ge=0
+        10.0,
+        "time between measurements of processor, memory, GPU and disk use; 0: none",
+        kind=OBSERVATION,
+        unit="seconds",
+        ge=0,
     )
     tracking_budget: Float = setting(
         0.02,
-        "largest share of wall time for which feeding the trackers may occupy the processor during training",
+        "largest share of one processor's time that feeding the trackers may use during training",
         kind=OBSERVATION,
         gt=0,
         le=1,
     )
     closing_seconds: Float = setting(
-        30.0, "time to feed the trackers the rest of the log when training ends", kind=MACHINE, unit="s", ge=0
+        30.0,
+        "time limit for feeding the rest of the log to the trackers when training ends",
+        kind=MACHINE,
+        unit="seconds",
+        ge=0,
     )
 
 
 def check_qa_template(template: str) -> str:
-    """Returns `template`; raises ValueError unless it contains {question}."""
+    """Return `template`; raise ValueError unless it contains {question}."""
     if "{question}" not in template:
         raise ValueError(f"expected text that contains {{question}}, got {shown(template)}")
     return template
@@ -866,34 +924,36 @@ class InferenceConfig(Section):
         300, "tokens to generate after a prompt", kind=OBSERVATION, unit="tokens", ge=1, le=1_000_000
     )
     temperature: Float = setting(
-        0.8, "logits are divided by it: below 1 sharper, 0 greedy", kind=OBSERVATION, ge=0, le=1_000_000
+        0.8, "divide logits by this: below 1 is less random, 0 is greedy", kind=OBSERVATION, ge=0, le=1_000_000
     )
-    top_k: Int | None = setting(None, "draw among the K most likely tokens; none: all", kind=OBSERVATION, ge=1)
+    top_k: Int | None = setting(None, "sample from the K most likely tokens; none: from all", kind=OBSERVATION, ge=1)
     top_p: Float | None = setting(
         None,
-        "draw among the most likely tokens that reach this probability together; none: all",
+        "sample from the most likely tokens that together reach this probability; none: from all",
         kind=OBSERVATION,
         gt=0,
         le=1,
     )
     min_p: Float | None = setting(
         None,
-        "draw among tokens at least this many times as likely as the most likely one; none: all",
+        "sample from tokens with at least this fraction of the probability of the most likely one; none: from all",
         kind=OBSERVATION,
         ge=0,
         le=1,
     )
     repetition_penalty: Float = setting(
-        1.0, "above 1: tokens that the text already has become less likely", kind=OBSERVATION, ge=0.001, le=1000
+        1.0, "above 1: make tokens that are already in the text less likely", kind=OBSERVATION, ge=0.001, le=1000
     )
     qa_template: Annotated[str, AfterValidator(check_qa_template)] = setting(
-        "Question: {question}\nAnswer: ", "prompt that `inference.py --mode qa` makes of a question", kind=OBSERVATION
+        "Question: {question}\nAnswer: ", "prompt that `inference.py --mode qa` makes from a question", kind=OBSERVATION
     )
-    qa_stop: str = setting("\n", "where an answer of `--mode qa` ends; empty: nowhere", kind=OBSERVATION)
+    qa_stop: str = setting(
+        "\n", "text that ends an answer of `inference.py --mode qa`; empty: no such text", kind=OBSERVATION
+    )
 
 
 class Config(Section):
-    """One experiment. What is left out has its built-in default: `workbench.load_config` reads configs/, too.
+    """The configuration of one experiment, with built-in defaults; `workbench.load_config` also reads configs/.
 
     >>> config = Config(model=ModelConfig(n_layer=2, n_embd=64), train=TrainConfig(max_iters=100))
     >>> config.model.n_layer, config.optimizer.learning_rate
@@ -923,16 +983,16 @@ class Config(Section):
             warmup_steps(self.optimizer, self.train.max_iters)
         if self.train.shard != "none" and self.optimizer.lora_rank is not None:
             raise RuleError(
-                "shard fsdp does not work with lora_rank: adapters leave little to share", "lora_rank", "shard"
+                "shard fsdp does not work with lora_rank: adapters leave little to shard", "lora_rank", "shard"
             )
         return self
 
 
 def warmup_steps(config: OptimizerConfig, max_iters: int) -> int:
-    """Steps of warmup in a run of `max_iters` steps (with epochs, that number is known once the corpus is).
+    """Number of warmup steps in a run of `max_iters` steps (with epochs, known only once the corpus is loaded).
 
     Raises:
-        RuleError: the warmup does not end before the decay does.
+        RuleError: the warmup would end after the decay or after the run.
     """
     if config.warmup_iters is None:
         return min(max_iters, config.lr_decay_iters or max_iters) // 20

@@ -1,4 +1,4 @@
-"""The names that a run may be given. Apart from the settings, which take a third of a second to import."""
+"""The names that a run may have. Separate from settings.py, which takes a third of a second to import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RESERVED_TAGS = ("latest", "auto")
 
 
 def check_tag(tag: str) -> str:
-    """Returns `tag`; raises ValueError unless it can be part of a folder name and of a command line."""
+    """Return `tag`; raise ValueError unless it can be used in a folder name and on a command line."""
     if not TAG_PATTERN.fullmatch(tag) or not tag.strip("."):
         raise ValueError(f"a tag is 1 to 64 letters, digits, '.', '_' or '-', not {shown(tag)}")
     if tag in RESERVED_TAGS:

@@ -1,1 +1,1 @@
-"""Run directories: their files, their log, their names and their index."""
+"""Run directories: their files, logs, names and index."""

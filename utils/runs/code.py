@@ -1,9 +1,9 @@
 """The code of a run (commit, remote, patch) and its environment, as files in meta/.
 
-Git is read through GitPython. Where it is missing, broken, without commits or detached, the files say so and training
-continues. Credentials never reach a run directory: they are removed from remote URLs, files that look like secrets by
-name or content are left out of the patch, and environment variables are not recorded at all. Of untracked files only
-code is recorded (utils/runs/source.py).
+Git is read through GitPython. If git is missing or broken, or the repository has no commits or a detached HEAD, the
+files say so and training continues. Credentials never reach a run directory: they are removed from remote URLs, files
+that look like secrets by name or content are left out of the patch, and environment variables are not recorded. Of the
+untracked files, only code is recorded (utils/runs/source.py).
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ if TYPE_CHECKING:
     import git
 
 MAX_PATCH_FILE_BYTES = 1_000_000
-MAX_UNTRACKED_FILES = 500  # each takes a call of git
-NOT_SOURCE = "not a source file"  # why a file is left out
+MAX_UNTRACKED_FILES = 500  # each takes one call to git
+NOT_SOURCE = "not a source file"  # a reason to leave a file out
 SECRET_NAME = re.compile(
     r"^\.env|\.(env|pem|key|p12|pfx|jks|keystore|kdbx|token)$|^id_(rsa|dsa|ecdsa|ed25519)"
     r"|secrets?([._-]|$)|credential|passw(or)?d|(api|access|private)[._-]?key|(^|[._-])(auth|tokens?)([._-]|$)"
     r"|^\.(netrc|npmrc|pypirc|htpasswd)$",
     re.IGNORECASE,
 )
-# Variables of git that say how it works and whom it trusts; the others (GIT_DIR, GIT_INDEX_FILE, ...) can make it read
-# another repository than the one asked for.
+# Variables that only configure git and its connections; the others (GIT_DIR, GIT_INDEX_FILE, ...) can make git read a
+# different repository from the one asked for.
 GIT_VARIABLES = re.compile(
     r"GIT_(PYTHON_|SSL_|SSH|HTTP_|CONFIG_(GLOBAL|SYSTEM|NOSYSTEM)$|EXEC_PATH$|ASKPASS$|TERMINAL_)"
 )
-LEFT_OUT = f"left out of {PATCH.name}:"  # headings of lists in git.txt
+# Headings of lists in git.txt, by which `listed_files` finds them in older runs, too.
+LEFT_OUT = f"left out of {PATCH.name}:"
 UNREAD = f"in {PATCH.name}, but no code that was trained with:"
 DIFF_FLAGS = (
     "--no-color",
@@ -63,10 +64,13 @@ PREFIX_FLAGS = ("--src-prefix=a/", "--dst-prefix=b/")
 
 @dataclass
 class GitFacts:
-    """State of the working tree. `problem` says why it, or the rest of it, is not known.
+    """The state of the working tree.
 
-    patch: turns the commit into the working tree; at its end what is `unread`.
-    unread: the patch of each untracked file that is no imported module: notes, reports, other programs.
+    patch: turns the commit into the working tree; ends with the patches in `unread`.
+    unread: path -> patch of each untracked file that is not an imported module: notes, reports, other programs.
+    left_out: "path (reason)" of each changed file that the patch does not contain.
+    callbacks: module -> its source.
+    problem: why all or some of these facts are unknown; None if nothing is.
     """
 
     commit: str | None = None
@@ -75,8 +79,8 @@ class GitFacts:
     dirty: bool = False
     patch: bytes = b""
     unread: dict[str, bytes] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)  # "path (reason)"
-    callbacks: dict[str, bytes] = field(default_factory=dict)  # module -> its source
+    left_out: list[str] = field(default_factory=list)
+    callbacks: dict[str, bytes] = field(default_factory=dict)
     problem: str | None = None
 
     @property
@@ -85,14 +89,14 @@ class GitFacts:
         return list(patched_files(self.patch))
 
     def summary(self) -> dict[str, Any]:
-        """The facts that run.json and trackers show."""
+        """The facts for run.json and the trackers."""
         facts = {"commit": self.commit, "branch": self.branch, "dirty": self.dirty, "remote": self.remote}
         return {**facts, "code": self.fingerprint()}
 
     def fingerprint(self) -> str | None:
-        """A hash of the uncommitted code that training can read, callbacks included; None if there is none.
+        """A hash of the uncommitted code that training can use; None if there is none.
 
-        That is what git tracks, and the modules that are imported.
+        It covers changes of files that git tracks, untracked modules that are imported, and callbacks.
         """
         code = self.patch.removesuffix(b"".join(self.unread.values()))
         if not code and not self.callbacks:
@@ -104,7 +108,7 @@ class GitFacts:
 
 
 def git_environment() -> dict[str, str]:
-    """The environment for a git process: without the variables that would make it read another repository."""
+    """The environment for a git process, without the variables that would make it read another repository."""
     return {name: value for name, value in os.environ.items() if not _misleads_git(name)}
 
 
@@ -114,14 +118,14 @@ def _misleads_git(name: str) -> bool:
 
 @contextlib.contextmanager
 def open_repo(folder: Path) -> Iterator[git.Repo]:
-    """The git repository that contains `folder`. Every use of git goes through here or takes `git_environment`.
+    """Open the git repository that contains `folder`. Every use of git goes through here or uses `git_environment`.
 
-    Meanwhile the variables that would make git read another repository are not in the environment.
+    Inside the context, variables that would make git read another repository are removed from the environment.
 
     Raises:
-        git.GitError, OSError, ValueError: there is none, or it cannot be read.
+        git.GitError, OSError, ValueError: there is no repository, or it cannot be read.
     """
-    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # no exception at import where git is missing
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")  # without git, the import must not raise
     misleading = {name: value for name, value in os.environ.items() if _misleads_git(name)}
     for name in misleading:
         del os.environ[name]
@@ -140,8 +144,8 @@ class CodeReader:
     Args:
         root: the project folder.
         excluded: files and folders that are not code (the runs, the corpora).
-        callbacks: names of the modules of callbacks, which are imported already: their sources are always kept.
-        named: configuration files that the command line names, relative to `root`: they count as code.
+        callbacks: names of the modules of callbacks, already imported; their sources are always recorded.
+        named: configuration files named on the command line, relative to `root`; they count as code.
     """
 
     def __init__(
@@ -156,7 +160,7 @@ class CodeReader:
         self.excluded = tuple(real_path(path) for path in excluded)
 
     def git_facts(self) -> GitFacts:
-        """Commit, branch, remote, and the patch that turns the commit into the working tree."""
+        """Read commit, branch, remote, and the patch that turns the commit into the working tree."""
         os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
         import git
 
@@ -164,7 +168,7 @@ class CodeReader:
         for name, path in self.callbacks.items():
             with contextlib.suppress(OSError):
                 facts.callbacks[name] = without_secrets(path.read_bytes())
-        if INSTALLED:  # a repository around the current folder has another project's code
+        if INSTALLED:  # a repository around the current folder contains another project's code
             facts.problem = (
                 f"the code is the installed package lm-workbench {package_versions().get('lm-workbench', '')}"
             )
@@ -183,7 +187,7 @@ class CodeReader:
         return facts
 
     def _read(self, repo: git.Repo, facts: GitFacts) -> None:
-        """Fill in `facts`, the cheapest first: if git fails, those that are known are kept."""
+        """Fill in `facts`, the cheapest first, so that those found before git fails are kept."""
         if repo.working_tree_dir is None:
             facts.problem = "a bare git repository has no working tree"
             return
@@ -196,7 +200,7 @@ class CodeReader:
         base = facts.commit or repo.git.hash_object("-t", "tree", os.devnull)
         changed = _paths(repo.git.diff("--name-only", "--no-renames", "--ignore-submodules=dirty", "-z", base))
         untracked = _paths(repo.git.ls_files("--others", "--exclude-standard", "--full-name", "-z", "--", ":/"))
-        untracked = [name for name in untracked if "__pycache__" not in name.split("/")]  # byte code of the others
+        untracked = [name for name in untracked if "__pycache__" not in name.split("/")]
         top = Path(repo.working_tree_dir)
         changed, untracked = ([n for n in names if not self._is_excluded(top / n)] for names in (changed, untracked))
         hidden = [name for name in hidden_changes(repo) if not self._is_excluded(top / name)]
@@ -233,11 +237,11 @@ class CodeReader:
         facts.patch += b"".join(facts.unread.values())
 
     def _is_excluded(self, path: Path) -> bool:
-        found = (real_path(path), real_path(path.parent) / path.name)  # a link, too, is in the folder that it lies in
+        found = (real_path(path), real_path(path.parent) / path.name)  # a link, by its target or its own place
         return any(place == one or place in one.parents for place in self.excluded for one in found)
 
     def _is_code(self, top: Path, name: str, left_out: list[str]) -> bool:
-        """True if an untracked file belongs in the patch; otherwise its name and the reason are added to `left_out`."""
+        """Whether an untracked file belongs in the patch; if not, its name and the reason are added to `left_out`."""
         path = top / name
         place = path.relative_to(self.root) if path.is_relative_to(self.root) else name
         if not is_source(place, self.named):
@@ -260,7 +264,7 @@ class CodeReader:
 
     @staticmethod
     def _keep(top: Path, name: str, left_out: list[str]) -> bool:
-        """False for a file that is not recorded by its name or size, which are added to `left_out`."""
+        """Whether a file may be recorded by its name and size; if not, its name and the reason go to `left_out`."""
         path = top / name
         if _has_secret_name(name):
             left_out.append(f"{name} (looks like a secret)")
@@ -272,7 +276,7 @@ class CodeReader:
 
 
 def write_code_and_environment(meta_dir: Path, facts: GitFacts, devices: Mapping[str, str]) -> None:
-    """Write git.txt, code.patch, callbacks/ and env.txt into `meta_dir`: meta/ of a run, or of a later session."""
+    """Write git.txt, code.patch, callbacks/ and env.txt into `meta_dir`: meta/ or the folder of a later session."""
     meta_dir.mkdir(parents=True, exist_ok=True)
     write_atomic(meta_dir / GIT.name, git_text(facts))
     if facts.patch:
@@ -284,7 +288,7 @@ def write_code_and_environment(meta_dir: Path, facts: GitFacts, devices: Mapping
 
 
 def hidden_changes(repo: git.Repo) -> Iterator[str]:
-    """Files that git does not look at (assume-unchanged, skip-worktree) although they are not as committed."""
+    """Yield files that differ from the index although git was told to ignore that (assume-unchanged, skip-worktree)."""
     flagged = [line[2:] for line in _paths(repo.git.ls_files("-v", "-z")) if line[0] == "S" or line[0].islower()]
     if not flagged:
         return
@@ -297,7 +301,7 @@ def hidden_changes(repo: git.Repo) -> Iterator[str]:
 
 
 def dirty_submodules(repo: git.Repo) -> Iterator[str]:
-    """Submodules with changes that their own commit does not contain."""
+    """Yield submodules that have uncommitted changes."""
     listing = _paths(repo.git.status("--porcelain=v2", "--ignore-submodules=none", "--untracked-files=no", "-z"))
     for line in listing:  # 1 XY S<commit><modified><untracked> mH mI mW hH hI path
         parts = line.split(" ", 8)
@@ -310,7 +314,7 @@ def _has_secret_name(name: str) -> bool:
 
 
 def _is_harmless(part: bytes, top: Path, left_out: list[str]) -> bool:
-    """True unless the change of one file looks like a secret; then its name and the reason are added to `left_out`."""
+    """Whether the patch of one file has no secret; if it has one, the file's name and the reason go to `left_out`."""
     name = file_of(part)
     content = added_lines(part)
     if b"\nGIT binary patch\n" in part:
@@ -329,12 +333,13 @@ def _paths(listing: str) -> list[str]:
 
 
 def _stderr_line(error: git.GitCommandError) -> str:
-    """The first line that git wrote, without what GitPython adds to it."""
+    """The first line that git wrote to stderr, without what GitPython adds to it."""
     lines = str(error.stderr).strip().removeprefix("stderr:").strip(" '").splitlines()
     return lines[0] if lines else "unknown reason"
 
 
 def git_text(facts: GitFacts) -> str:
+    """The content of git.txt."""
     if facts.problem and not facts.commit:
         return f"git: {facts.problem}\n"
     lines = [
@@ -353,7 +358,7 @@ def git_text(facts: GitFacts) -> str:
 
 
 def listed_files(run: Path, heading: str) -> list[str]:
-    """The list below a heading of git.txt: "path" or "path (reason)"; empty where it has none."""
+    """The entries below a heading of git.txt, each "path" or "path (reason)"; empty if there is no such heading."""
     try:
         text = read_text(run / GIT, run)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The picture of a run's losses, artifacts/curves.png."""
+"""The plot of a run's losses, artifacts/curves.png."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from utils.runs.metrics import decode_number
 from utils.terminal.pictures import new_figure, picture_of
 
 CURVE_NAMES = {"train/loss": "train/loss, each step", "train/eval_loss": "train/eval_loss", "val/loss": "val/loss"}
-POINTS = 20_000  # of a curve
-RECORD_BYTES = 170  # about, of a line of the log
+POINTS = 20_000  # most points of a curve
+RECORD_BYTES = 170  # approximate length of a line of the log
 COLORS = {"train/loss": "#b8c4d6", "train/eval_loss": "#3b6fb6", "val/loss": "#d1495b"}
 
 
 def thinned_records(path: Path) -> Iterator[dict[str, Any]]:
-    """All evaluations of a log and at most about POINTS losses of steps: more would not be visible in the picture."""
+    """Yield all evaluations of a log and at most about POINTS training losses; more would not be visible."""
     stride = 1 + (path.stat().st_size // RECORD_BYTES if path.exists() else 0) // POINTS
     offset = steps = 0
     while lines := (read_lines(path, offset) if path.exists() else []):
@@ -36,10 +36,10 @@ def draw_curves(run: Path) -> bool:
     """Draw artifacts/curves.png of the run directory `run`.
 
     Returns:
-        False if the run has not logged a loss yet; then nothing is drawn.
+        False if the run has not logged a loss yet, and nothing was drawn.
 
     Raises:
-        OSError: the picture cannot be written.
+        OSError: the file cannot be written.
     """
     curves: dict[str, list[tuple[int, float]]] = {name: [] for name in CURVE_NAMES}
     for record in thinned_records(run / METRICS_LOG):

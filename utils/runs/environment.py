@@ -17,9 +17,9 @@ from utils.runs.layout import ENVIRONMENT
 
 @functools.cache
 def package_versions() -> Mapping[str, str]:
-    """The version of each installed package; hundreds of files are read, so once a process.
+    """The version of each installed package, by name. Cached, because hundreds of files are read.
 
-    Only the two lines that matter are looked for: parsing all of a package's metadata takes ten times as long.
+    Only the two relevant lines are extracted, because parsing all metadata of a package takes ten times as long.
     """
     found = {}
     for package in importlib_metadata.distributions():
@@ -31,10 +31,10 @@ def package_versions() -> Mapping[str, str]:
 
 
 def read_environment(run: Path) -> str:
-    """meta/env.txt of the run directory `run`; empty where it has none.
+    """Read meta/env.txt of the run directory `run`; empty if the file does not exist.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     try:
         return read_text(run / ENVIRONMENT, run, "replace")
@@ -43,7 +43,7 @@ def read_environment(run: Path) -> str:
 
 
 def environment_text(devices: Mapping[str, str]) -> str:
-    """Python, platform, devices and package versions, one fact a line."""
+    """The content of env.txt: Python, platform, devices and package versions, one per line."""
     versions = package_versions()
     lines = [
         f"python: {sys.version.split()[0]} ({platform.python_implementation()})",

@@ -1,15 +1,18 @@
-"""What evaluate.py found about a run: artifacts/evaluations.jsonl, one JSON object a line, which is only appended to.
+"""Results of evaluate.py for a run: artifacts/evaluations.jsonl, append-only, one JSON object per line.
 
 Every evaluation has
 
     time                 when it was made (UTC)
-    step, weights        of the weights, and their precision
-    data, data_hash      what was evaluated, for people and by its content
-    loss, perplexity, bits_per_byte, tokens, bytes      of a text, or
-    task, accuracy, problems                            of a task with a right answer, or
-    task, metrics, task_version, few_shot, limit, harness, ...    of lm-evaluation-harness; data_hash is of the
-                                                        documents, prompts and answers, and accuracy and bits_per_byte
-                                                        are those of metrics, where a task has them
+    step, weights        the step and the precision of the weights
+    data, data_hash      what was evaluated: a name for people, and a hash of the content
+
+and one of
+
+    loss, perplexity, bits_per_byte, tokens, bytes                for a text
+    task, accuracy, problems                                      for a task with right answers
+    task, metrics, task_version, few_shot, limit, harness, ...    for a task of lm-evaluation-harness; data_hash covers
+                                                                  documents, prompts and answers, and accuracy and
+                                                                  bits_per_byte repeat those in metrics, if it has them
 """
 
 from __future__ import annotations
@@ -27,21 +30,21 @@ from utils.runs.log import LogWriter, truncate
 from utils.runs.metrics import encode_number
 from utils.terminal.words import loss_text
 
-READ_BYTES = 1 << 20  # from the end of the file: some thousand evaluations
-MOST_TEXTS = 3  # that are named in a few words
+READ_BYTES = 1 << 20  # read from the end of the file: some thousand evaluations
+MOST_TEXTS = 3  # results that `evaluations_text` names
 NUMBERS = ("loss", "perplexity", "bits_per_byte", "accuracy")
 
 
 def append_evaluation(run: Path, evaluation: Mapping[str, Any]) -> None:
-    """Add one line to the evaluations of a run; other processes may do the same, and the run may be in training.
+    """Append one evaluation to those of a run. Safe with several processes and while the run is training.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = run / EVALUATIONS
     path.parent.mkdir(exist_ok=True)
     with folder_lock(path.parent):
-        truncate(path)  # a line that a killed process left unfinished
+        truncate(path)  # removes a line that a killed process left unfinished
         writer = LogWriter(path)
         try:
             writer.write([as_json(evaluation)])
@@ -51,7 +54,7 @@ def append_evaluation(run: Path, evaluation: Mapping[str, Any]) -> None:
 
 
 def as_json(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """An evaluation with its numbers as JSON can hold them."""
+    """An evaluation with its numbers encoded for JSON."""
     return {
         key: encode_number(value) if isinstance(value, float) else as_json(value) if key == "metrics" else value
         for key, value in evaluation.items()
@@ -59,16 +62,16 @@ def as_json(evaluation: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_evaluations(run: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The evaluations of a run, oldest first, and what is wrong with the file; None: nothing.
+    """The evaluations of a run, oldest first, and what is wrong with the file, or None.
 
-    A line that is no evaluation hides no other one.
+    Lines that are not evaluations are skipped.
     """
     path = run / EVALUATIONS
     try:
         with open_regular(path, run) as file:
             start = max(0, os.fstat(file.fileno()).st_size - READ_BYTES)
             file.seek(start)
-            lines = file.read(READ_BYTES).split(b"\n")[:-1]  # a torn last line is being written
+            lines = file.read(READ_BYTES).split(b"\n")[:-1]  # an incomplete last line is still being written
     except FileNotFoundError:
         return [], None
     except OSError as error:
@@ -79,11 +82,11 @@ def read_evaluations(run: Path) -> tuple[list[dict[str, Any]], str | None]:
             found.append(_evaluation(line))
         except (ValueError, TypeError, LookupError, RecursionError):
             bad += 1
-    return found, f"{EVALUATIONS} is damaged: {bad} of its lines are no evaluations" if bad else None
+    return found, f"{EVALUATIONS} is damaged: {bad} of its lines are not evaluations" if bad else None
 
 
 def _evaluation(line: bytes) -> dict[str, Any]:
-    """The evaluation in a line; raises ValueError, TypeError or LookupError if it is something else."""
+    """Parse one line; raise ValueError, TypeError or LookupError if it is not an evaluation."""
     record = json.loads(line)
     for key in ("time", "data"):
         if not isinstance(record[key], str):
@@ -99,7 +102,7 @@ def _evaluation(line: bytes) -> dict[str, Any]:
 
 
 def newest_evaluations(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The last evaluation of each text and task by each kind of weights, newest first."""
+    """The last evaluation of each text or task with each step and precision of weights, newest first."""
     found: dict[Any, Mapping[str, Any]] = {}
     for evaluation in reversed(evaluations):
         key = tuple(json.dumps(evaluation.get(name)) for name in ("data", "data_hash", "task", "step", "weights"))
@@ -108,7 +111,7 @@ def newest_evaluations(evaluations: Sequence[Mapping[str, Any]]) -> list[Mapping
 
 
 def result_text(evaluation: Mapping[str, Any]) -> str:
-    """The result that compares with other runs: bits per byte of a text, the share of right answers, or a metric."""
+    """The result to compare with other runs: bits per byte of a text, the share of right answers, or a metric."""
     accuracy, bits = evaluation.get("accuracy"), evaluation.get("bits_per_byte")
     if accuracy is not None:
         return f"{accuracy:.2%}"
@@ -118,7 +121,7 @@ def result_text(evaluation: Mapping[str, Any]) -> str:
 
 
 def evaluations_text(evaluations: Sequence[Mapping[str, Any]]) -> str:
-    """The newest results in a few words, each text once: "notes.txt 2.0145, arithmetic 99.40%"."""
+    """The newest result of each text or task, in short: "notes.txt 2.0145, arithmetic 99.40%"."""
     by_data: dict[str, str] = {}
     for evaluation in newest_evaluations(evaluations):
         by_data.setdefault(str(evaluation["data"]), result_text(evaluation))

@@ -1,4 +1,4 @@
-"""Finding runs: all of a folder, the one that RUN on a command line names, and its export."""
+"""Find runs: all runs of a folder, the one that RUN on a command line names, and its export."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.runs.run import RunError, read_record, read_status
 def list_run_paths(runs_dir: Path) -> list[Path]:
     """The run directories in `runs_dir`, oldest first: by start time, then id.
 
-    A hidden folder is none: it is being made, or deleted.
+    Hidden folders are skipped, because they are being created or deleted.
     """
     found = []
     for path in runs_dir.glob(f"[!.]*/{RECORD}"):
@@ -31,10 +31,10 @@ def list_run_paths(runs_dir: Path) -> list[Path]:
 
 
 def resolve_run(name: str, runs_dir: Path) -> Path:
-    """The run directory that RUN on a command line names; of a tag, its newest run.
+    """The run directory that RUN on a command line names; for a tag, its newest run.
 
     Raises:
-        RunError: as `resolve_runs`, or it is the name of a sweep of several runs.
+        RunError: as for `resolve_runs`, or RUN names a sweep of several runs.
     """
     paths = resolve_runs(name, runs_dir)
     if len(paths) > 1 and read_record(paths[-1]).get("tag") != name:
@@ -43,13 +43,13 @@ def resolve_run(name: str, runs_dir: Path) -> Path:
 
 
 def resolve_runs(name: str, runs_dir: Path) -> list[Path]:
-    """The run directories that RUN on a command line names, oldest first: several if it is a tag or a sweep.
+    """The run directories that RUN on a command line names, oldest first; a tag or a sweep may name several.
 
-    The first that exists of: a path, NAME@vN of a promoted run, an id, `latest`, a tag, a sweep (or --multirun), a part
-    of exactly one id.
+    RUN is the first of these that exists: a path, NAME@vN of a promoted run, an id, `latest`, a tag, a sweep (or
+    --multirun), a part of exactly one id.
 
     Raises:
-        RunError: there is no such run, or several ids contain the part.
+        RunError: there is no such run, or several ids contain RUN.
     """
     name = expand_home(name)
     if os.path.isfile(os.path.join(name, RECORD)):
@@ -92,21 +92,22 @@ def _listed(paths: Sequence[Path]) -> str:
 
 
 def parent_path(run: Path, parent: Mapping[str, Any]) -> Path:
-    """The directory of a run's parent: beside the run, by its id; only then where it was when the run started.
+    """The directory of a run's parent.
 
-    Of a run that began with the weights of an export alone, the export with these weights.
+    It is looked for beside the run, by its id, and then at the place that it had when the run started. For a run that
+    began with the weights of an export, the result is the export with these weights.
 
     Args:
-        parent: as run.json names it. Its `path` is a hint: both runs may have moved since.
+        parent: the entry in run.json. Its `path` is only a hint, since both runs may have moved.
 
     Raises:
-        RunError: it is in neither place.
+        RunError: the parent is in neither place.
     """
     beside = [run.parent / parent["run"], Path(os.path.realpath(run)).parent / parent["run"]]
     if "pretrained" in parent:
         if (Path(parent["path"]) / EXPORT_CONFIG_FILE).is_file():
             return Path(parent["path"])
-        published = Path(parent["path"]).parent.name == "snapshots"  # in the cache of the hub
+        published = Path(parent["path"]).parent.name == "snapshots"  # in the cache of the Hugging Face hub
         raise RunError(
             f"{run.name} began with weights of {parent['run']}, which is no longer at {parent['path']}: "
             + (f"python weights.py download {parent['run'].removeprefix('hf:')}" if published else "put it back there")
@@ -126,7 +127,7 @@ def parent_path(run: Path, parent: Mapping[str, Any]) -> Path:
 
 
 def moved_path(path: str, root: Path) -> str:
-    """Where a recorded absolute path is now: as recorded, or below `root` if the project moved with it.
+    """The current place of a recorded absolute path: as recorded or, if the project has moved, below `root`.
 
     >>> moved_path("/no/such/project/utils/runs", Path.cwd()) == str(Path.cwd() / "utils" / "runs")
     True
@@ -134,18 +135,18 @@ def moved_path(path: str, root: Path) -> str:
     if not os.path.isabs(path) or os.path.lexists(path):
         return path
     parts = Path(path).parts
-    endings = (root.joinpath(*parts[first:]) for first in range(1, len(parts)))  # the longest first
+    endings = (root.joinpath(*parts[first:]) for first in range(1, len(parts)))  # longest first
     return next((os.path.abspath(place) for place in endings if place.exists()), path)
 
 
 def is_export(path: Path) -> bool:
-    """True for a folder that is an export, perhaps a damaged one, and not a run directory."""
+    """Whether a folder is an export, perhaps a damaged one, rather than a run directory or a checkpoint."""
     found = any((path / name).is_file() for name in (EXPORT_CONFIG_FILE, WEIGHTS_FILE))
-    return found and not any((path / name).is_file() for name in (RECORD, STATE_FILE))  # a run, a checkpoint
+    return found and not any((path / name).is_file() for name in (RECORD, STATE_FILE))
 
 
 def export_checksum(folder: Path) -> str | None:
-    """The checksum of the weights that the configuration of an export names; None if there is no such export."""
+    """The checksum of the weights in the configuration of an export; None if there is no readable export."""
     try:
         return str(json.loads((folder / EXPORT_CONFIG_FILE).read_text(encoding="utf-8"))["weights_crc32"])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
@@ -153,7 +154,7 @@ def export_checksum(folder: Path) -> str | None:
 
 
 def find_export(name: str | None, runs_dir: Path) -> Path:
-    """The export folder of the run that `name` names, or the one at that path, which may have been copied alone.
+    """The export folder of the run `name`, or the export at the path `name`, which may be outside a run directory.
 
     Without a name, the export of the newest run that has one.
 

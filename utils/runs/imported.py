@@ -1,4 +1,4 @@
-"""The modules that this process has imported: the files they came from, and those that git does not know."""
+"""The modules that this process has imported: their source files, and which of them are edited or unknown to git."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KNOWN: dict[str, tuple[object, int]] = {}  # module -> its spec, and the checks
 
 
 def source_of(module: str) -> Path | None:
-    """The file of Python source that a module was imported from; None if it was not."""
+    """The Python source file that a module was imported from; None if it was not imported from one."""
     path = _source_of(sys.modules.get(module))
     return Path(path) if path else None
 
@@ -28,9 +28,9 @@ def _source_of(module: object) -> str | None:
 
 
 def imported_files() -> dict[str, tuple[str, str]]:
-    """Module -> the file of Python source that it was imported from: its path, and the same with links resolved."""
+    """Module -> the Python source file that it was imported from, as (path, path with links resolved)."""
 
-    @functools.cache  # thousands of files, few folders
+    @functools.cache  # there are thousands of files, but few folders
     def resolved(path: str) -> str:
         folder, name = os.path.split(path)
         if name in ("", os.curdir, os.pardir) or os.path.islink(path):
@@ -51,20 +51,20 @@ def _without_libraries(imported: Mapping[str, tuple[str, str]]) -> Iterator[tupl
 
 
 def is_edited(module: str) -> bool:
-    """Whether the file of an imported module has changed since the first call after its import."""
+    """Whether the file of an imported module has changed since the first call of this function after the import."""
     path, spec = source_of(module), getattr(sys.modules[module], "__spec__", None)
     try:
         checksum = zlib.crc32(path.read_bytes()) if path is not None else 0
     except OSError:
         return False
     known = _KNOWN.get(module)
-    if known is None or known[0] is not spec:  # importing a module again gives it another spec
+    if known is None or known[0] is not spec:  # reloading a module gives it a new spec
         _KNOWN[module] = known = spec, checksum
     return known[1] != checksum
 
 
 def edited_modules(top: Path, imported: Mapping[str, tuple[str, str]], callbacks: Mapping[str, Path]) -> Iterator[str]:
-    """Modules of the project, and of callbacks, that were edited between trainings: this process runs the old code.
+    """Describe modules of the project, and of callbacks, edited since their import; this process runs the old code.
 
     The arguments are those of `unknown_modules`.
     """
@@ -73,17 +73,18 @@ def edited_modules(top: Path, imported: Mapping[str, tuple[str, str]], callbacks
         inside = real.startswith(root + os.sep)
         if (inside or name in callbacks) and is_edited(name):
             place = os.path.relpath(real, root) if inside else os.path.basename(path)
-            yield f"{place} (edited since this process imported it: the run has the code from before)"
+            yield f"{place} (edited since this process imported it: the run uses the code from before the edit)"
 
 
 def unknown_modules(
     top: Path, known: Collection[str], imported: Mapping[str, tuple[str, str]], callbacks: Mapping[str, Path]
 ) -> Iterator[str]:
-    """Imported modules that git does not know: files in the project that it ignores, callbacks from elsewhere.
+    """Describe imported modules that git does not know: ignored files of the project, and callbacks from elsewhere.
 
     Args:
+        top: the folder of the repository.
         known: the files that git tracks or would track, relative to `top`.
-        imported: what `imported_files` returns.
+        imported: the result of `imported_files`.
         callbacks: module -> file.
     """
     root = os.path.realpath(top)

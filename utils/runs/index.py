@@ -1,4 +1,4 @@
-"""All runs of a folder as rows; those that cannot be read have the reason instead."""
+"""The index of a folder of runs: one row per run, with the reason if an entry cannot be read."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
 from utils.runs.run import NO_NOTES, RunError, duration_of, read_record, seconds_of, status_of
 
-STARTING = "starting"  # the state of a tracker in run.json before it is open
+STARTING = "starting"  # state of a tracker in run.json before it is open
 DAMAGED = "damaged"  # the status of an entry that cannot be read as a run
-NOT_RUNS = (MODELS.name, GATE.name)  # other files in the folder of the runs
-FACTS = {  # column -> type in SQL; the settings are further columns
+NOT_RUNS = (MODELS.name, GATE.name)  # other files in the folder of runs
+FACTS = {  # column -> SQL type; the settings are further columns
     "id": "VARCHAR",
     "tag": "VARCHAR",
     "status": "VARCHAR",
@@ -61,9 +61,9 @@ FACTS = {  # column -> type in SQL; the settings are further columns
     "processor": "VARCHAR",
     "path": "VARCHAR",
 }
-# Of an evaluation.
+# The metrics of an evaluation during training.
 LOSSES = ("val/loss", "train/eval_loss", "val/bits_per_byte", "train/eval_bits_per_byte", "val/accuracy")
-CACHED = ("record", "settings", "notes", "evaluations")  # of a settled run; the rest follows from them
+CACHED = ("record", "settings", "notes", "evaluations")  # cached fields of a settled run; the others follow from them
 LOG_END = 4096  # bytes at the end of a log in which its last line is looked for
 
 
@@ -77,14 +77,14 @@ class _Notes(BaseModel, strict=True):
 
 @dataclass(frozen=True)
 class IndexedRun:
-    """What is known about one entry of the folder of runs.
+    """One entry of the folder of runs.
 
-    problem: why it cannot be read as a run, or which part of it is damaged; None if nothing is.
-    record: run.json.
-    settings: meta/full_config.json by leaf name.
-    notes: notes.json.
-    notes_are_lost: notes.json is damaged, so it is unknown whether the run was pinned.
-    evaluations: what evaluate.py has found, oldest first.
+    problem: why it cannot be read as a run, or which part of it is damaged; None if all is well.
+    record: the content of run.json.
+    settings: the settings in meta/full_config.json, by leaf name.
+    notes: the content of notes.json.
+    notes_are_lost: whether notes.json is damaged, so that it is unknown whether the run was pinned.
+    evaluations: the results of evaluate.py, oldest first.
     """
 
     path: Path
@@ -105,10 +105,10 @@ class IndexedRun:
         return self.status != DAMAGED
 
     def row(self, settings: Collection[str] | None = None) -> dict[str, Any]:
-        """The run by column: FACTS, then the settings with the values that none and "auto" resolved to.
+        """The row of the run by column: FACTS, then settings, with the values that none and "auto" resolved to.
 
         Args:
-            settings: the settings that are wanted; by default all.
+            settings: the settings to include, by default all.
         """
         record, resolved, git = self.record, self.record.get("resolved") or {}, self.record.get("git") or {}
         start = seconds_of(record.get("start"))
@@ -147,33 +147,33 @@ class IndexedRun:
         return {**columns, **{key: resolved_setting(self, key) for key in wanted if key not in columns}}
 
     def duration(self) -> float | None:
-        """Seconds that all sessions took together; None where that is not known."""
+        """Seconds that all sessions took together; None if unknown."""
         ended, alive = seconds_of(self.record.get("end")) is not None, self.status == "running"
         if seconds_of(self.record.get("start")) is None or not (ended or alive or "seconds" in self.record):
             return None
         return round(duration_of(self.path, self.record, alive=alive), 1)
 
     def summary(self) -> dict[str, float]:
-        """Losses and steps at the end of the run; from its log while it runs and after a crash."""
+        """Losses and number of steps at the end of the run; read from the log while it runs and after a crash."""
         recorded = {key: decode_number(value) for key, value in (self.record.get("summary") or {}).items()}
         steps = self.record.get("last_step")
         if self.status not in ("running", "crashed"):
             return {**recorded, "steps": steps} if steps is not None else recorded
-        try:  # what is recorded is of the previous session
+        try:  # the recorded summary is from the previous session
             return summary_of_log(self.path / METRICS_LOG)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not written by us
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a damaged log
             return recorded
 
 
 def resolved_setting(run: IndexedRun, key: str) -> Any:
-    """The value of a setting, or what it resolved to where it is none or "auto"."""
+    """The value of a setting; if it is none or "auto", the value that it resolved to."""
     value = run.settings.get(key)
     resolved = run.record.get("resolved") or {}
     return resolved.get(key, value) if value in (None, "auto") else value
 
 
 def summary_of_log(path: Path) -> dict[str, float]:
-    """The last step and losses in a log, as run.json records them when a run ends."""
+    """The last step and the losses in a log, in the form in which run.json records them when a run ends."""
     if not path.is_file():
         return {}
     summary: dict[str, float] = {}
@@ -188,7 +188,7 @@ def summary_of_log(path: Path) -> dict[str, float]:
 
 
 def add_losses(summary: dict[str, float], record: Mapping[str, Any]) -> None:
-    """Bring the last and the best losses of a summary up to date with the record of a further evaluation."""
+    """Update the last and best losses of `summary` with the record of a later evaluation."""
     losses = {name: decode_number(record[name]) for name in LOSSES if name in record}
     summary |= losses
     if losses["val/loss"] < summary.setdefault("best_val_loss", math.inf):
@@ -198,7 +198,7 @@ def add_losses(summary: dict[str, float], record: Mapping[str, Any]) -> None:
 
 
 def read_run(path: Path) -> IndexedRun:
-    """What is known about one entry of the folder of runs. Raises nothing: a damaged entry has a `problem`."""
+    """Read one entry of the folder of runs. Raises nothing: a damaged entry has a `problem`."""
     try:
         if not os.path.lexists(path):
             return IndexedRun(path, problem="it is gone: no such run directory")
@@ -223,7 +223,7 @@ def read_run(path: Path) -> IndexedRun:
         notes = read_notes(path)
     except (OSError, ValueError, RecursionError) as error:
         notes_are_lost = True
-        reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
+        reason = "a field has the wrong type" if isinstance(error, ValidationError) else error
         problems.append(f"notes.json cannot be read: {reason}")
     evaluations, problem = read_evaluations(path)
     problems += [problem] if problem else []
@@ -235,12 +235,12 @@ def read_run(path: Path) -> IndexedRun:
 
 
 def is_unfinished(path: Path, record: Mapping[str, Any], status: str) -> bool:
-    """Whether a run has ended, but its process was killed before its trackers were complete and its seal written."""
+    """Whether a run has ended, but its process was killed before it had fed the trackers and written the seal."""
     return _lacks_its_end(path, record, status) and not is_held(path, record)
 
 
 def _lacks_its_end(path: Path, record: Mapping[str, Any], status: str) -> bool:
-    """Whether a run has ended, and its process still closes it or was killed while it did."""
+    """Whether a run has ended, but its process is still closing it or was killed while closing it."""
     views = record.get("views") or {}
     if status in ("running", "crashed") or not views:
         return False
@@ -249,30 +249,32 @@ def _lacks_its_end(path: Path, record: Mapping[str, Any], status: str) -> bool:
 
 
 def is_settled(run: IndexedRun) -> bool:
-    """Whether a run stays as it is until one of its files changes: no process has it, and nothing is wrong with it."""
+    """Whether a run can only change by a change of its files: no process has it, and nothing is wrong with it."""
     ended = run.readable and run.record["status"] != "running"
     return ended and run.problem is None and not _lacks_its_end(run.path, run.record, run.status)
 
 
 def _log_problem(path: Path) -> str | None:
-    """What is wrong with the end of a log; None: nothing. Only its last bytes are read."""
+    """What is wrong with the end of a log; None if nothing is. Only its last bytes are read."""
     try:
         with open_regular(path, path.parent.parent) as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_END))
             *lines, torn = file.read().split(b"\n")
-        if lines and not isinstance(orjson.loads(lines[-1]), dict):
+        if len(lines) == 1:  # perhaps only the end of a long line
+            last_record(path)
+        elif lines and not isinstance(orjson.loads(lines[-1]), dict):
             raise ValueError
     except FileNotFoundError:
         return f"no {path.parent.name}/{path.name}"
     except OSError as error:
         return f"{path.parent.name}/{path.name} cannot be read: {error.strerror}"
     except ValueError:
-        return f"{path.parent.name}/{path.name} is damaged: its last line is no record"
-    return f"the last line of {path.parent.name}/{path.name} is torn" if torn else None
+        return f"{path.parent.name}/{path.name} is damaged: its last line is not a record"
+    return f"the last line of {path.parent.name}/{path.name} is incomplete" if torn else None
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in meta/full_config.json of the run `path` by leaf name, including those that no longer exist.
+    """Read the settings in meta/full_config.json of the run `path`, by leaf name, even those that no longer exist.
 
     Raises:
         OSError, ValueError: the file is missing or damaged.
@@ -284,7 +286,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """notes.json of the run `path`; without the file, the notes of a new run.
+    """Read notes.json of the run `path`; if the file does not exist, the notes of a new run.
 
     Raises:
         OSError, ValueError: the file is damaged.
@@ -297,7 +299,7 @@ def read_notes(path: Path) -> dict[str, Any]:
 
 
 def read_index(runs_dir: Path) -> list[IndexedRun]:
-    """Every entry of the folder of runs, those that cannot be read first, then by age, the oldest first.
+    """Read every entry of the folder of runs; unreadable ones come first, then the runs from oldest to newest.
 
     Raises:
         UserError: the folder cannot be read.
@@ -317,7 +319,7 @@ def read_index(runs_dir: Path) -> list[IndexedRun]:
 
 @contextlib.contextmanager
 def _collection_paused() -> Iterator[None]:
-    """What is read is kept: looking through all of it for garbage takes a third of the time (docs/LOG.md)."""
+    """Pause the garbage collector: nothing read is garbage, and scanning it takes a third of the time (docs/LOG.md)."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

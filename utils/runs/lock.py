@@ -1,7 +1,7 @@
-"""The lock of a run directory: held by the process that trains or changes the run, for as long as that process lives.
+"""The lock of a run directory, held by the process that trains or changes the run for as long as that process lives.
 
-On one machine flock says whether it is held. Other machines cannot see that, and some file systems have no flock: there
-the lock file itself says it, by the signature of its holder (process, host, boot) and by its mtime, a heartbeat.
+On one machine, flock tells whether the lock is held. Other machines cannot see that, and some file systems have no
+flock. Then the lock file itself tells, by the signature of its holder (process, host, boot) and its mtime, a heartbeat.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from utils.locks import RELEASED, Holder, folder_lock, try_flock
 from utils.runs.layout import LOCK
 
 HEARTBEAT_SECONDS = 15.0
-STALE_HEARTBEAT_SECONDS = 60.0  # a run on another machine that was silent for this long has crashed
+STALE_HEARTBEAT_SECONDS = 60.0  # a run on another machine that has been silent for this long has crashed
 
 
 class RunLock:
-    """The lock of the run directory `run`, from here to `release`.
+    """Takes the lock of the run directory `run` and holds it until `release`.
 
-    has_flock: False on a file system without it.
+    has_flock: whether the file system supports flock.
 
     Raises:
-        BlockingIOError: another process of this machine holds it; without flock, of any machine.
+        BlockingIOError: another process of this machine (without flock: of any machine) holds the lock.
         OSError: the lock file cannot be opened or written.
     """
 
@@ -49,19 +49,19 @@ class RunLock:
             raise
 
     def sign(self) -> None:
-        """Write this process into the lock file, which is also its first heartbeat."""
+        """Write the signature of this process into the lock file, which is also its first heartbeat."""
         self._write(Holder.this().signature)
         self._signed = True
 
     def release(self, silent_since: float | None = None) -> None:
-        """Others may take the lock at once, on other machines too.
+        """Release the lock, so that others, on other machines too, can take it at once.
 
         Args:
-            silent_since: of a holder that did not train: when the one before gave its last sign of life, which says how
-                long it trained.
+            silent_since: mtime to give to the lock file, if this process did not train: the last sign of life of the
+                previous holder, which tells how long that one trained.
         """
         if self._signed:
-            with contextlib.suppress(OSError):  # a read-only disk: after a minute of silence it is free, too
+            with contextlib.suppress(OSError):  # a read-only disk: the lock is free after a minute of silence anyway
                 self._write(f"{Holder.this().signature} {RELEASED}")
                 if silent_since is not None:
                     os.utime(self.fd, (silent_since, silent_since))
@@ -69,12 +69,12 @@ class RunLock:
 
     def _write(self, text: str) -> None:
         line = f"{text}\n".encode()
-        os.pwrite(self.fd, line, 0)  # before it is cut to its length: a full disk may have no room for another block
+        os.pwrite(self.fd, line, 0)  # before truncating, because a full disk may have no room for a new block
         os.ftruncate(self.fd, len(line))
 
 
 def holder_of(run: Path) -> Holder | None:
-    """The process that holds the lock of a run directory, or died with it; None if it was released."""
+    """The process that holds the lock of a run directory, or held it when it died; None if the lock was released."""
     try:
         return Holder.parse(read_text(run / LOCK, run))
     except (OSError, ValueError):
@@ -82,7 +82,7 @@ def holder_of(run: Path) -> Holder | None:
 
 
 def holder_words(run: Path, record: Mapping[str, Any]) -> str:
-    """The process that has a run, or had it when it died: "process 5 on node3"."""
+    """The process that has a run, or had it when it died, in words: "process 5 on node3"."""
     holder = holder_of(run)
     if holder is None or (record.get("status") == "running" and record.get("host") != holder.host):
         return f"process {record.get('pid')} on {record.get('host')}"
@@ -90,9 +90,9 @@ def holder_words(run: Path, record: Mapping[str, Any]) -> str:
 
 
 def heartbeat_of(run: Path) -> float | None:
-    """When the lock file gave the last sign of life, in seconds since 1970; None if there is no such file."""
+    """The time of the last heartbeat (the mtime of the lock file) in seconds since 1970; None without such a file."""
     try:
-        fd = regular_fd(run / LOCK, run)  # opened, because a network disk may know an old mtime of a closed file
+        fd = regular_fd(run / LOCK, run)  # a network disk may report an outdated mtime for a file that is not open
     except OSError:
         return None
     try:
@@ -102,13 +102,13 @@ def heartbeat_of(run: Path) -> float | None:
 
 
 def heart_beats(run: Path) -> bool:
-    """Whether the last sign of life is young."""
+    """Whether the last heartbeat is at most STALE_HEARTBEAT_SECONDS old."""
     last = heartbeat_of(run)
     return last is not None and time.time() - last <= STALE_HEARTBEAT_SECONDS
 
 
 def _is_held_by_signature(run: Path) -> bool:
-    """Whether the process that signed the lock file, on whatever machine, still lives."""
+    """Whether the process that signed the lock file, on any machine, is still alive."""
     holder, last = holder_of(run), heartbeat_of(run)
     if holder is None or last is None:
         return False
@@ -116,10 +116,10 @@ def _is_held_by_signature(run: Path) -> bool:
 
 
 def lock_is_free(run: Path) -> bool:
-    """True if no process of this machine holds the lock of the run directory `run`."""
+    """Whether no process of this machine holds the lock of the run directory `run`."""
     try:
         fd = regular_fd(run / LOCK, run)
-    except OSError:  # there is none, or something else under its name, which no process holds
+    except OSError:  # the file is missing, or is something that no process can hold
         return True
     try:
         return try_flock(fd, fcntl.LOCK_SH) or not _is_held_by_signature(run)
@@ -130,10 +130,10 @@ def lock_is_free(run: Path) -> bool:
 
 
 def is_elsewhere(run: Path, record: Mapping[str, Any]) -> bool:
-    """Whether the process that has the run, or had it when it died, is of another machine, or of an earlier boot.
+    """Whether the process that has the run, or had it when it died, belongs to another machine or an earlier boot.
 
     Args:
-        record: run.json, which names the host of a run that is being trained.
+        record: run.json, which names the host of a run in training.
     """
     holder = holder_of(run)
     if holder is not None and not holder.is_here:
@@ -142,12 +142,12 @@ def is_elsewhere(run: Path, record: Mapping[str, Any]) -> bool:
 
 
 def is_held(run: Path, record: Mapping[str, Any]) -> bool:
-    """Whether a process of this machine, or by its heartbeat of another, trains the directory `run` or closes it."""
+    """Whether a process is training or closing the run; on another machine, its heartbeat tells."""
     return heart_beats(run) if is_elsewhere(run, record) else not lock_is_free(run)
 
 
 def wait_until_free(run: Path, seconds: float) -> bool:
-    """Wait at most `seconds` for the lock of the run directory `run`; True if it is free."""
+    """Wait at most `seconds` for the lock of the run directory `run` to become free; return whether it is."""
     deadline = time.monotonic() + seconds
     while not (free := lock_is_free(run)) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -157,14 +157,14 @@ def wait_until_free(run: Path, seconds: float) -> bool:
 def wait_until_silent(run: Path, read: Callable[[], Mapping[str, Any]], report: Callable[[str], None]) -> bool:
     """Wait until a process of another machine has released the lock, or has given no sign of life for a minute.
 
-    By this machine's clock alone: that of the other one, or of the disk, may be wrong.
+    Silence is measured by the clock of this machine, because that of the other machine or of the disk may be wrong.
 
     Args:
         read: reads run.json.
-        report: prints one line to the user, before the waiting.
+        report: prints one line for the user, before waiting.
 
     Returns:
-        False if the process is alive: it goes on training.
+        False if the process is alive and continues training.
     """
     last = heartbeat_of(run)
     silence = min(max(0.0, time.time() - (last or 0.0)), STALE_HEARTBEAT_SECONDS)
@@ -180,7 +180,7 @@ def wait_until_silent(run: Path, read: Callable[[], Mapping[str, Any]], report: 
         if latest != last:
             if record["status"] == "running" or now - began > 2 * STALE_HEARTBEAT_SECONDS:
                 return False
-            last, silent_since = latest, now  # it has stopped training, and closes its trackers
+            last, silent_since = latest, now  # it has stopped training and is closing its trackers
         if now - silent_since >= STALE_HEARTBEAT_SECONDS:
             return True
         time.sleep(min(0.5, STALE_HEARTBEAT_SECONDS / 100))

@@ -1,7 +1,7 @@
-"""The append-only logs of a run: the source from which everything else (TensorBoard, Aim, reports) is made.
+"""The append-only logs of a run, the source of everything else (TensorBoard, Aim, reports).
 
-One JSON object on each line. A line counts once its newline is written: a reader ignores a torn last line, and
-`truncate` cuts it off.
+Each line is one JSON object. A line counts once its newline is written: readers ignore an incomplete last line, and
+`truncate` removes it.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from utils.runs.metrics import decode_number
 METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE = METRICS_LOG.name, HISTOGRAMS_LOG.name, SAMPLES_LOG.name
 LOG_FILES = (METRICS_FILE, HISTOGRAMS_FILE, SAMPLES_FILE)  # checkpoints and trackers keep an offset for each name
 SCANNED_BYTES = 65_536
-MAX_LINE_BYTES = 16 << 20  # a record has some hundred bytes, a histogram some thousand
+MAX_LINE_BYTES = 16 << 20  # records have some hundred bytes, histograms some thousand
 
 
 class RunLogError(UserError):
-    """Logs that are damaged, or do not belong to the checkpoint."""
+    """The logs are damaged, or do not match the checkpoint."""
 
 
 def _run_of(log: Path) -> Path:
-    """The run directory of a log: no link may lead out of it."""
+    """The run directory of a log, which links must not lead out of."""
     return log.parent.parent
 
 
 class LogWriter:
-    """Appends records to one log file. Each batch of records is one write; `sync` makes it survive a power loss."""
+    """Appends records to one log file, each batch with one write; `sync` makes them survive a power loss."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = regular_fd(path, _run_of(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
     def write(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Append one line for each record. Numbers that are not finite must be encoded before (encode_number).
+        """Append one line for each record. Non-finite numbers must already be encoded (`encode_number`).
 
         Raises:
-            TypeError: a value cannot be written as JSON; nothing is written.
-            OSError: the disk is full or gone, or the run directory is no longer in its place; the file is unchanged.
+            TypeError: a value cannot be encoded as JSON; nothing is written.
+            OSError: the disk is full or gone, or the run directory was moved or deleted; the file is unchanged.
         """
         data = memoryview(b"".join([orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE) for record in records]))
         start = self.offset
@@ -55,12 +55,12 @@ class LogWriter:
             while data:
                 data = data[os.write(self._fd, data) :]
         except OSError as error:
-            os.ftruncate(self._fd, start)  # a torn line would spoil the next one
-            error.filename = os.fspath(self.path)  # which disk it was
+            os.ftruncate(self._fd, start)  # an incomplete line would spoil the next one
+            error.filename = os.fspath(self.path)  # so that the message names the disk
             raise
 
     def check_place(self) -> None:
-        """Raises OSError if the run directory is no longer in its place: what is written would be lost, or astray."""
+        """Raise OSError if the run directory was moved or deleted, since what is written would be lost or misplaced."""
         if os.fstat(self._fd).st_nlink == 0 or not self.path.exists():
             raise OSError(errno.ESTALE, "was deleted or moved while it was trained", str(_run_of(self.path)))
 
@@ -77,7 +77,7 @@ class LogWriter:
 
 
 class RunLog:
-    """The three logs of a run: metrics, histograms, sample texts.
+    """Writers for the three logs of a run: metrics, histograms and sample texts.
 
     Args:
         logs_dir: the folder logs/ of a run directory.
@@ -97,21 +97,21 @@ class RunLog:
             writer.sync()
 
     def close(self) -> None:
-        """Sync and close; nothing can be written afterwards."""
+        """Sync and close the logs; nothing can be written afterwards."""
         self.sync()
         for writer in (self.metrics, self.histograms, self.samples):
             writer.close()
 
 
 def read_from(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> tuple[list[dict[str, Any]], int]:
-    """The complete records of `path` from byte `offset` on, up to about `max_bytes` bytes.
+    """Read the complete records of `path` from byte `offset` on, up to about `max_bytes` bytes.
 
     Returns:
-        The records, and the offset after the last of them; a torn last line is left for the next call.
+        The records, and the offset after the last of them; an incomplete last line is left for the next call.
 
     Raises:
         FileNotFoundError: the log does not exist.
-        RunLogError: a complete line is no record.
+        RunLogError: a complete line is not a record.
     """
     lines = read_lines(path, offset, max_bytes)
     records: list[dict[str, Any]] = []
@@ -120,15 +120,15 @@ def read_from(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> tuple[li
             records.append(_record(path, line))
         except RunLogError:
             number = _lines_before(path, offset) + len(records) + 1
-            raise RunLogError(f"{path}:{number}: the log is damaged: this line is no record") from None
+            raise RunLogError(f"{path}:{number}: the log is damaged: this line is not a record") from None
     return records, offset + sum(map(len, lines))
 
 
 def record_at(path: Path, offset: int, line: bytes) -> dict[str, Any]:
-    """The record in the line of a log that begins at byte `offset`: it has a step and a time.
+    """Parse the line of a log that begins at byte `offset`, a record with a step and a time.
 
     Raises:
-        RunLogError: it is something else; the message names the line.
+        RunLogError: the line is something else; the message has its number.
     """
     try:
         record = _record(path, line)
@@ -137,21 +137,21 @@ def record_at(path: Path, offset: int, line: bytes) -> dict[str, Any]:
     except (RunLogError, KeyError):
         pass
     number = _lines_before(path, offset) + 1
-    raise RunLogError(f"{path}:{number}: the log is damaged: this line is no record")
+    raise RunLogError(f"{path}:{number}: the log is damaged: this line is not a record")
 
 
 def _record(path: Path, line: bytes) -> dict[str, Any]:
-    """The record in a line of the log `path`.
+    """Parse one line of the log `path`.
 
     Raises:
-        RunLogError: it is something else.
+        RunLogError: the line is not a record.
     """
     try:
         record = orjson.loads(line)
         if not isinstance(record, dict) or not isinstance(record.get("step", 0), int):
             raise ValueError
     except ValueError:
-        raise RunLogError(f"{path}: the log is damaged: its last line is no record") from None
+        raise RunLogError(f"{path}: the log is damaged: its last line is not a record") from None
     return record
 
 
@@ -165,17 +165,17 @@ def _lines_before(path: Path, offset: int) -> int:
 
 
 def read_lines(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> list[bytes]:
-    """The complete lines of `path` from byte `offset` on, up to about `max_bytes` bytes, with their line ends.
+    """Read the complete lines of `path` from byte `offset` on, up to about `max_bytes` bytes, with their newlines.
 
     Raises:
         FileNotFoundError: the log does not exist.
-        OSError: it is no regular file.
+        OSError: it is not a regular file.
         RunLogError: a line is longer than any record.
     """
     with open_regular(path, _run_of(path)) as file:
         file.seek(offset)
         data = file.read(max_bytes)
-        if b"\n" not in data and len(data) == max_bytes:  # one line longer than a chunk
+        if b"\n" not in data and len(data) == max_bytes:  # one line is longer than a chunk
             data += file.readline(MAX_LINE_BYTES)
             if len(data) >= max_bytes + MAX_LINE_BYTES:
                 raise RunLogError(f"{path}: the log is damaged: a line of more than {MAX_LINE_BYTES >> 20} MiB")
@@ -183,7 +183,7 @@ def read_lines(path: Path, offset: int = 0, max_bytes: int = 1 << 20) -> list[by
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """All complete records of a log; none if the file does not exist."""
+    """Yield all complete records of a log; none if the file does not exist."""
     offset = 0
     while path.exists():
         records, end = read_from(path, offset)
@@ -194,7 +194,12 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def last_record(path: Path) -> dict[str, Any] | None:
-    """The last complete record of a log; None if there is none."""
+    """The last complete record of a log; None if it has none or does not exist.
+
+    Raises:
+        OSError: the log cannot be read.
+        RunLogError: the last line is not a record.
+    """
     if not path.exists():
         return None
     size, length = path.stat().st_size, SCANNED_BYTES
@@ -202,7 +207,7 @@ def last_record(path: Path) -> dict[str, Any] | None:
         while True:
             file.seek(max(0, size - length))
             lines = file.read(min(length, size)).split(b"\n")[:-1]
-            if len(lines) > 1 or length >= size:  # the first may be only a part of a line
+            if len(lines) > 1 or length >= size:  # the first one may be only a part of a line
                 return _record(path, lines[-1]) if lines else None
             if length > MAX_LINE_BYTES:
                 raise RunLogError(f"{path}: the log is damaged: a line of more than {MAX_LINE_BYTES >> 20} MiB")
@@ -210,7 +215,7 @@ def last_record(path: Path) -> dict[str, Any] | None:
 
 
 def read_metrics(logs_dir: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value) of each record that has the metric `name`, in the order of the log."""
+    """List (step, value) for each record that has the metric `name`, in the order of the log."""
     return [
         (record["step"], decode_number(record[name]))
         for record in read_records(logs_dir / METRICS_FILE)
@@ -219,14 +224,14 @@ def read_metrics(logs_dir: Path, name: str) -> list[tuple[int, float]]:
 
 
 def offset_of_step(path: Path, step: int) -> int:
-    """The byte where the first record of `step` or a later step begins; the end of the complete lines if none does.
+    """The byte offset of the first record of `step` or a later step; the end of the complete lines if there is none.
 
-    Steps never decrease in a log, so the place is found by bisection down to a part that is read in full.
+    Steps never decrease in a log, so bisection narrows the place down to a part that is read in full.
     """
     if not path.exists():
         return 0
     with open_regular(path, _run_of(path)) as file:
-        low, high = 0, path.stat().st_size  # a line of an earlier step begins at low, unless it is 0
+        low, high = 0, path.stat().st_size  # unless low is 0, a line of an earlier step begins there
         while high - low > SCANNED_BYTES:
             middle = (low + high) // 2
             file.seek(middle)
@@ -245,7 +250,7 @@ def offset_of_step(path: Path, step: int) -> int:
 
 
 def truncate(path: Path, offset: int | None = None) -> None:
-    """Cut a log back to its first `offset` bytes, or without an offset to its last complete line.
+    """Cut a log back to its first `offset` bytes or, without an offset, to the end of its last complete line.
 
     Raises:
         ValueError: the log is shorter than `offset`.
@@ -263,7 +268,7 @@ def truncate(path: Path, offset: int | None = None) -> None:
 
 
 def _end_of_lines(fd: int) -> int:
-    """The offset after the last line break of a file."""
+    """The offset after the last newline of a file."""
     end = os.fstat(fd).st_size
     while end > 0:
         start = max(0, end - SCANNED_BYTES)
@@ -277,10 +282,10 @@ def cut_logs(logs_dir: Path, offsets: Mapping[str, int]) -> None:
     """Cut all logs of a run back to the sizes that they had when a checkpoint was saved.
 
     Args:
-        offsets: size of each log by file name; a log that is not named becomes empty.
+        offsets: size of each log in bytes, by file name; a log without an entry is emptied.
 
     Raises:
-        RunLogError: a log is shorter than that; nothing is cut.
+        RunLogError: a log is shorter than its offset, and none was cut; or a log cannot be cut.
     """
     for name in LOG_FILES:
         path, offset = logs_dir / name, offsets.get(name, 0)

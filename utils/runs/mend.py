@@ -1,4 +1,4 @@
-"""Files of a run that serve trackers and people: a damaged one is put aside, and never a reason to fail training."""
+"""Files of a run that only trackers and people need: a damaged one is put aside and never makes training fail."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from utils.runs.metrics import read_registry
 from utils.runs.run import NO_NOTES
 
 Warn = Callable[[str], None]
-WRITTEN_ANEW = (SEAL, CURVES, FLIGHT_RECORDER, TRAIN_LOG)  # whatever they say
+WRITTEN_ANEW = (SEAL, CURVES, FLIGHT_RECORDER, TRAIN_LOG)  # rewritten or appended to without being read
 
 
 def mend(run: Path, warn: Warn) -> None:
-    """Put aside what cannot be read of the run directory `run`, with a warning; notes.json is made again.
+    """Put aside the files of the run directory `run` that cannot be used, each with a warning, and rewrite notes.json.
 
-    The rest is made again by what writes it: training, a rebuild, the seal. Call with the lock of the run held.
+    The other files are written again by training, a rebuild or the seal. Call this with the lock of the run held.
     """
     for folder in (ARTIFACTS, OLD_TENSORBOARD):
         if os.path.lexists(run / folder) and not (run / folder).is_dir():
@@ -54,7 +54,7 @@ def mend(run: Path, warn: Warn) -> None:
 
 
 def _checked(run: Path) -> Iterator[tuple[Path, Callable[[Path], Any]]]:
-    """Each file with a function that raises if it cannot be used."""
+    """Yield each file with a function that raises if the file cannot be used."""
     yield run / NOTES, lambda path: read_notes(path.parent)
     yield run / METRIC_REGISTRY, read_registry
     yield run / MODEL_SUMMARY, read_modules
@@ -64,10 +64,10 @@ def _checked(run: Path) -> Iterator[tuple[Path, Callable[[Path], Any]]]:
 
 
 def read_modules(path: Path) -> tuple[dict[str, Any], ...]:
-    """The parameters of the model in meta/model.json.
+    """Read the list of the model's parameters in meta/model.json.
 
     Raises:
-        OSError, ValueError, LookupError, TypeError: it is missing or damaged.
+        OSError, ValueError, LookupError, TypeError: the file is missing or damaged.
     """
     modules = tuple(dict(module) for module in read_json(path, path.parent.parent))
     for module in modules:
@@ -76,7 +76,7 @@ def read_modules(path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def _readable_part(path: Path) -> dict[str, Any]:
-    """What can be read of a damaged notes.json; a run whose pin is unknown is pinned, so that nothing deletes it."""
+    """The valid part of a damaged notes.json. If the pin is unknown, the run is pinned, so that nothing deletes it."""
     try:
         notes = dict(read_json(path))
     except (OSError, ValueError, TypeError):
@@ -91,12 +91,12 @@ def _readable_part(path: Path) -> dict[str, Any]:
 
 
 def _put_aside(path: Path, reason: str, warn: Warn) -> bool:
-    """Rename a file that cannot be used, with a warning; False if that fails."""
+    """Rename a file that cannot be used, with a warning; return False if that fails."""
     try:
         aside = put_aside(path)
     except OSError as error:
-        warn(f"{path} cannot be used ({reason}), nor be put aside: {error.strerror}")
+        warn(f"{path} cannot be used ({reason}), and it cannot be renamed: {error.strerror}")
         return False
     pinned = "; the run is pinned unless its notes say otherwise" if path.name == NOTES.name else ""
-    warn(f"{path} cannot be used ({reason}): it is {aside.name} now{pinned}")
+    warn(f"{path} cannot be used ({reason}); it was renamed to {aside.name}{pinned}")
     return True

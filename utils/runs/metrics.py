@@ -1,4 +1,4 @@
-"""The registry of metrics: the names that the log accepts, with unit, direction and the views that show them."""
+"""The registry of metrics: the names that the log accepts, each with its unit, direction and views."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Direction = Literal["lower", "higher", "none"]  # which way is better
 
 VIEWS = ("tensorboard", "aim", "wandb")  # the trackers that can be fed from the logs
 
-# The same loss per byte of text instead of per token, so that runs with different tokenizers compare.
+# The same losses per byte of text instead of per token, to compare runs with different tokenizers.
 BITS_PER_BYTE = {
     "train/loss": "train/bits_per_byte",
     "train/eval_loss": "train/eval_bits_per_byte",
@@ -22,7 +22,7 @@ BITS_PER_BYTE = {
 }
 
 NOT_METRICS = frozenset(("step", "time"))  # fields that every record has
-NOT_METRICS_OF_AIM = frozenset(("sample", "curves"))  # texts and a picture of each run: Aim has one kind under a name
+NOT_METRICS_OF_AIM = frozenset(("sample", "curves"))  # names of texts and pictures: Aim allows one type per name
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Metric:
     """A number that a record of metrics.jsonl may have.
 
     name: `split/name` or `name`; the TensorBoard tag. Aim shows `split` as context {subset: split}.
-    unit: of the value; "nats" for losses, "1" for a number without a unit.
+    unit: unit of the value; "nats" for losses, "1" for a number without a unit.
     direction: which way is better.
-    views: which of VIEWS show it.
-    reproducible: True if repeating the run must give the same numbers: false for times and what the machine decides.
+    views: the views, of VIEWS, that show the metric.
+    reproducible: whether repeating the run must give the same numbers; False for times and measurements of the machine.
 
     >>> metric = Metric("val/perplexity", unit="1", direction="lower")
     >>> metric.subset, metric.short_name
@@ -69,11 +69,13 @@ def register_metric(metric: Metric) -> Metric:
     'val/perplexity'
     """
     if metric.name in NOT_METRICS:
-        raise ValueError(f"no metric can be named {metric.name}: each record has that field already")
+        raise ValueError(f"no metric can be named {metric.name}: every record already has a field of that name")
     if metric.name in NOT_METRICS_OF_AIM and "aim" in metric.views:
-        raise ValueError(f"no metric in Aim can be named {metric.name}: it shows something else of a run there")
+        raise ValueError(f"no metric in Aim can be named {metric.name}: that name is used for another part of a run")
     if unknown := set(metric.views) - set(VIEWS):
-        raise ValueError(f"metric {metric.name}: no view {', '.join(sorted(unknown))}; there are {', '.join(VIEWS)}")
+        raise ValueError(
+            f"metric {metric.name}: unknown view {', '.join(sorted(unknown))}; the views are {', '.join(VIEWS)}"
+        )
     if metric.direction not in get_args(Direction):
         raise ValueError(f"metric {metric.name}: direction {metric.direction!r} is not one of {get_args(Direction)}")
     if _REGISTRY.setdefault(metric.name, metric) != metric:
@@ -87,15 +89,15 @@ for _metric in (
     Metric("val/loss", "nats", "lower"),
     Metric("lr", "1"),
     Metric("grad_norm", "1"),
-    Metric("train/bits_per_byte", "bits/byte", "lower", views=()),  # train/loss in another unit
+    Metric("train/bits_per_byte", "bits/byte", "lower", views=()),  # no views: it is train/loss in another unit
     Metric("train/eval_bits_per_byte", "bits/byte", "lower"),
     Metric("val/bits_per_byte", "bits/byte", "lower"),
-    Metric("val/loss_without_leaks", "nats", "lower"),  # of the last evaluation
-    Metric("val/accuracy", "1", "higher"),  # share of answers that are right to their ends
+    Metric("val/loss_without_leaks", "nats", "lower"),  # last evaluation only
+    Metric("val/accuracy", "1", "higher"),  # share of answers that are right in full
     Metric("tokens", "tokens", views=()),
     Metric("tokens_per_second", "tokens/s", "higher", reproducible=False),
     Metric("step_ms", "ms", "lower", views=("tensorboard",), reproducible=False),  # 1 / tokens_per_second
-    Metric("system/process_cpu", "%", reproducible=False),  # 100% is one core
+    Metric("system/process_cpu", "%", reproducible=False),  # 100% means one core
     Metric("system/process_memory", "MiB", reproducible=False),
     Metric("system/gpu_utilization", "%", reproducible=False),
     Metric("system/gpu_memory", "MiB", reproducible=False),
@@ -121,12 +123,12 @@ def registered_metrics() -> list[str]:
 
 
 def is_reproducible(name: str) -> bool:
-    """True if repeating the run must give the same numbers for this metric; also for an unknown name."""
+    """Whether repeating the run must give the same numbers for this metric; True for an unknown name."""
     return name not in _REGISTRY or _REGISTRY[name].reproducible
 
 
 def shown_metrics(record: Mapping[str, Any], view: str) -> Iterator[tuple[Metric, float]]:
-    """The metrics of a record of metrics.jsonl that a view shows, with their values.
+    """Yield the metrics of a record of metrics.jsonl that a view shows, with their values.
 
     Raises:
         KeyError: a name is not registered.
@@ -142,24 +144,24 @@ def write_registry(path: Path) -> None:
 
 
 def read_registry(path: Path) -> None:
-    """Register the metrics of a file that `write_registry` wrote, unless their names are known; none without a file."""
+    """Register the metrics in a file of `write_registry`, except known names; does nothing if there is no file."""
     if path.exists():
         for facts in read_json(path):
             _REGISTRY.setdefault(facts["name"], Metric(**{**facts, "views": tuple(facts["views"])}))
 
 
 def bits_per_byte(loss: float, bytes_per_token: float) -> float:
-    """A loss in nats per token, in bits per byte of the text of the tokens."""
+    """Convert a loss in nats per token to bits per byte of text; infinity if the tokens have no bytes."""
     return loss / math.log(2) / bytes_per_token if bytes_per_token else math.inf
 
 
 def encode_number(value: float) -> float | str:
-    """`value`; as the string "nan", "inf" or "-inf" where it is not finite, which JSON cannot express."""
+    """`value`, or the string "nan", "inf" or "-inf" if it is not finite, which JSON cannot express."""
     return value if math.isfinite(value) else str(float(value))
 
 
 def decode_number(value: float | str) -> float:
-    """The number that `encode_number` encoded."""
+    """The number that `encode_number` has encoded."""
     return float(value)
 
 

@@ -1,4 +1,4 @@
-"""Promoted runs: names NAME@v1, NAME@v2, ... for the weights of runs, kept in models.json beside the runs."""
+"""Promoted runs: the weights of runs under names NAME@v1, NAME@v2, ..., stored in models.json beside the runs."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from utils.runs.layout import MODELS
 
 VERSIONED = re.compile(r"(.+)@v(\d+)")
 
-Models = dict[str, list[dict[str, Any]]]  # name -> its versions, v1 first
+Models = dict[str, list[dict[str, Any]]]  # name -> versions, v1 first
 
 
 class PromotionError(UserError):
-    """A name that is not valid or not known, or a models.json that cannot be used."""
+    """A name is invalid or unknown, or models.json cannot be used."""
 
 
 def read_models(runs_dir: Path) -> Models:
-    """All promoted runs: name -> its versions.
+    """Read all promoted runs: name -> versions.
 
     Raises:
         PromotionError: models.json is damaged.
@@ -33,7 +33,7 @@ def read_models(runs_dir: Path) -> Models:
 
 
 def good_models(runs_dir: Path) -> tuple[Models, str | None]:
-    """The promoted runs that models.json names as this workbench writes it, and what is wrong with it otherwise."""
+    """The valid entries of models.json, and what is wrong with the file, or None."""
     path = runs_dir / MODELS
     try:
         content = read_json(path)
@@ -57,7 +57,7 @@ def _are_versions(versions: Any) -> bool:
 
 
 def names_of_run(run: Path) -> tuple[list[str], str | None]:
-    """The names NAME@vN of the run directory `run`, and what is wrong with models.json, if anything is."""
+    """The names NAME@vN of the run directory `run`, and what is wrong with models.json, or None."""
     models, problem = good_models(run.parent)
     names = [
         f"{name}@v{number}"
@@ -69,7 +69,7 @@ def names_of_run(run: Path) -> tuple[list[str], str | None]:
 
 
 def promoted_run(text: str, runs_dir: Path) -> Path | None:
-    """The run directory that NAME@vN names; None if `text` is not of this form.
+    """The run directory that NAME@vN names; None if `text` does not have this form.
 
     Raises:
         PromotionError: there is no such name or version, or its run was deleted.
@@ -92,17 +92,17 @@ def promoted_run(text: str, runs_dir: Path) -> Path | None:
 
 
 def add_version(runs_dir: Path, name: str, facts: dict[str, Any]) -> int:
-    """Add a version to `name`, or keep the newest one if it is of the same run and weights.
+    """Add a version to `name`, unless its newest version has the same run and weights.
 
     Args:
-        facts: the entry in models.json; the id of the `run` must be among them.
+        facts: the entry for models.json; must contain the id of the run as `run`.
 
     Returns:
         The number of the version.
 
     Raises:
-        PromotionError: the name is not valid, or models.json is damaged or cannot be written.
-        OSError: its disk is full or fails.
+        PromotionError: the name is invalid, or models.json is damaged or cannot be written.
+        OSError: the disk is full or fails.
     """
     assert isinstance(facts.get("run"), str), "a version without a run would damage the file"
     if not TAG_PATTERN.fullmatch(name):

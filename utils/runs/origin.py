@@ -1,9 +1,9 @@
-"""What a run starts from when it does not start from scratch, and with which configuration.
+"""What a run starts from if it does not start from scratch, and with which configuration.
 
 A run has one of three relations to an earlier one:
 
     resume      the same run continues in its own directory, bit for bit
-    fork        a new run continues from a checkpoint of another run, with other settings
+    fork        a new run continues from a checkpoint of another run, perhaps with other settings
     init        a new run begins at step 0 with the weights of another run (fine-tuning)
 """
 
@@ -34,16 +34,15 @@ from utils.runs.seal import checkpoints_are_gone
 from utils.runs.trust import callback_words, enclosing_run, made_elsewhere, require_trust
 
 Relation = Literal["resume", "fork", "init"]
-RESUMABLE = ("interrupted", "crashed", "failed")  # a failure may be over: a full disk, a mistake in a callback
+RESUMABLE = ("interrupted", "crashed", "failed")  # what made a run fail (a full disk, a callback) may be fixed
 BATCH_KEYS = ("batch_size", "gradient_accumulation_steps", "tokens_per_step")
-PRETRAINED_PREFIX = "hf:"  # of a published model, where --init-from expects a RUN
-FOUND_BATCH = "batch_size auto"  # the source of a batch that the search found (utils/training/batch_size.py)
+PRETRAINED_PREFIX = "hf:"  # marks the name of a published model where --init-from expects a RUN
+FOUND_BATCH = "batch_size auto"  # the source of a batch size that the search found (utils/training/batch_size.py)
 PER_SESSION = ("max_minutes", "stop_at_step")  # settings of one process, which a resume does not inherit
-# paths, unless they are names or addresses
-PATH_KEYS = ("dataset", "corpora_dir", "datasets_dir", "runs_dir", "aim_repo")
-OUTPUT_KEYS = ("corpora_dir", "datasets_dir", "runs_dir", "aim_repo")  # those that training writes to
-MOVED_PATH = "found after a move"  # the source of a path that is no longer where it was
-LOCAL_PATH = "of this project, as the run was made elsewhere"  # the source of a path that was not taken over
+OUTPUT_KEYS = ("corpora_dir", "datasets_dir", "runs_dir", "aim_repo")  # paths that training writes to
+PATH_KEYS = ("dataset", *OUTPUT_KEYS)  # settings that may be paths; dataset and aim_repo may also be names or addresses
+MOVED_PATH = "found after a move"  # the source of a path that was found at another place
+LOCAL_PATH = "of this project, as the run was made elsewhere"  # the source of a path that replaces the recorded one
 PINNED_KEYS = ("device", "dtype", "threads", "deterministic")  # a resume keeps the values that "auto" resolved to
 
 
@@ -51,12 +50,12 @@ PINNED_KEYS = ("device", "dtype", "threads", "deterministic")  # a resume keeps 
 class Origin:
     """The checkpoint that training starts from.
 
-    run: directory of the earlier run; for `init` it may be an export alone, or the folder of a published model.
+    run: directory of the earlier run; for `init` also an export, or the folder of a published model.
     which: the checkpoint: `latest`, `best` or a step.
-    strict: True if a damaged newest checkpoint is an error; otherwise the one before it is used.
-    trusted: True if its code may run although it was made elsewhere (--trust).
-    pretrained: the name of the published model; None if it is a run of ours.
-    revision: the commit of the published model, if it is known.
+    strict: whether a damaged newest checkpoint is an error; otherwise the one before it is used.
+    trusted: whether the code of a run made elsewhere may run (--trust).
+    pretrained: the name of the published model; None for a run or an export.
+    revision: the commit of the published model, if known.
     """
 
     relation: Relation
@@ -69,7 +68,7 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """Of the earlier run, in messages."""
+        """The name of the earlier run or model in messages."""
         return self.run.name if self.pretrained is None else f"{PRETRAINED_PREFIX}{self.pretrained}"
 
 
@@ -87,29 +86,29 @@ def find_origin(
     """The origin that RUN[:which] on a command line names.
 
     Raises:
-        RunError: there is no such run, or a resume asks for another checkpoint than the newest.
+        RunError: there is no such run, or a resume asks for a checkpoint other than the newest.
     """
     name, which = split_choice(text)
     name = expand_home(name)
     if name and is_export(Path(name)):
         if relation != "init" or which not in CHOICES:
-            raise RunError(f"{text} is an export, which has nothing but weights: --init-from {name} starts with them")
+            raise RunError(f"{text} is an export, which has only weights: --init-from {name} starts with them")
         return Origin(relation, Path(os.path.abspath(name)))
     run = resolve_run(name, runs_dir)
     if relation == "resume" and which != "latest":
         raise RunError(
             f"--resume {text}: a run continues from its newest checkpoint; --fork starts a new run from any checkpoint"
         )
-    path = Path(os.path.abspath(run))  # not resolved: a run that was moved away and linked stays beside the others
+    path = Path(os.path.abspath(run))  # links are not resolved: a run that was moved and linked stays beside others
     return Origin(relation, path, which, strict, trusted)
 
 
 def resumable_runs(runs_dir: Path, tag: str, report: Callable[[str], None] = lambda line: None) -> list[Path]:
-    """The runs with this tag that can go on, newest first: interrupted, crashed or failed ones with a configuration.
+    """The runs with this tag that can be resumed, newest first: interrupted, crashed or failed, with a configuration.
 
     Args:
-        report: gets a line about each newer run that cannot, back to the newest that is complete; and about each that
-            has no readable record, if its id looks as if it had this tag.
+        report: gets one line for each run that cannot be resumed and is newer than the first result, back to the newest
+            complete one; and one for each unreadable run whose id seems to contain the tag.
     """
     found: list[Path] = []
     complete = False
@@ -131,11 +130,11 @@ def resumable_runs(runs_dir: Path, tag: str, report: Callable[[str], None] = lam
 
 
 def _why_not(path: Path, record: Mapping[str, Any]) -> str | None:
-    """Why `--resume auto` does not continue a run; None: it can."""
+    """Why `--resume auto` does not continue a run; None if it can."""
     status = status_of(path, record)
     if status == "completed":
         return "it is complete"
-    if status == "running" and not is_elsewhere(path, record):  # else it may have died a moment ago: `Run.resume` waits
+    if status == "running" and not is_elsewhere(path, record):  # elsewhere it may just have died: `Run.resume` waits
         return f"it is being trained by process {record.get('pid')} on {record.get('host')}"
     if status not in (*RESUMABLE, "running"):
         return f"it {status}: {record.get('exit_reason')}"
@@ -147,9 +146,9 @@ def _why_not(path: Path, record: Mapping[str, Any]) -> str | None:
 def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     """The configuration that a run was started with, with the recorded source of each value.
 
-    The settings in PER_SESSION are taken from the current configuration files instead, and a path that no longer
-    exists is looked for in this project: it may have moved. The folder of the runs moved with the run. A run that was
-    made elsewhere does not say where to write.
+    The settings in PER_SESSION are taken from the current configuration files instead. A path that no longer exists is
+    looked for in this project, which may have moved; a missing runs_dir is replaced by the folder that contains the
+    run. If the run was made elsewhere, the folders to write to are those of this project.
 
     Raises:
         ConfigError: the recorded configuration is missing or damaged.
@@ -159,7 +158,7 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
     config, current = loader.load_only(run / CONFIG).config, loader.load()
     try:
         sources = read_json(run / CONFIG_SOURCES, run)
-    except (OSError, ValueError):  # the values count; where they came from is only reported
+    except (OSError, ValueError):  # sources are only reported, so training can do without them
         sources = {}
     place = f"{run.name}/{CONFIG}"
     layers = {key: _recorded_layers(sources, key, value, place) for key, value in flat(config).items()}
@@ -177,7 +176,7 @@ def recorded_config(run: Path, loader: ConfigLoader) -> LoadedConfig:
 
 
 def _recorded_layers(sources: Any, key: str, value: Any, place: str) -> list[Setting]:
-    """The layers of one setting in meta/config_sources.json; where that lacks it, `place` is its source."""
+    """The layers of one setting in meta/config_sources.json; if it is not there, one layer with the source `place`."""
     try:
         below = [Setting(shadowed["value"], shadowed["source"]) for shadowed in reversed(sources[key]["shadowed"])]
         return [*below, Setting(value, sources[key]["source"])]
@@ -186,14 +185,15 @@ def _recorded_layers(sources: Any, key: str, value: Any, place: str) -> list[Set
 
 
 def without_foreign_places(loaded: LoadedConfig, files: Iterable[Path], root: Path, trusted: bool) -> LoadedConfig:
-    """`loaded`, without the folders to write to that a file in a run made elsewhere names, unless that is trusted.
+    """`loaded`, without the folders to write to that are set by configuration files inside runs made elsewhere.
 
     Args:
         files: the configuration files of --config.
         root: the project folder.
+        trusted: whether such files are trusted; then nothing is left out.
 
     Raises:
-        UserError: callbacks come from such a file.
+        UserError: callbacks come from such a file, and the user does not allow them.
     """
     layers, values = dict(loaded.layers), {}
     for path in files:
@@ -212,7 +212,7 @@ def without_foreign_places(loaded: LoadedConfig, files: Iterable[Path], root: Pa
 def config_of_fork(
     run: Path, loader: ConfigLoader, files: Iterable[Path], overrides: Mapping[str, str | bool]
 ) -> LoadedConfig:
-    """The configuration of a fork: as recorded for `run`, with any override; a recorded tag gets the ending `-fork`."""
+    """The configuration of a fork: that of `run` with the given overrides; an inherited tag gets the suffix `-fork`."""
     recorded = recorded_config(run, loader)
     loaded = loader.load_onto(recorded, files, overrides)
     tag = recorded.config.tracking.run_tag
@@ -223,14 +223,14 @@ def config_of_fork(
 
 
 def pinned_settings(config: Config, record: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that open settings in PINNED_KEYS resolved to when the run started: others might change numbers."""
+    """The values that "auto" or none in PINNED_KEYS resolved to when the run started; others may change the numbers."""
     resolved = record.get("resolved") or {}
     is_open = {key: get_value(config, key) in (None, "auto") for key in PINNED_KEYS}
     return {key: resolved[key] for key in PINNED_KEYS if key in resolved and is_open[key]}
 
 
 def pin(config: Config, pinned: Mapping[str, Any]) -> Config:
-    """`config` with the values of `pinned` instead of its own."""
+    """`config` with the values in `pinned` instead of its own."""
     sections: dict[str, Any] = {}
     for key, value in pinned.items():
         section = SECTION_OF[key]
@@ -239,15 +239,15 @@ def pin(config: Config, pinned: Mapping[str, Any]) -> Config:
 
 
 def put_on_top(loaded: LoadedConfig, values: Mapping[str, Any], source: str) -> LoadedConfig:
-    """`loaded` with `values` as one more layer above all others."""
+    """`loaded` with `values` as one more layer on top."""
     layers = {key: [*loaded.layers[key], Setting(value, source)] for key, value in values.items()}
     return LoadedConfig(pin(loaded.config, values), {**loaded.layers, **layers})
 
 
 def keep_batch(recorded: LoadedConfig, loaded: LoadedConfig) -> LoadedConfig:
-    """`loaded`, with the batch that the run found if `loaded` asks for the same search as the run did.
+    """`loaded`, with the batch size that the run found if `loaded` asks for the same search that the run made.
 
-    So the command that started a run with batch_size auto can resume it, even on a machine with less memory.
+    Thus the command that started a run with batch_size auto can resume it, even on a machine with less memory.
     """
     given = [[s for s in recorded.layers[key] if s.source != FOUND_BATCH] for key in BATCH_KEYS]
     asked_then = [str(layers[-1].value) if layers else "" for layers in given]
@@ -261,11 +261,13 @@ def keep_batch(recorded: LoadedConfig, loaded: LoadedConfig) -> LoadedConfig:
 def parent_facts(origin: Origin, step: int, state: Mapping[str, Any]) -> dict[str, Any]:
     """The entry `parent` in run.json of a run that starts from `origin` at `step`.
 
-    The id finds the parent again; `path` is only a hint, for runs in different folders.
+    The parent is found again by its id; `path` is only a hint, for runs in different folders.
 
     Args:
-        state: of the checkpoint; of an export or a published model it names the run and the checksum of the weights.
+        state: the state of the checkpoint; for an export or a published model, a name as `run`, and the checksum of
+            the weights as `export` or `pretrained`.
     """
     facts = {"run": origin.name, "path": os.fspath(origin.run), "step": step, "relation": origin.relation}
-    of_alone = state.keys() & {"export", "pretrained"}  # the checksum of weights without a run directory
-    return facts | {key: state[key] for key in ("run", *sorted(of_alone)) if of_alone}
+    if checksum := state.keys() & {"export", "pretrained"}:
+        facts |= {key: state[key] for key in ("run", *sorted(checksum))}
+    return facts

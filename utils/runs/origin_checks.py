@@ -1,4 +1,4 @@
-"""Whether a run may start from an earlier one as it is asked to: its settings, length, callbacks and weights."""
+"""Checks before a run starts from an earlier one: settings, length, callbacks, checkpoints and weights."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from utils.runs.seal import checkpoints_are_gone
 from utils.runs.trust import callback_words, require_trust
 from utils.terminal.words import setting_text
 
-# Settings that may differ between a model and the one whose weights it takes over.
+# Settings in which a model may differ from the one whose weights it loads.
 FREE_MODEL_SETTINGS = ("dropout", "rope_theta", "zero_init")
 
 
 def check_overrides(run: Path, recorded: LoadedConfig, loaded: LoadedConfig, resolved: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless a run that was started as `recorded` may be resumed as `loaded`.
+    """Raise ConfigError unless a run that was started with `recorded` may be resumed with `loaded`.
 
     Settings of the kinds observation and machine may differ, and max_iters as far as `check_longer` allows. Any other
-    change would make it another experiment.
+    change would make it a different experiment.
 
     Args:
-        resolved: the values that "auto" and none resolved to; asking for the same value is no change.
+        resolved: the values that "auto" and none resolved to; giving the same value explicitly is not a change.
     """
     before, after = flat(recorded.config), flat(loaded.config)
     alternatives = {key for pair in ALTERNATIVES for key in pair}
@@ -49,15 +49,15 @@ def _device_type(device: str) -> str:
 
 
 def check_callbacks(origin: Origin, loaded: LoadedConfig, loader: ConfigLoader) -> None:
-    """Raises UserError if a resume or fork would run callbacks that only a run made elsewhere names, unless trusted.
+    """Raise UserError if a resume or fork would run untrusted callbacks, named only by a run that was made elsewhere.
 
-    Those that the command line or the files of this project name are the user's own choice.
+    Callbacks on the command line or in the files of this project are the user's own choice.
 
     Args:
         loaded: the configuration of the resume or fork.
     """
     recorded = recorded_config(origin.run, loader)
-    if len(loaded.layers["callbacks"]) > len(recorded.layers["callbacks"]):  # given now, on top of what is recorded
+    if len(loaded.layers["callbacks"]) > len(recorded.layers["callbacks"]):  # given now, on top of the recorded ones
         return
     known = loader.load().config.train.callbacks
     named = [name for name in loaded.config.train.callbacks if name not in known]
@@ -65,17 +65,17 @@ def check_callbacks(origin: Origin, loaded: LoadedConfig, loader: ConfigLoader) 
 
 
 def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters: int) -> None:
-    """Raises ConfigError unless the run may be resumed and trained to step `max_iters`.
+    """Raise ConfigError unless the run may be resumed and trained to step `max_iters`.
 
-    A complete run must get more steps, no run may get fewer, and more steps must leave the schedules of the learning
-    rate and the weight decay as they were in the steps that are done.
+    A complete run must get more steps, no run may get fewer, and more steps must not change the learning rate or the
+    weight decay of the steps already done.
 
     Args:
         record: run.json of the run.
         config: the configuration of the resumed run.
     """
     old, last_step = record.get("resolved") or {}, record.get("last_step") or 0
-    if "max_iters" not in old:  # it ended before its first step
+    if "max_iters" not in old:  # the run ended before its first step
         return
     complete = record["status"] == "completed"
     if complete and last_step < old["max_iters"]:
@@ -86,10 +86,10 @@ def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters
         raise ConfigError(f"--max-iters: {run.name} may grow, not shrink, from {old['max_iters']:,} to {max_iters:,}")
     if grows == 0 and complete:
         newest = next((step for step, _ in list_checkpoints(run / CHECKPOINTS)), last_step)
-        of_step = f" of step {newest:,}" if newest != last_step else ""  # the disk was full, say
+        of_step = f" of step {newest:,}" if newest != last_step else ""  # for example, because the disk was full
         raise ConfigError(
-            f"{run.name} is complete ({max_iters:,} steps); a larger --max-iters continues it where the schedule "
-            f"allows, --fork starts a new run from its checkpoint{of_step}"
+            f"{run.name} is complete ({max_iters:,} steps); a larger --max-iters continues it if the schedule "
+            f"allows that, --fork starts a new run from its checkpoint{of_step}"
         )
     if grows and config.optimizer.weight_decay and config.optimizer.weight_decay_schedule != "constant":
         raise ConfigError(
@@ -106,7 +106,7 @@ def check_longer(run: Path, record: Mapping[str, Any], config: Config, max_iters
 
 
 def check_checkpoints(run: Path, record: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the checkpoints that a run ended with are gone: at step 0 its log would begin again, empty.
+    """Raise ConfigError if a run ended with checkpoints and has none now: it would restart at step 0 and lose its log.
 
     Args:
         record: run.json of the run.
@@ -114,26 +114,26 @@ def check_checkpoints(run: Path, record: Mapping[str, Any]) -> None:
     complete = record["status"] == "completed" and not list_checkpoints(run / CHECKPOINTS)
     if complete or checkpoints_are_gone(run):
         raise ConfigError(
-            f"{run.name} has no checkpoints any more: it could only begin again at step 0, and its log would be lost; "
+            f"{run.name} no longer has checkpoints: it could only start again at step 0, and its log would be lost; "
             f"--config {run / CONFIG} starts a new run with its settings"
         )
 
 
 def check_model(own: ModelConfig, parent: Mapping[str, Any], name: str) -> None:
-    """Raises ConfigError unless a model can take over the weights of another one.
+    """Raise ConfigError unless a model can load the weights of another one.
 
     The message lists the settings that differ, and the flags that make them equal.
 
     Args:
         own: the architecture of the model.
-        parent: the architecture of the weights, as a checkpoint records it.
+        parent: the architecture of the weights, as recorded in the checkpoint.
         name: the run that the weights come from.
     """
     theirs = ModelConfig.model_validate(parent)
     differing = [
         key
         for key in differing_model_settings(own, theirs)
-        # rotary positions have no weights, so any context fits
+        # rotary positions have no weights, so any block_size fits
         if key not in FREE_MODEL_SETTINGS and not (key == "block_size" and own.position == theirs.position == "rope")
     ]
     if differing:
@@ -144,7 +144,7 @@ def check_model(own: ModelConfig, parent: Mapping[str, Any], name: str) -> None:
 
 
 def differing_model_settings(own: ModelConfig, theirs: ModelConfig) -> list[str]:
-    """Settings in which two architectures differ; one that both derive from other settings is left out."""
+    """The settings in which two architectures differ; a setting that both derive from others is left out."""
     return [
         key
         for key in ModelConfig.model_fields
@@ -158,11 +158,11 @@ def _flag(key: str, value: Any) -> str:
 
 
 def check_fork(own: OptimizerConfig, state: Mapping[str, Any], name: str) -> None:
-    """Raises ConfigError unless a fork has the adapters of its parent, or like its parent none.
+    """Raise ConfigError unless a fork has the same adapters as its parent, or neither has any.
 
     Args:
-        state: of the checkpoint.
-        name: the run that it is of.
+        state: the state of the parent's checkpoint.
+        name: the parent run.
     """
     before, now = (
         {"lora_rank": s.lora_rank, "lora_alpha": s.adapter_alpha, "lora_targets": s.lora_targets} if s.lora_rank else {}

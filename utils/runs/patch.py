@@ -1,4 +1,4 @@
-"""A patch as text: cut into the files that it changes, and what each of them gains and loses."""
+"""Parse a patch of git: the files that it changes, and the lines that each of them gains and loses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 
 def patched_files(patch: bytes) -> dict[str, list[str]]:
-    """The changed lines of each file in a patch, and their context, but not the lines that name blobs and places."""
+    """The changed and context lines of each file in a patch, without headers and line numbers."""
     return {file_of(part): [*_lines_of(part.decode("utf-8", "replace"))] for part in parts_of_patch(patch)}
 
 
@@ -18,14 +18,14 @@ def _lines_of(part: str) -> Iterator[str]:
 
 
 def parts_of_patch(patch: bytes) -> list[bytes]:
-    """A patch cut before the line `diff --git` of each file: lines of content begin with another character."""
+    """Split a patch by file, at the lines that begin with `diff --git`, which no line of content does."""
     return [part for part in re.split(rb"^(?=diff --git )", patch, flags=re.MULTILINE) if part]
 
 
 def file_of(part: bytes) -> str:
-    """The name in `diff --git a/NAME b/NAME`: without renames both halves of the line name the same file.
+    """The name in `diff --git a/NAME b/NAME`; as the patch has no renames, both halves of the line name the same file.
 
-    Git puts a name with unusual bytes in quotes, and escapes them.
+    Git quotes a name with unusual bytes and escapes these.
     """
     names = part.partition(b"\n")[0].removeprefix(b"diff --git ")
     name = names[: len(names) // 2]
@@ -35,5 +35,5 @@ def file_of(part: bytes) -> str:
 
 
 def added_lines(part: bytes) -> bytes:
-    """The lines that one file of a patch adds, each without its mark."""
+    """The lines that the patch of one file adds, without their `+`."""
     return b"\n".join(line[1:] for line in part.split(b"\n") if line.startswith(b"+") and not line.startswith(b"+++ "))

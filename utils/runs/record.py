@@ -1,4 +1,4 @@
-"""The types of run.json: a record that has others was not written by this workbench, or is damaged."""
+"""The types of the fields of run.json, to detect a record that is damaged or that this workbench did not write."""
 
 from __future__ import annotations
 
@@ -38,8 +38,13 @@ class _Resolved(BaseModel):
     processor: str | None = None
 
 
+class _Session(BaseModel):
+    step: Whole | None = None
+    before: dict[str, Any] | None = None
+
+
 class _Record(BaseModel, strict=True):
-    """The fields of run.json that are used, with their types."""
+    """The fields of run.json that the workbench reads, with their types."""
 
     status: Literal["running", "completed", "interrupted", "failed", "diverged"]
     git: _Git | None = None
@@ -55,12 +60,12 @@ class _Record(BaseModel, strict=True):
     config_hash: str | None = None
     exit_reason: str | None = None
     argv: list[str] = []
-    resumes: list[dict[str, Any]] = []
+    resumes: list[_Session] = []
     views: dict[str, dict[str, Any]] = {}
 
 
 def wrong_fields(record: Mapping[str, Any]) -> list[str]:
-    """The fields of run.json whose type is wrong."""
+    """The fields of run.json whose type or value is invalid."""
     try:
         _Record.model_validate(record)
     except ValidationError as error:

@@ -1,7 +1,7 @@
-"""A run directory in use: its id, its creation, run.json, its status and its lock.
+"""A run directory in use: its id, creation, run.json, status and lock.
 
-The training process holds a lock for as long as it lives (utils/runs/lock.py), so that a reader can tell `running` from
-`crashed` without any help from a process that died. utils/runs/layout.py lists what a run directory contains.
+The training process holds a lock as long as it lives (utils/runs/lock.py), so that readers can tell `running` from
+`crashed` even though a killed process records nothing. utils/runs/layout.py lists the content of a run directory.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ from utils.runs.lock import (
 )
 
 SCHEMA_VERSION = 1
-REPRODUCTION = "reproduction"  # relation of a run to the parent that it repeats
-GLANCE_SECONDS = 0.2  # a process that looks whether the lock is free holds it for a moment
+REPRODUCTION = "reproduction"  # the relation of a run to the parent that it repeats
+GLANCE_SECONDS = 0.2  # a process that checks whether the lock is free holds it for a moment
 NO_NOTES = {"tags": [], "note": "", "pinned": False}  # notes.json of a new run
-IN_TRACKERS = {"aim", "wandb"}  # views whose data is not in the run directory
+IN_TRACKERS = {"aim", "wandb"}  # views that store their data outside the run directory
 
-Change = Callable[[dict[str, Any]], dict[str, Any]]  # of run.json
+Change = Callable[[dict[str, Any]], dict[str, Any]]  # maps the content of run.json to the new content
 Status = Literal["running", "completed", "interrupted", "failed", "diverged"]
 
 
 class RunError(UserError):
-    """A run directory that does not exist, is not the only match, or cannot be used."""
+    """A run directory does not exist, is not the only match, or cannot be used."""
 
 
 class RunLockedError(RunError):
-    """A run directory that another process is training in."""
+    """Another process is training in the run directory."""
 
 
 def utc_now() -> str:
-    """The time in UTC with milliseconds, as run.json records it."""
+    """The current time in UTC with milliseconds, in the format of run.json."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def run_ids(tag: str | None = None, now: datetime | None = None) -> Iterator[str]:
-    """Ids to try: `YYYYMMDD_HHMMSS[_tag]` in local time, then the same with `_2`, `_3`, ... appended."""
+    """Yield ids to try: `YYYYMMDD_HHMMSS[_tag]` in local time, then the same with `_2`, `_3`, ... appended."""
     base = (now or datetime.now()).strftime("%Y%m%d_%H%M%S") + (f"_{tag}" if tag else "")
     yield base
     for attempt in itertools.count(2):
@@ -70,11 +70,11 @@ def run_ids(tag: str | None = None, now: datetime | None = None) -> Iterator[str
 
 
 def create_run_directory(runs_dir: Path, tag: str | None = None, now: datetime | None = None) -> Path:
-    """Create an empty directory that belongs to no other process: where another one was faster, under the next id.
+    """Create an empty run directory; if another process has taken an id already, under the next id.
 
     Raises:
-        RunError: the tag is not valid, or `runs_dir` cannot be written.
-        OSError: its disk is full or fails.
+        RunError: the tag is invalid, or `runs_dir` cannot be written.
+        OSError: the disk is full or fails.
     """
     if tag is not None:
         try:
@@ -98,10 +98,10 @@ def create_run_directory(runs_dir: Path, tag: str | None = None, now: datetime |
 class Run:
     """A run directory whose lock this process holds. Safe to use from several threads.
 
-    has_flock: False on a file system without it, where the lock file alone says who trains the run.
-
-    Use: `run = Run.create(...)` or `Run.resume(...)`; then `run.update(...)` any number of times; at the end
+    Call `run = Run.create(...)` or `Run.resume(...)`, then `run.update(...)` any number of times, and at the end
     `run.finish(status, reason)` and `run.release()`, once each.
+
+    has_flock: whether the file system supports flock; otherwise the lock file alone tells who trains the run.
     """
 
     def __init__(
@@ -114,28 +114,28 @@ class Run:
     ) -> None:
         self.path = path
         self.seconds_before = seconds_before
-        self._silent_since = silent_since  # the last sign of life of the previous process, until this one trains
+        self._silent_since = silent_since  # last sign of life of the previous process; None once this process trains
         self.has_flock = lock.has_flock
         self._record = record
         self._lock = lock
         self._mutex = threading.Lock()
-        self._unwritten: list[Change] = []  # what a full disk, say, has kept out of run.json
+        self._unwritten: list[Change] = []  # changes that could not be written to run.json yet (a full disk)
         self._ended = threading.Event()
         self._began = time.monotonic()
         threading.Thread(target=self._heartbeat, name="heartbeat", daemon=True).start()
 
     @classmethod
     def create(cls, runs_dir: Path, tag: str | None = None, **facts: Any) -> Run:
-        """Create a run directory, hold its lock and write a run.json with the status `running`.
+        """Create a run directory, take its lock, and write a run.json with the status `running`.
 
         Args:
-            runs_dir: the folder of all runs.
-            tag: part of the id.
+            runs_dir: the folder of runs.
+            tag: becomes part of the id.
             facts: further fields of run.json (argv, resolved, parent, ...).
 
         Raises:
             RunError: the directory cannot be created; nothing is left behind.
-            OSError: likewise, as the disk is full or fails.
+            OSError: the disk is full or fails; nothing is left behind.
         """
         path = create_run_directory(runs_dir, tag)
         try:
@@ -156,23 +156,23 @@ class Run:
 
     @classmethod
     def resume(cls, path: Path, report: Callable[[str], None] | None = None) -> Run:
-        """Take over a run directory whose process has ended; run.json does not change yet.
+        """Take over a run directory whose process has ended; run.json is not changed yet.
 
         Args:
-            report: gets one line before this call waits, up to a minute, for a process of another machine that may
-                have died a moment ago; None: it does not wait.
+            report: gets one line before this call waits, for up to a minute, to see whether a process of another
+                machine is still alive. Without it, the call raises RunLockedError instead of waiting.
 
         Raises:
-            RunLockedError: the run is being trained; the message names process and host.
-            RunError: `path` is not a run directory, cannot be written, or has a link that leads out of it.
-            OSError: its disk is full or fails.
+            RunLockedError: the run is being trained; the message names the process and its host.
+            RunError: `path` is not a run directory, cannot be written, or contains a link that leads out of it.
+            OSError: the disk is full or fails.
         """
         record, patience = read_record(path), 0.0
         seconds, last = duration_of(path, record, alive=False), heartbeat_of(path)  # before this process signs the lock
         if is_elsewhere(path, record) and heart_beats(path):
             if report is None or not wait_until_silent(path, lambda: read_record(path), report):
                 raise _being_trained(path, record)
-            patience = STALE_HEARTBEAT_SECONDS  # for the server of a network disk to free the lock of a dead machine
+            patience = STALE_HEARTBEAT_SECONDS  # until the server of a network disk frees the lock of a dead machine
         check_links(path)
         lock = _take_lock(path, record, patience)
         return cls(path, {**record, **read_record(path)}, lock, seconds, last)
@@ -181,7 +181,7 @@ class Run:
         """Record in run.json that this process continues training at `step`, and how the previous session ended.
 
         Args:
-            facts: further facts about the new session (git, say).
+            facts: further facts about the new session, such as git.
         """
         record, self._silent_since = self.record, None
         previous = {key: record.get(key) for key in ("status", "exit_reason", "end", "last_step", "pid", "host")}
@@ -200,18 +200,18 @@ class Run:
         )
 
     def settle(self) -> str | None:
-        """Record where this run directory is, and its id there. A copy forgets what the trackers have of the original.
+        """Record the place and id of the run directory; a copy forgets what the trackers have of the original.
 
         Returns:
-            The id of the run that this one is a copy of; None if it is not one.
+            The id of the original if this run is a copy, otherwise None.
         """
         record = self.record
         original = str(record.get("id")) if is_copy(self.path, record) else None
         views: dict[str, Any] = record.get("views") or {}
         if original is not None:
             for name in IN_TRACKERS & views.keys():
-                (self.path / fed_note(name)).unlink(missing_ok=True)  # its own entry is fed from the start
-                # W&B finds a run by an id that we choose: the copy may have the name of the original.
+                (self.path / fed_note(name)).unlink(missing_ok=True)  # the copy's own entry is fed from the start
+                # We choose the id by which W&B finds a run, and the copy may have the same name as the original.
                 views[name] = {"id": f"{self.id}-{secrets.token_hex(3)}"} if name == "wandb" else {}
         copied = {"copied_from": original} if original is not None else {}
         self.update(id=self.id, place=_place(self.path), views=views, **copied)
@@ -245,10 +245,10 @@ class Run:
         self._change(change)
 
     def _change(self, change: Change) -> None:
-        """Change run.json as it is on the disk: a person may have given the run another tag meanwhile."""
+        """Change run.json as it is on the disk now, since the user may have edited it, for example its tag."""
         with self._mutex:
             self._record = change(self._record)
-            if self._ended.is_set():  # a view that hung may return when the directory has another owner
+            if self._ended.is_set():  # a view that hung may return after another process has taken the directory
                 return
             self._unwritten.append(change)
             self._record = change_json(self.path / RECORD, self._with_unwritten, self._on_disk)
@@ -260,32 +260,32 @@ class Run:
     def _on_disk(self, path: Path) -> dict[str, Any] | None:
         try:
             return read_record(path.parent)
-        except RunError:  # deleted or damaged while it trains: what this process knows is written again
+        except RunError:  # deleted or damaged during training: it is rewritten from the record in memory
             return None
 
     def _heartbeat(self) -> None:
-        """Touch the lock file at intervals: a sign of life for readers on other hosts, which cannot see the lock."""
+        """Touch the lock file at intervals, as a sign of life for readers on other hosts, which cannot see the lock."""
         while not self._ended.wait(HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):  # a network disk may be unavailable for a while
                 os.utime(self.path / LOCK)
 
     def finish(self, status: Status, reason: str | None = None, **facts: Any) -> None:
-        """Record how the run ended; the lock is held until `release`."""
+        """Record how the run ended. The lock is held until `release`."""
         seconds = self.record.get("seconds", 0.0) + time.monotonic() - self._began
         self.update(status=status, exit_reason=reason, end=utc_now(), seconds=round(seconds, 3), **facts)
 
     def release(self) -> None:
-        """Release the lock; this process no longer uses the directory."""
+        """Release the lock; after this call, `update` no longer writes to the directory."""
         with self._mutex:
             self._ended.set()
         self._lock.release(self._silent_since)
 
 
 def new_record(path: Path, tag: str | None, **facts: Any) -> dict[str, Any]:
-    """The content of run.json of a run that starts now in the directory `path`, which has its lock already.
+    """The content of run.json for a run that starts now in the directory `path`, where the lock file already exists.
 
     Args:
-        facts: further fields, or other values.
+        facts: further fields, and values that replace those here.
     """
     return {
         "schema_version": SCHEMA_VERSION,
@@ -309,31 +309,31 @@ def new_record(path: Path, tag: str | None, **facts: Any) -> dict[str, Any]:
 
 
 def check_links(path: Path) -> None:
-    """Raises RunError if a link in the run directory `path` leads out of it: what is written there would go elsewhere.
+    """Raise RunError if a link in the run directory `path` leads out of it: writing through it would go elsewhere.
 
-    The directory itself may be one. Weights & Biases looks after the links in its own folder.
+    The directory itself may be a link. The folder of Weights & Biases is skipped, because it has links of its own.
     """
     if links := [link for link in links_out(path) if path / WANDB not in link.parents]:
         more = f" and {len(links) - 1} more" if len(links) > 1 else ""
         raise RunError(
             f"{links[0]} is a link that leads out of the run, to {os.path.realpath(links[0])}{more}: nothing is "
-            "written through it; put the file or folder itself there"
+            "written through it; replace it with the file or folder itself"
         )
 
 
 def _place(path: Path) -> dict[str, Any]:
-    """Where a run directory is: only to recognise a copy of it, so another place is no mistake."""
+    """The place of a run directory, recorded only to recognise copies; a run may be moved."""
     return {"path": os.path.abspath(path), "inode": (path / LOCK).stat().st_ino, "host": socket.gethostname()}
 
 
 def is_copy(path: Path, record: Mapping[str, Any]) -> bool:
-    """True if the run directory `path` was copied from another one, which may still exist.
+    """Whether the run directory `path` was copied from another one.
 
-    A run that was moved, or is reached through a link, is none: its old place is empty, or leads to it. On another
-    host, where the old place cannot be seen, the file that holds the lock tells: it moves along, a copy has a new one.
+    A run that was moved, or is reached through a link, is not a copy: its old place is empty, or leads to it. On
+    another host, where the old place cannot be seen, the inode of the lock file tells: only a copy has a new one.
     """
     place = record.get("place")
-    if not isinstance(place, dict) or not isinstance(place.get("path"), str):  # older records have the id only
+    if not isinstance(place, dict) or not isinstance(place.get("path"), str):  # older records have only the id
         original = path.parent / str(record.get("id") or path.name)
     elif place["path"] == os.path.abspath(path):
         return False
@@ -343,17 +343,17 @@ def is_copy(path: Path, record: Mapping[str, Any]) -> bool:
             return True
     try:
         return (original / RECORD).is_file() and not original.samefile(path)
-    except OSError:  # it cannot be seen
+    except OSError:  # the old place cannot be read
         return False
 
 
 def _take_lock(path: Path, record: Mapping[str, Any], patience: float) -> RunLock:
-    """Take and sign the lock of a run directory; while another process holds it, try again for `patience` seconds.
+    """Take and sign the lock of a run directory; while another process holds it, retry for `patience` seconds.
 
     Raises:
-        RunLockedError: another process holds it.
-        RunError: it cannot be written.
-        OSError: its disk is full or fails.
+        RunLockedError: another process holds the lock.
+        RunError: the lock file cannot be written.
+        OSError: the disk is full or fails.
     """
     began = time.monotonic()
     try:
@@ -377,10 +377,10 @@ def _being_trained(path: Path, record: Mapping[str, Any]) -> RunLockedError:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """run.json of the run directory `path`.
+    """Read run.json of the run directory `path`.
 
     Raises:
-        RunError: it is missing, damaged, or of another schema version.
+        RunError: the file is missing, damaged, or has another schema version.
     """
     try:
         record = read_json(path / RECORD, path)
@@ -400,19 +400,19 @@ def read_record(path: Path) -> dict[str, Any]:
     if record.get("schema_version") != SCHEMA_VERSION:
         version = record.get("schema_version")
         raise RunError(f"{path / RECORD} has schema_version {version!r}, this workbench reads {SCHEMA_VERSION}")
-    from utils.runs.record import wrong_fields  # pydantic: a third of a second, which --help does not need
+    from utils.runs.record import wrong_fields  # here, because pydantic takes a third of a second to import
 
     if wrong := wrong_fields(record):
-        raise RunError(f"{path / RECORD}: not as this workbench writes it: {', '.join(wrong)}")
+        raise RunError(f"{path / RECORD} has invalid fields: {', '.join(wrong)}")
     return record
 
 
 def change_record(path: Path, **facts: Any) -> None:
-    """Replace fields of run.json in the run directory `path`, whoever else changes other ones.
+    """Replace fields of run.json in the run directory `path`; other processes may change other fields meanwhile.
 
     Raises:
-        RunError: it is missing, damaged, or cannot be written.
-        OSError: its disk is full or fails.
+        RunError: run.json is missing, damaged, or cannot be written.
+        OSError: the disk is full or fails.
     """
     try:
         change_json(path / RECORD, lambda record: {**record, **facts}, lambda place: read_record(place.parent))
@@ -422,7 +422,7 @@ def change_record(path: Path, **facts: Any) -> None:
 
 
 def seconds_of(moment: Any) -> float | None:
-    """A time of run.json in seconds since the epoch; None if it is not a time."""
+    """Convert a time in run.json to seconds since the epoch; None if it is not a time."""
     try:
         return datetime.fromisoformat(moment).timestamp()
     except (TypeError, ValueError):
@@ -430,7 +430,7 @@ def seconds_of(moment: Any) -> float | None:
 
 
 def resume_times(record: Mapping[str, Any]) -> list[float]:
-    """When the run was resumed, in seconds since the epoch: what lies before each is a pause."""
+    """The times at which the run was resumed, in seconds since the epoch; before each of them there was a pause."""
     starts = (seconds_of(session.get("time")) for session in _resumes(record))
     return [start for start in starts if start is not None]
 
@@ -440,10 +440,13 @@ def _resumes(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def duration_of(path: Path, record: Mapping[str, Any], *, alive: bool) -> float:
-    """Seconds that all sessions of a run took together; a session that is alive counts until now.
+    """Seconds that all sessions of a run took together.
 
-    A session adds what a monotonic clock says when it ends. Where that is missing (it was killed, or the record is
-    older), the clock of the wall gives it, from its start to its end or last sign of life, and never less than zero.
+    When a session ends, it records its duration by a monotonic clock. If that is missing, because the session was
+    killed or the record is older, wall time counts, from its start to its end or last sign of life, but at least zero.
+
+    Args:
+        alive: whether the last session is still running, so that it counts until now.
     """
     resumes = _resumes(record)
     starts = [seconds_of(record.get("start")), *(seconds_of(session.get("time")) for session in resumes)]
@@ -461,15 +464,15 @@ def duration_of(path: Path, record: Mapping[str, Any], *, alive: bool) -> float:
 
 
 def _last_sign_of_life(path: Path) -> float | None:
-    """The later of the heartbeat, which may be HEARTBEAT_SECONDS old, and the last record of the log."""
-    from utils.runs.log import last_record  # orjson, which --help does not need
+    """The time of the heartbeat, which may lag by HEARTBEAT_SECONDS, or that of the last log record if it is later."""
+    from utils.runs.log import last_record  # here, so that --help does not import orjson
 
     times = []
     with contextlib.suppress(OSError):
         times.append((path / LOCK).stat().st_mtime)
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # not written by us
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):  # a damaged log
         logged = float((last_record(path / METRICS_LOG) or {})["time"])
-        if logged < time.time():  # not nan, and of no other clock
+        if logged < time.time():  # neither NaN nor from a clock that is ahead
             times.append(logged)
     return max(times, default=None)
 
@@ -484,7 +487,7 @@ def read_status(path: Path) -> str:
 
 
 def status_of(path: Path, record: Mapping[str, Any]) -> str:
-    """As `read_status`, for a run.json that was read already."""
+    """Like `read_status`, for a run.json that has been read already."""
     if record["status"] != "running":
         return str(record["status"])
     return "running" if is_held(path, record) else "crashed"

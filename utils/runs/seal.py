@@ -1,7 +1,7 @@
-"""The seal of a run: checksums of its files, written when it ends and compared by `experiments.py check`.
+"""The seal of a run: checksums of its files, written when it ends and verified by `experiments.py check`.
 
-A seal detects accidents: an edited file, a bad disk, an incomplete copy. It does not protect against somebody who
-changes the files and the seal.
+A seal detects accidents, such as an edited file, a bad disk or an incomplete copy. It does not protect against somebody
+who changes both the files and the seal.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from utils.files import is_regular, open_regular, read_json, write_json
 from utils.runs.layout import CHECKPOINTS, EXPORT, LOGS, META, OLD_TENSORBOARD, SEAL, WANDB, fed_note
 from utils.runs.run import RunError, utc_now
 
-SEALED = (META, LOGS, EXPORT)  # folders, without what is made from the logs and can be made again:
-NOT_SEALED = (OLD_TENSORBOARD, WANDB)
+SEALED = (META, LOGS, EXPORT)
+NOT_SEALED = (OLD_TENSORBOARD, WANDB)  # folders in these that are made from the logs, and can be made again
 
 
 @dataclass(frozen=True)
 class SealCheck:
-    """How the files of a run differ from its seal, as paths relative to the run directory.
+    """The differences between the files of a run and its seal; paths are relative to the run directory.
 
     sealed: when the seal was written (UTC).
     files: number of files in the seal.
-    checkpoints: number of checkpoints that were read: they come and go, so they have manifests instead of a seal.
-    damaged: what is wrong with them.
+    checkpoints: number of checkpoints that were verified by their manifests.
+    damaged: what is wrong with the checkpoints.
     """
 
     sealed: str
@@ -55,15 +55,15 @@ class SealCheck:
 def sealed_files(run: Path) -> Iterator[str]:
     """The files that a seal covers, sorted, as paths relative to the run directory.
 
-    Reading a pipe would block, and a link may lead elsewhere: only regular files of the run are covered.
+    Only regular files of the run are covered, because reading a pipe would block and a link may lead elsewhere.
     """
     return (name for name, regular in _entries(run) if regular)
 
 
 def _entries(run: Path) -> Iterator[tuple[str, bool]]:
-    """Each file in the folders that a seal covers, and whether it is a regular one of this run."""
-    note = fed_note("*")
-    fed_notes = [note.as_posix(), note.with_suffix(".tmp").as_posix(), f"{LOGS}/.{note.name}.*.tmp"]  # or in writing
+    """Yield each file in the folders that a seal covers, and whether it is a regular file of this run."""
+    note = fed_note("*")  # changes after the seal; the other patterns are for the temporary files of its writers
+    fed_notes = [note.as_posix(), note.with_suffix(".tmp").as_posix(), f"{LOGS}/.{note.name}.*.tmp"]
     for folder in SEALED:
         for root, folders, names in os.walk(run / folder):
             relative = Path(root).relative_to(run)
@@ -76,14 +76,14 @@ def _entries(run: Path) -> Iterator[tuple[str, bool]]:
 
 
 def checksums(run: Path, checksum: Callable[[Path], str]) -> dict[str, str]:
-    """The checksum of each file that a seal covers, by path relative to the run directory."""
+    """Compute the checksum of each file that a seal covers, by path relative to the run directory."""
     names = list(sealed_files(run))
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # hashing releases the GIL
         return dict(zip(names, pool.map(lambda name: checksum(run / name), names), strict=True))
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits.
+    """The SHA-256 of a file in hexadecimal digits.
 
     Raises:
         OSError: the file cannot be read.
@@ -111,16 +111,17 @@ def write_seal(run: Path) -> None:
 
 
 def read_seal(run: Path) -> tuple[Mapping[str, str], Mapping[str, str], str]:
-    """The checksums in the seal of a run, of its files and of the manifests of its checkpoints, and its time.
+    """Read the seal of a run: the checksums of its files, those of the manifests of its checkpoints, and its time.
 
     Raises:
-        RunError: the run has no seal, or a damaged one.
+        RunError: the run has no seal, or the seal is damaged.
     """
     try:
         recorded = read_json(run / SEAL, run)
         if not isinstance(recorded["files"], dict):
             raise ValueError("no files")
-        return recorded["files"], dict(recorded.get("manifests", {})), str(recorded["time"])  # an older one has none
+        manifests = dict(recorded.get("manifests", {}))  # older seals have none
+        return recorded["files"], manifests, str(recorded["time"])
     except FileNotFoundError:
         raise RunError(f"{run.name} has no seal: it has not ended yet, or was killed") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -128,7 +129,7 @@ def read_seal(run: Path) -> tuple[Mapping[str, str], Mapping[str, str], str]:
 
 
 def checkpoints_are_gone(run: Path) -> bool:
-    """Whether a run ended with checkpoints, by its seal, and has none now: they were pruned, or not copied along."""
+    """Whether a run ended with checkpoints, according to its seal, but has none now: pruned, or not copied along."""
     if list_checkpoints(run / CHECKPOINTS):
         return False
     try:
@@ -142,7 +143,7 @@ def verify_seal(run: Path) -> SealCheck:
     """Compare the files of the run directory `run` with its seal; a file that cannot be read counts as changed.
 
     Raises:
-        RunError: the run has no seal, or a damaged one.
+        RunError: the run has no seal, or the seal is damaged.
     """
     old, manifests, sealed = read_seal(run)
     new = checksums(run, _sha256_or_reason)
@@ -159,9 +160,11 @@ def verify_seal(run: Path) -> SealCheck:
 
 
 def _damages(checkpoint: Path, sealed: str | None) -> Iterator[str]:
-    """What is wrong with the files of a checkpoint, according to its manifest and to the checksum of that in the seal.
+    """Yield what is wrong with the files of a checkpoint.
 
-    A checkpoint that the seal does not have is of an older seal, or of a process that was killed after it.
+    Args:
+        sealed: the checksum of its manifest in the seal; None if the seal is of an older version, or was written
+            before the checkpoint by a process that was killed later.
     """
     manifest, problem = dict.fromkeys(FILES, (0, "")), None
     try:

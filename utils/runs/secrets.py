@@ -1,7 +1,7 @@
-"""Credentials in a text: private keys, tokens of known shapes, and random values beside a telling name.
+"""Find credentials in text: private keys, tokens of known formats, and random values beside a telling name.
 
-The shapes are those that the services document. What is found is left out of the record of a run; a finding too many
-costs a file in code.patch, which git.txt names, and a finding too few publishes a password.
+The formats are those that the services document. Findings are left out of the record of a run: a false positive costs a
+file in code.patch, which git.txt then names, while a false negative publishes a password.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-LEAST_ENTROPY = 3.0  # bits a character: random hexadecimal digits have up to 4, English words in a row about 2.5 to 3
+LEAST_ENTROPY = 3.0  # bits per character: random hexadecimal digits have up to 4, joined English words about 2.5 to 3
 LEFT_OUT = "***"
 
-PRIVATE_KEY = re.compile(  # to its end, or as far as there are lines of it
+PRIVATE_KEY = re.compile(  # up to its end, or as many of its lines as follow
     r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY[A-Z ]{0,10}-----"
     r"(?:(?:[^-]|-(?!----)){0,20000}+-----END [A-Z0-9 ]{0,40}-----|(?:(?:(?:\s|\\[nr]){0,4}+[A-Za-z0-9+/=]{40,}+)++"
     r"(?:(?:\s|\\[nr]){1,4}[A-Za-z0-9+/=]+)?)?)"
     r"|PuTTY-User-Key-File-\d|AGE-SECRET-KEY-1[A-Z0-9]{20,}"
     r"|LS0tLS1CRUdJTi[A-Za-z0-9+/]{0,40}(?:UFJJVkFURS|QUklWQVRF|BSSVZBVE)"  # base64 of the same
 )
-TOKENS = tuple(  # a shape, and what every text that has it contains in lower case, for a quick look
+TOKENS = tuple(  # a pattern, and strings of which a match contains one in lower case, to skip most searches
     (re.compile(shape, re.ASCII), hints.split())
     for shape, hints in (
         (r"\b(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}\b", "akia asia abia acca"),  # AWS
@@ -95,7 +95,7 @@ NAMED = re.compile(
           | (?P<bare>[^\s"'#,;(){}\[\]<>$&|]{8,500}+)(?=\s|$|["',;}]) )""",
     re.VERBOSE | re.ASCII,
 )
-MAY_BE_NAMED = re.compile(  # of a text in lower case: without it, NAMED finds nothing
+MAY_BE_NAMED = re.compile(  # for text in lower case; unless it matches, NAMED does not
     r"(?:pass|pwd|secret|token|key|credential|auth|webhook|cookie)[\w.-]{0,44}[\\\"'\])\s]{0,6}"
     r"(?:[:=]|,\s{0,8}\(?\s{0,40}[rbuf]{0,2}\\?[\"']|,[^()]{0,400}default)",
     re.ASCII,
@@ -113,7 +113,7 @@ PLACEHOLDER = re.compile(
 
 
 class Secret(NamedTuple):
-    """What looks like a credential, and where in the text it is."""
+    """Something that looks like a credential, and its place in the text."""
 
     what: str
     start: int
@@ -121,7 +121,7 @@ class Secret(NamedTuple):
 
 
 def secrets_in(text: str) -> Iterator[Secret]:
-    """Everything in a text that looks like a credential, by kind."""
+    """Yield everything in a text that looks like a credential, by kind."""
     lowered = text.lower()
     yield from (Secret("a private key", *match.span()) for match in PRIVATE_KEY.finditer(text))
     for pattern, hints in TOKENS:
@@ -144,7 +144,7 @@ def secrets_in(text: str) -> Iterator[Secret]:
 
 
 def _is_random(name: str, value: str, *, bare: bool) -> bool:
-    """Whether a value beside a telling name is one that somebody or some service made up."""
+    """Whether a value beside a telling name looks like a password or a generated key rather than code or text."""
     if PLACEHOLDER.search(value) or NOT_OF_A_SECRET.search(name) or any(char.isspace() for char in value):
         return False
     if PASSWORD.search(name):
@@ -158,7 +158,7 @@ def _is_random(name: str, value: str, *, bare: bool) -> bool:
 
 
 def _is_code(value: str) -> bool:
-    """Whether a value is the name of a file or of something in a program."""
+    """Whether a value is a file name or an identifier in a program."""
     return bool(re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+|[\w./~-]+\.[a-z]{1,5}|[a-z_]+\d{0,2}", value))
 
 
@@ -170,7 +170,7 @@ def _is_user_and_password(value: str) -> bool:
 
 
 def entropy(text: str) -> float:
-    """Bits a character, by how often each occurs.
+    """The entropy of the character frequencies of a text, in bits per character.
 
     >>> entropy("0123456789abcdef"), entropy("aaaa")
     (4.0, 0.0)
@@ -180,27 +180,27 @@ def entropy(text: str) -> float:
 
 
 def find_secret(content: bytes) -> str | None:
-    """What in a file looks like a credential, with its line; None if nothing does."""
+    """The first thing in a file that looks like a credential, with its line; None if nothing does."""
     text = _text(content)
     found = min(secrets_in(text), key=lambda secret: secret.start, default=None)
     return None if found is None else f"{found.what} in line {text.count(chr(10), 0, found.start) + 1}"
 
 
 def without_secrets(content: bytes) -> bytes:
-    """The content of a file, with *** in place of each credential."""
+    """Replace each credential in the content of a file by ***."""
     text, parts, done = _text(content), [], 0
     for secret in sorted(secrets_in(text), key=lambda secret: secret.start):
         if secret.start >= done:
             parts += [text[done : secret.start], LEFT_OUT]
-        done = max(done, secret.end)  # they may overlap
+        done = max(done, secret.end)  # findings may overlap
     return "".join((*parts, text[done:])).encode("latin-1") if parts else content
 
 
 def clean_url(url: str) -> str:
-    """The URL of a git remote without what may be a credential; scp-like `git@host:path` keeps its user.
+    """Remove credentials from the URL of a git remote; scp-like `git@host:path` keeps its user.
 
-    User, password, query, fragment and parameters are removed, and in the path what looks like a token. Of the address
-    of a remote helper (`codecommit::...`), which may be anything, only a URL is kept.
+    User, password, query, fragment, parameters, and anything in the path that looks like a token are removed. The
+    address of a remote helper (`codecommit::...`) may be anything and is kept only if it is a URL.
 
     >>> clean_url("https://me:secret@example.org/repo.git")
     'https://example.org/repo.git'
@@ -220,16 +220,17 @@ def clean_url(url: str) -> str:
 
 
 def _clean_path(path: str) -> str:
-    """The path of a URL, with *** for each part that may be a credential."""
+    """Replace each part of a URL's path that may be a credential by ***."""
     path = re.sub(r"[^/@]*:[^/@]*@", "", re.split(r"[?#]", path)[0])
     return "/".join(_clean_segment(unquote(segment), segment) for segment in path.split("/"))
 
 
 def _clean_segment(text: str, segment: str) -> str:
-    """A part of a path without parameters (`;token=...`); *** if it may be a credential.
+    """One part of a path without its parameters (`;token=...`), or *** if it may be a credential.
 
     Args:
-        text: the part as it is meant; segment: as it is written.
+        text: the part with percent-escapes decoded.
+        segment: the part as written.
     """
     if ";" in text:
         return _clean_segment(text.partition(";")[0], re.split(r";|%3[Bb]", segment)[0])
@@ -241,4 +242,4 @@ def _clean_segment(text: str, segment: str) -> str:
 
 
 def _text(content: bytes) -> str:
-    return content.replace(b"\0", b"").decode("latin-1")  # any bytes; UTF-16 without its NULs is readable
+    return content.replace(b"\0", b"").decode("latin-1")  # decodes any bytes; UTF-16 without its NULs is readable

@@ -1,21 +1,22 @@
-"""Which untracked files of a project are the code of a run."""
+"""Which untracked files of a project count as code of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import PurePath
 
+from utils.config.parse import CONFIG_SUFFIXES
+
 NOT_IMPORTED = frozenset(("venv", "virtualenv", "site-packages", "node_modules", "runs"))  # folders
 CONFIGS = "configs"
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def is_source(path: str | PurePath, named: Collection[str] = ()) -> bool:
-    """Whether an untracked file counts as code: a Python file that training can import, or a configuration.
+    """Whether an untracked file counts as code: a Python file that training can import, or a configuration file.
 
     Args:
         path: relative to the project folder.
-        named: the files that the command line names as configurations, relative to the project folder, too.
+        named: configuration files named on the command line, also relative to the project folder.
 
     >>> [is_source(path) for path in ("my_loss.py", "configs/wide.yaml", "ideas.md", "venv/lib/a.py", "a.json")]
     [True, True, False, False, False]

@@ -1,7 +1,7 @@
-"""Whose code runs: what a run directory that was made elsewhere would run here, runs only if that is allowed.
+"""Trust: code that a run directory made elsewhere would run here runs only with permission.
 
 A run directory is data, with two exceptions: it names callbacks, which a resume or fork imports, and its code.patch is
-code that `reproduce` runs. docs/security.md says what is trusted.
+code that `reproduce` runs. docs/security.md explains what is trusted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from utils.terminal.words import printable
 
 
 def made_here(root: Path) -> dict[str, str]:
-    """The entry `made` in run.json of a run that this process makes.
+    """The entry `made` in run.json of a run that this process creates.
 
     Args:
         root: the project folder.
@@ -30,7 +30,7 @@ def made_here(root: Path) -> dict[str, str]:
 
 
 def made_elsewhere(run: Path, root: Path) -> str | None:
-    """Where a run was made, in words, if that was on another host or in another project folder; None if it was here.
+    """Where a run was made, in words, if on another host or in another project folder; None if it was made here.
 
     Args:
         root: the project folder of this process.
@@ -50,7 +50,7 @@ def made_elsewhere(run: Path, root: Path) -> str | None:
 
 
 def _made(run: Path, record: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """Where a run was made whose record is older than the entry `made`: in `root`, unless another place is known."""
+    """The entry `made` for an older record without it: this project, unless the record shows another place."""
     resumes = record.get("resumes") or []
     host = (resumes[0].get("before") or {}).get("host") if resumes else record.get("host")
     place = record.get("place")
@@ -60,14 +60,15 @@ def _made(run: Path, record: Mapping[str, Any], root: Path) -> dict[str, Any]:
 
 
 def require_trust(run: Path, root: Path, what: Sequence[str], trusted: bool) -> None:
-    """Let the code `what` of a run that was made elsewhere run only if --trust is given or, at a terminal, confirmed.
+    """Allow a run that was made elsewhere to run code only with --trust or, at a terminal, if the user confirms it.
 
     Args:
         root: the project folder.
-        what: the code in words, each on a line of its own; nothing is asked if there is none.
+        what: descriptions of the code; if empty, nothing is asked.
+        trusted: whether --trust was given.
 
     Raises:
-        UserError: it may not run.
+        UserError: the code may not run.
     """
     if trusted or not what or (where := made_elsewhere(run, root)) is None:
         return
@@ -80,19 +81,19 @@ def require_trust(run: Path, root: Path, what: Sequence[str], trusted: bool) -> 
 
 
 def enclosing_run(path: Path) -> Path | None:
-    """The run directory that a file is in; None if it is in none."""
+    """The run directory that contains a file; None if none does."""
     return next((folder for folder in Path(os.path.realpath(path)).parents if (folder / RECORD).is_file()), None)
 
 
 def callback_words(names: Iterable[str]) -> list[str]:
-    """The callbacks of these names, each with the file that it would be imported from."""
+    """Describe callbacks by their names, each with the file that it would be imported from."""
     return [f"callback {name} ({next(module_files(name.partition(':')[0]), 'not found')})" for name in names]
 
 
 def module_files(module: str) -> Iterator[Path]:
-    """Each file that importing a module may run: its own, and those of the packages that it is in.
+    """Yield each file that importing a module may run: its own, and those of the packages that contain it.
 
-    Nothing is imported, so the file of a module that its package finds in a way of its own is not among them.
+    Nothing is imported, so files that a package would find by an import hook of its own are missing.
     """
     suffixes = importlib.machinery.all_suffixes()
     places = [Path(entry or os.curdir) for entry in sys.path]
@@ -110,7 +111,7 @@ def module_files(module: str) -> Iterator[Path]:
 
 
 def check_callback_place(name: str, runs_dir: Path, root: Path) -> None:
-    """Raises UserError if the module of a callback is inside a run directory or the folder of the runs.
+    """Raise UserError if the module of a callback is inside a run directory or the folder of runs.
 
     Args:
         name: module:Class.
@@ -122,5 +123,5 @@ def check_callback_place(name: str, runs_dir: Path, root: Path) -> None:
         among_runs = place.is_relative_to(runs) and not project.is_relative_to(runs)
         if among_runs or enclosing_run(place) is not None:
             raise UserError(
-                f"callbacks: {name} is {file}, inside a run: a run directory holds data, not code to import"
+                f"callbacks: {name} is {file}, inside a run: a run directory contains data, not code to import"
             )
