@@ -63,7 +63,7 @@ def edit(
     try:
         notes = change_json(path / NOTES, change, lambda place: read_notes(place.parent))
     except ValueError as error:
-        reason = "not as this workbench writes it" if isinstance(error, ValidationError) else error
+        reason = "a field has the wrong type" if isinstance(error, ValidationError) else error
         raise RunError(f"{path / NOTES} cannot be read: {reason}") from None
     except OSError as error:
         mistake = RunError(f"{path / NOTES} cannot be changed: {error.strerror}")
