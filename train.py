@@ -110,15 +110,15 @@ def train(
         config: the merged configuration, with or without the sources of its values.
         origin: the run that this one resumes, forks, or takes its first weights from.
         quiet: print warnings only.
-        argv: the command line, for the record.
+        argv: the command line, to be recorded.
         root: the folder that relative paths start from.
-        strict: treat a finding of the preflight as a mistake.
-        facts: further fields of run.json of a new run.
-        ranks: that train together, of which this process is rank 0; None: it trains alone.
-        notifier: sends how the run ended.
+        strict: raise UserError if the preflight finds anything.
+        facts: extra fields for run.json of a new run.
+        ranks: the ranks that train together; this process is rank 0. None: this process trains alone.
+        notifier: reports how the run ended.
 
     Returns:
-        How it ended; also for a run that diverged or was interrupted.
+        The result, also of a run that diverged or was interrupted.
 
     Raises:
         UserError: a mistake found before the run directory is made or changed.
@@ -163,13 +163,13 @@ def train_session(session: Session) -> None:
 
 
 def training_loop(session: Session, profiler: RunProfiler) -> None:
-    """Train until all updates are done, early stopping ends it, or a stop is requested.
+    """Train until all updates are done, early stopping ends the run, or a stop is requested; then save a checkpoint.
 
-    Step k means k completed updates. The last thing done is a checkpoint of where it stopped.
+    Step k means k completed updates.
 
     Raises:
-        NonFiniteError: a loss or gradient was not finite; the log is complete up to where that was noticed, its
-            update was skipped, and no checkpoint has been saved since.
+        NonFiniteError: a loss or gradient was not finite. Its update was skipped, the log is complete up to the step
+            at which this was noticed, and no checkpoint has been saved since.
     """
     from utils.optim.schedules import apply_schedules
 
@@ -189,7 +189,7 @@ def training_loop(session: Session, profiler: RunProfiler) -> None:
             with phase("logging"):
                 session.log_step(loss, grad_norms, lr)
             with phase("optimizer"):
-                update.apply(grad_norms)  # not with a non-finite gradient
+                update.apply(grad_norms)  # changes nothing if a gradient is not finite
         session.step_done(loss)
 
         if profiler.ready:
