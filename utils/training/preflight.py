@@ -1,4 +1,4 @@
-"""What is worth knowing before a run starts: repeated, unrecorded code, too little disk, settings without effect."""
+"""What a user should know before a run starts: it was run before, code is not recorded, settings have no effect, ..."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from utils.terminal.console import Terminal
 from utils.terminal.words import one_line
 from utils.training.setup import BYTES_PER_FROZEN_PARAMETER, Setup, decisive_settings, trained_outline
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # the weight and the two moments of AdamW, float32
 FILES_SHOWN = 5
-NO_SOURCE = f" ({NOT_SOURCE})"  # after the names of files that are left out for this reason
-LEAST_SEEDS = 2  # besides the one that starts, for a word about the noise
+NO_SOURCE = f" ({NOT_SOURCE})"  # follows the names of files that are left out for this reason
+LEAST_SEEDS = 2  # complete runs of other seeds from which the noise is estimated
 
 # Settings that change nothing if the condition holds, with the reason.
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
     "bpe_vocab_size": (
-        lambda s: s.corpus.prepared is None and s.config.data.tokenizer != "bpe",  # else see _of_dataset
+        lambda s: s.corpus.prepared is None and s.config.data.tokenizer != "bpe",  # of a prepared one: _of_dataset
         "tokenizer is not bpe",
     ),
     **{
@@ -80,15 +80,15 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
         "neither Aim nor Weights & Biases is on",
     ),
 }
-OF_DATASET = ("bpe_vocab_size", "special_tokens", "unknown_token", "val_fraction")  # once prepared
+OF_DATASET = ("bpe_vocab_size", "special_tokens", "unknown_token", "val_fraction")  # fixed once it is prepared
 assert {*WITHOUT_EFFECT, *OF_DATASET} <= FIELDS.keys()
 
 
 def preflight(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun] | None = None) -> list[str]:
-    """One line for each finding that the user may want to know. Call it once torch's threads are set.
+    """The findings that the user may want to know, one line each. Call it after torch's threads are set.
 
     Args:
-        runs: the index of the folder of runs, if it was read already.
+        runs: the index of the folder of runs, if it has been read already.
     """
     runs = read_index(setup.runs_dir) if runs is None else runs
     found = [*_run_before(setup, git, runs), *_code(git), *_disk(setup), *_attention(setup), *_adapters(setup)]
@@ -96,10 +96,10 @@ def preflight(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun] | None = N
 
 
 def _run_before(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun]) -> Iterator[str]:
-    """Runs of the same configuration and code."""
+    """A finding if there are runs of the same configuration and code."""
     own = config_hash(setup.config, decisive_settings(setup))
     origin = None
-    if setup.origin is not None and setup.checkpoint is not None:  # its numbers depend on another run's weights
+    if setup.origin is not None and setup.checkpoint is not None:  # the numbers depend on another run's weights, too
         parent = parent_facts(setup.origin, setup.checkpoint.step, setup.checkpoint.state)
         origin = (parent["relation"], parent["run"], parent["step"])
     candidates = (run for run in runs if run.record.get("config_hash") == own)
@@ -128,7 +128,7 @@ def _code(git: GitFacts) -> Iterator[str]:
 
 
 def _left_out(names: Sequence[str]) -> list[str]:
-    """What is left out, with the reasons; files that are not source files, first, as a number and an example."""
+    """The files left out and why; several that are not source files come first, as their number and an example."""
     data = [name.removesuffix(NO_SOURCE) for name in names if name.endswith(NO_SOURCE)]
     if len(data) < 2:
         return list(names)
@@ -160,7 +160,7 @@ def _disk(setup: Setup) -> Iterator[str]:
 
 
 def _attention(setup: Setup) -> Iterator[str]:
-    """A finding if attention on a GPU is one of the slower kernels. There are no others for float32."""
+    """A finding if attention on a GPU uses a slow kernel; not for float32, which has no fast one."""
     if setup.device.type != "cuda" or setup.dtype == torch.float32:
         return
     model = setup.config.model
@@ -172,7 +172,7 @@ def _attention(setup: Setup) -> Iterator[str]:
 
 
 def _adapters(setup: Setup) -> Iterator[str]:
-    """A finding if adapters would be trained beside random weights, or could be smaller without a loss."""
+    """A finding if adapters would be trained on random weights, or have a higher rank than any change of a layer."""
     rank = setup.config.optimizer.lora_rank
     if rank is None:
         return
@@ -192,7 +192,7 @@ def _megabytes(count: int) -> str:
 
 
 def _of_dataset(setup: Setup) -> Iterator[str]:
-    """Settings that decided how a dataset was prepared, where other values are asked for now."""
+    """Settings that were fixed when the dataset was prepared and have another value now."""
     if setup.corpus.prepared is None:
         return
     made = setup.corpus.prepared.dataset.facts.get("settings", {})
@@ -212,9 +212,9 @@ def _without_effect(setup: Setup) -> Iterator[str]:
 
 
 def report_noise(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun], terminal: Terminal) -> None:
-    """Print how much the loss varies with the seed, where other seeds of this configuration and code are complete.
+    """Print how much the loss varies with the seed, if this configuration and code are complete with other seeds.
 
-    That is no finding: it says which differences the planned seeds can show.
+    This is not a finding: it says how small a difference the planned seeds can show.
     """
     if setup.origin is not None:
         return
@@ -241,15 +241,15 @@ def report_noise(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun], termin
 
 
 def detectable(deviation: float, seeds: int) -> float:
-    """The difference of two independent means of `seeds` runs that a test at 5% finds in 80% of cases, about.
+    """The difference between the means of two groups of `seeds` runs that a test at 5% finds in about 80% of cases.
 
-    By the normal approximation: (1.96 + 0.84) standard errors of the difference.
+    By the normal approximation, (1.96 + 0.84) standard errors of the difference.
     """
     return 2.8 * deviation * math.sqrt(2 / seeds)
 
 
 def report_adapters(setup: Setup, terminal: Terminal) -> None:
-    """Print how many parameters a run with adapters trains; that is no finding."""
+    """Print how many parameters a run with adapters trains; this is not a finding."""
     if setup.config.optimizer.lora_rank is not None:
         counts = count_parameters(trained_outline(setup.config, setup.corpus.tokenizer.vocab_size))
         terminal.print(Text.assemble(("preflight: ", "yellow"), f"parameters: {counts.words}"))
@@ -259,7 +259,7 @@ def report_preflight(findings: Sequence[str], strict: bool, terminal: Terminal) 
     """Print what the preflight found.
 
     Raises:
-        UserError: there is something, and `strict`.
+        UserError: there are findings, and `strict` is set.
     """
     if findings and strict:
         raise UserError("\n".join(f"--strict: {finding}" for finding in findings))
