@@ -59,7 +59,7 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
         raise UserError("--notify reports the end of one run: leave it out, or leave out --multirun and --prove")
     for flag in ("prove", "multirun", "budget"):
         if ranks is not None and getattr(own, flag) is not None:
-            raise UserError(f"--{flag} starts or measures trainings of one process: leave out torchrun")
+            raise UserError(f"--{flag} works with a single process only: leave out torchrun")
     if own.prove is not None:
         from utils.experiments.prove import prove_command
 

@@ -150,12 +150,12 @@ def _tokenizer(foreign: Foreign, named: str | None, layer: dict[str, Setting]) -
         return foreign.tokenizer
     if kind is None:
         raise UserError(
-            f"{foreign.path} has no tokenizer that can be read: --tokenizer names it, of char together with the text "
-            "that it was trained on: --tokenizer char --dataset FILE"
+            f"{foreign.path} has no tokenizer that can be read: name it with --tokenizer; a char tokenizer needs the "
+            "training text as well: --tokenizer char --dataset FILE"
         )
     layer["tokenizer"] = Setting(kind, "--tokenizer" if named else foreign.program)
     if kind in ("char", "bpe") and "dataset" not in layer:
-        raise UserError(f"--tokenizer {kind} is made from the text that the model was trained on: --dataset names it")
+        raise UserError(f"--tokenizer {kind} is built from the text that the model was trained on: add --dataset FILE")
     return None
 
 
@@ -209,7 +209,7 @@ def fit_vocabulary(foreign: Foreign, tokenizer: Tokenizer) -> None:
         return
     foreign.notes.append(
         f"{rows - size:,} of {rows:,} rows of the vocabulary were left out: the tokenizer {tokenizer.kind} has "
-        f"{size:,} tokens; the loss over the others is lower by what these rows had of the probability"
+        f"{size:,} tokens; the loss is lower, since these rows no longer take a share of the probability"
     )
     for tensors in (foreign.weights, *(foreign.moments or {}).values()):
         for name in ("token_embedding.weight", "head.weight", "head.bias"):

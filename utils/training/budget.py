@@ -71,8 +71,8 @@ def lay_over_budget(
     steps = steps_within(seconds, step, evaluation, setup.config.train.eval_interval)
     if steps < 1:
         raise UserError(
-            f"{BUDGET}: {number_text(seconds)} s are too short: a step takes {number_text(round(step, 4))} s, and an "
-            f"evaluation, of which there are two, {number_text(round(evaluation, 4))} s"
+            f"{BUDGET}: {number_text(seconds)} s are too short: a step takes {number_text(round(step, 4))} s, and each "
+            f"of the two evaluations {number_text(round(evaluation, 4))} s"
         )
     found = put_on_top(setup.loaded, {"max_iters": steps, "epochs": None}, f"{BUDGET} {number_text(seconds)}s")
     try:

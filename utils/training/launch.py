@@ -53,8 +53,8 @@ def add_origin_flags(parser: Parser) -> None:
     origin.add_argument(
         "--init-from",
         metavar="RUN[:WHICH]",
-        help="start a new run with the weights of a checkpoint: latest (default), best, or a step; hf:NAME: of a model "
-        "of the Hugging Face hub or a folder, with its architecture and tokenizer",
+        help="start a new run with the weights of a checkpoint: latest (default), best, or a step; hf:NAME: those of a "
+        "model on the Hugging Face hub or in a folder, with its architecture and tokenizer",
     )
     group.add_argument(
         "--fork",
@@ -66,7 +66,7 @@ def add_origin_flags(parser: Parser) -> None:
         "--budget",
         type=timespan,
         metavar="TIME",
-        help="train for 90s, 5m or 2h: max_iters is measured before the run is made, and the schedule laid over it",
+        help="train for 90s, 5m or 2h: measure how many steps fit before the run is made, and set max_iters to that",
     )
     add_notify_flag(parser)
     group.add_argument("--trial", help=argparse.SUPPRESS)  # SWEEP:ID:NUMBER:PLACE, given by a sweep to its runs
@@ -77,7 +77,8 @@ def add_origin_flags(parser: Parser) -> None:
         nargs="?",
         const="40",
         metavar="STEPS",
-        help="does a resume have the same bits? Trains STEPS (40) steps in a temporary folder, with kills and without",
+        help="test whether a resume gives the same bits: train STEPS (40) steps in a temporary folder, with kills and "
+        "without",
     )
     group.add_argument(
         "--strict-resume",
@@ -95,7 +96,7 @@ def add_multirun_flags(parser: Parser) -> None:
         metavar="SETTING=A,B",
         help="a run for each combination: --multirun learning_rate=1e-3,3e-3 seed=1,2,3",
     )
-    group.add_argument("--jobs", type=int, default=1, metavar="N", help="of these at a time (default: 1)")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="train N of them at a time (default: 1)")
 
 
 def with_budget(
@@ -112,7 +113,7 @@ def with_budget(
     if own.budget is None or (own.resume == "auto" and origin is not None):
         return loaded, facts
     if own.resume is not None and own.resume != "auto" and not own.fork:
-        raise UserError("--budget is for new runs: a resumed one goes on to the end that it was started with")
+        raise UserError("--budget is for new runs: a resumed run goes on to the end that it was started with")
     for key, other in (("max_iters", "epochs"), ("epochs", "max_iters")):
         if loaded.source(key) == flag_name(key) and get_value(loaded.config, other) is None:
             raise UserError(f"--budget and {flag_name(key)} both say when the run ends: leave one of them out")

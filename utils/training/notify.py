@@ -34,8 +34,8 @@ def add_notify_flag(parser: Parser) -> None:
     group.add_argument(
         FLAG,
         metavar="URL",
-        help=f"POST status and losses as JSON to this http or https URL; {VARIABLE} does the same and is not seen by "
-        "other users of the machine. Neither is recorded",
+        help=f"POST status and losses as JSON to this http or https URL; the environment variable {VARIABLE} does the "
+        "same, hidden from other users of the machine. Neither is recorded",
     )
 
 

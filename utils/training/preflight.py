@@ -155,7 +155,7 @@ def _disk(setup: Setup) -> Iterator[str]:
         frozen = f" and {_megabytes(base)} of frozen weights" if base else ""
         yield (
             f"the disk cannot hold the planned checkpoints: {count} of {_megabytes(of_one)}{frozen} "
-            f"are {_megabytes(needed)}, free are {_megabytes(free)} in {folder}"
+            f"take {_megabytes(needed)}, and {_megabytes(free)} are free in {folder}"
         )
 
 
@@ -168,7 +168,7 @@ def _attention(setup: Setup) -> Iterator[str]:
         setup.device, setup.dtype, model.n_head, model.kv_heads, model.head_width, model.block_size, model.dropout
     )
     if not name:
-        yield f"attention is neither FlashAttention nor cuDNN's, but slower: {reasons}"
+        yield f"attention uses a slower kernel than FlashAttention or cuDNN's: {reasons}"
 
 
 def _adapters(setup: Setup) -> Iterator[str]:
@@ -233,9 +233,9 @@ def report_noise(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun], termin
         terminal.print(
             Text.assemble(
                 ("preflight: ", "yellow"),
-                f"noise: with {len(found)} other seeds, the last val/loss of this configuration deviates by "
-                f"{deviation:.2g}; against as many other runs, {planned} seeds show a difference of about "
-                f"{detectable(deviation, planned):.2g}",
+                f"noise: over {len(found)} other seeds, the last val/loss of this configuration has a standard "
+                f"deviation of {deviation:.2g}; {planned} seeds, against as many other runs, can show a difference of "
+                f"about {detectable(deviation, planned):.2g}",
             )
         )
 

@@ -101,7 +101,7 @@ class Session:
         """Whether training is finished, or was asked to stop by a signal, a callback or a limit."""
         settings, state = self.state.config.train, self.state
         if self._deadline.is_near(reserve=self.checkpoints.seconds_to_save(state)):
-            self._stop.stop(f"max_minutes ({number_text(settings.max_minutes or 0)}) are almost over")
+            self._stop.stop(f"max_minutes ({number_text(settings.max_minutes or 0)}) is almost reached")
         if settings.stop_at_step is not None and state.step >= settings.stop_at_step:
             self._stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
         if state.shards is not None and self.checkpoints.due(state.step):
@@ -372,7 +372,7 @@ def one_at_a_time() -> Iterator[None]:
     Torch's random generators and settings belong to the whole process, so two trainings would disturb each other.
     """
     if not TRAINING.acquire(blocking=False):
-        raise UserError("this process is training already: start the other training after it, or in its own process")
+        raise UserError("this process is training already: wait until that training ends, or use another process")
     try:
         yield
     finally:
@@ -497,7 +497,7 @@ def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feed
             run.update_view(name, state=STARTING, reason=None)
         else:
             why, later = without_builds(name), f" (later: {rebuild_command(run, name)})"
-            terminal.warn(f"{why or f'{name} is not installed'}: this run is not fed to it{'' if why else later}")
+            terminal.warn(f"{why or f'{name} is not installed'}: this run is not sent to it{'' if why else later}")
             run.update_view(name, state="off", reason="not installed")
     budget = Budget(setup.config.tracking.tracking_budget)
     feeders = [

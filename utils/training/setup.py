@@ -135,7 +135,7 @@ def make_setup(
             check_made_with(corpus.prepared.dataset, corpus.tokenizer, config.data)
     except CorpusError as error:
         if resumes and not os.path.exists(config.data.dataset):
-            raise UserError(f"{error}; --dataset names its new place, wherever it is") from None
+            raise UserError(f"{error}; if it was moved, --dataset gives its new place") from None
         raise
     if origin is not None and origin.relation == "fork":
         assert checkpoint is not None

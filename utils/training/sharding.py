@@ -210,7 +210,7 @@ class Initialisation(TorchFunctionMode):
         if not changes or not isinstance(target, torch.Tensor) or not target.is_meta:
             return func(*args, **kwargs)
         if not fills or not isinstance(target, nn.Parameter):
-            raise UserError(f"shard fsdp: {name} is no filling of a whole parameter, which is all that can be followed")
+            raise UserError(f"shard fsdp: {name} does not fill a whole parameter, as initialising in shards requires")
         if target is not self._target:
             self._keep()
             self._target, self._values = target, torch.empty(target.shape, dtype=target.dtype, device="cpu")
@@ -237,8 +237,8 @@ class Initialisation(TorchFunctionMode):
         self._keep()
         if parameter not in self._rows:
             raise UserError(
-                f"shard fsdp: {name} is not initialised by functions of torch.nn.init, which is how the same numbers "
-                "are made in shards"
+                f"shard fsdp: {name} is not initialised by functions of torch.nn.init, which a sharded model needs to "
+                "get the same values"
             )
         return self._rows[parameter]
 

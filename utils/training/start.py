@@ -141,8 +141,8 @@ def open_run(
 def _warn_without_flock(run: Run, terminal: Terminal) -> None:
     if not run.has_flock:
         terminal.warn(
-            f"{run.path.parent}: this file system has no flock: the file {LOCK} in the run directory, touched every "
-            f"{HEARTBEAT_SECONDS:.0f} s, says who trains it"
+            f"{run.path.parent}: this file system has no flock: a run is locked by the file {LOCK} in its directory "
+            f"instead, which the process that trains it touches every {HEARTBEAT_SECONDS:.0f} s"
         )
 
 
@@ -340,7 +340,7 @@ def ranks_fact(setup: Setup) -> Iterator[tuple[str, str]]:
         return
     how = f"{lanes} lanes, so any number of ranks gives the same numbers"
     if lanes is None:
-        how = "--lanes N would make the numbers independent of how many ranks there are"
+        how = "--lanes N would make the numbers independent of the number of ranks"
     yield "ranks", f"{ranks.world_size}{f' ({ranks.backend})' if ranks.several else ''}: {how}"
 
 

@@ -189,7 +189,7 @@ def obstacle(state: TrainState, needed: int) -> str:
         needed: bytes on CUDA that the gradients of an update take, with all that they are computed from.
     """
     if not isinstance(state.optimizer, EagerOptimizer):
-        return f"{type(state.optimizer).__name__} is not made for it"
+        return f"{type(state.optimizer).__name__} does not support it"
     if state.model.recomputes and state.config.model.dropout:
         return "activation_checkpointing saves the random state of dropout on the host"
     if any(map(is_patched, state.model.modules())):
@@ -200,5 +200,5 @@ def obstacle(state: TrainState, needed: int) -> str:
         unused = torch.cuda.memory_reserved(state.device) - torch.cuda.memory_allocated(state.device)
         free = torch.cuda.mem_get_info(state.device)[0] + unused
         if 2 * needed > free:  # a recording keeps its memory, and evaluations need as much again
-            return f"it would keep {needed / 1e9:.1f} GB, and evaluations need as much again of the {free / 1e9:.1f} GB"
+            return f"it would keep {needed / 1e9:.1f} GB, evaluations need as much, and {free / 1e9:.1f} GB are free"
     return ""
