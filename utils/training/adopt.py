@@ -99,7 +99,7 @@ def adopt(
     """
     if os.path.lexists(place):
         raise UserError(f"--out {place}: exists already")
-    layer = {**_of_project(root), **foreign.settings}
+    layer = {**_project_settings(root), **foreign.settings}
     if dataset is not None:
         layer["dataset"] = Setting(dataset, "--dataset")
     chosen = _tokenizer(foreign, tokenizer, layer)
@@ -118,7 +118,7 @@ def adopt(
     return _write(foreign, place, root, argv, loaded, state, has_corpus=dataset is not None)
 
 
-def _of_project(root: Path) -> dict[str, Setting]:
+def _project_settings(root: Path) -> dict[str, Setting]:
     """The settings in configs/ about the machine and about what is recorded, which no other program has."""
     layers = ConfigLoader(root).load().layers
     return {
@@ -221,7 +221,7 @@ def fit_vocabulary(foreign: Foreign, tokenizer: Tokenizer) -> None:
 def _state(foreign: Foreign, loaded: LoadedConfig, corpus: Corpus, model: LanguageModel) -> TrainState:
     """The state of training after the last update of the foreign program."""
     config = loaded.config
-    model.load_state_dict({name: copied(tensor) for name, tensor in foreign.weights.items()}, assign=True)
+    model.load_state_dict({name: float32_copy(tensor) for name, tensor in foreign.weights.items()}, assign=True)
     model.initialised = declared_roles(model)
     optimizer = build_optimizer(model, config.optimizer)
     if foreign.moments is not None:
@@ -232,7 +232,7 @@ def _state(foreign: Foreign, loaded: LoadedConfig, corpus: Corpus, model: Langua
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(foreign.updates)),
                 **{
-                    kind: torch.zeros_like(parameter) if moment is None else copied(moment)
+                    kind: torch.zeros_like(parameter) if moment is None else float32_copy(moment)
                     for kind, moment in zip(MOMENTS, moments, strict=True)
                 },
             }
@@ -251,7 +251,7 @@ def _state(foreign: Foreign, loaded: LoadedConfig, corpus: Corpus, model: Langua
     )
 
 
-def copied(tensor: torch.Tensor) -> torch.Tensor:
+def float32_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous float32 copy of a tensor."""
     return torch.empty(tensor.shape).copy_(tensor.detach())
 

@@ -136,7 +136,7 @@ def announce_start(state: TrainState, checkpoint: Checkpoint | None, relation: R
     if (checkpoint.path / MANIFEST_FILE).is_file():
         ranks.share("start", {"relation": relation, "path": str(checkpoint.path)})
         return checkpoint
-    weights = _Shared(
+    weights = _BroadcastTensors(
         ranks, {name: _outline(tensor) for name, tensor in checkpoint.weights.items()}, checkpoint.weights
     )
     ranks.share("start", {"relation": relation, "outlines": weights.outlines, "state": checkpoint.state})
@@ -149,11 +149,11 @@ def receive_start(state: TrainState) -> None:
     if "path" in start:
         take_over(state, read_checkpoint(Path(start["path"]), checked=True), start["relation"])
     elif start:
-        weights = _Shared(state.ranks, start["outlines"])
+        weights = _BroadcastTensors(state.ranks, start["outlines"])
         take_over(state, Checkpoint(Path("rank 0"), 0, weights, {}, {}, start["state"]), start["relation"])
 
 
-class _Shared(Mapping[str, torch.Tensor]):
+class _BroadcastTensors(Mapping[str, torch.Tensor]):
     """Tensors by name, each of which rank 0 sends when all ranks read it.
 
     Args:

@@ -41,7 +41,7 @@ SHARE = 0.02  # of the budget is spent on measuring steps
 BUDGET = "--budget"
 
 
-def lay_over_budget(
+def fit_to_budget(
     loaded: LoadedConfig, seconds: float, root: Path, origin: Origin | None, terminal: Terminal
 ) -> tuple[LoadedConfig, Mapping[str, Any]]:
     """Set max_iters to the number of steps that take `seconds`, evaluations included.

@@ -94,7 +94,7 @@ class Checkpointer:
         self._last_time = time.monotonic()
         self._thread: threading.Thread | None = None
         self._write_seconds: float | None = None
-        self._was_stopped = self._is_abandoned = False
+        self._was_suspended = self._is_abandoned = False
         self._failure: tuple[int, str] | None = None  # the step and the reason, if the last write failed
 
     @property
@@ -119,7 +119,8 @@ class Checkpointer:
         """Wait for the previous write, then copy the state and start to write it, unless this step is saved already."""
         self.wait()
         if state.step == self._written_step:
-            self._point(state.step, state.best_step, state.best_val_loss)  # a killed process may not have written them
+            # A process that was killed may not have written them.
+            self._write_pointers(state.step, state.best_step, state.best_val_loss)
             return
         weights, optimizer, facts = capture(state)
         facts |= {
@@ -161,7 +162,7 @@ class Checkpointer:
 
     def continued(self) -> None:
         """Note that the process was suspended, so that the time of a write in progress is not used as an estimate."""
-        self._was_stopped = True
+        self._was_suspended = True
 
     def _write(
         self,
@@ -172,7 +173,7 @@ class Checkpointer:
         tokenizer: Mapping[str, Any],
         facts: Mapping[str, Any],
     ) -> None:
-        began, self._was_stopped = time.monotonic(), False
+        began, self._was_suspended = time.monotonic(), False
         try:
             self.log.metrics.check_place()  # otherwise mkdir would make a deleted run directory again
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -187,8 +188,8 @@ class Checkpointer:
                     self._report_failure(step, error)
         else:
             self._prune(facts["best_step"] if self.settings.keep_best else None)
-            self._point(step, facts["best_step"], decode_number(facts["best_val_loss"]))
-        if not self._was_stopped:
+            self._write_pointers(step, facts["best_step"], decode_number(facts["best_val_loss"]))
+        if not self._was_suspended:
             self._write_seconds = time.monotonic() - began
 
     def _write_files(
@@ -222,7 +223,7 @@ class Checkpointer:
         newest = f"the newest is of step {kept[0]:,}" if kept else "there is none"
         self._warn(f"the checkpoint of step {step:,} was not written: {reason_of(error)}; {newest}")
 
-    def _point(self, step: int, best_step: int | None, best_val_loss: float) -> None:
+    def _write_pointers(self, step: int, best_step: int | None, best_val_loss: float) -> None:
         """Bring latest.json and best.json up to date; each is written only if it changes."""
         pointers: dict[str, dict[str, Any]] = {LATEST_FILE: {"step": step, "folder": folder_name(step)}}
         if self.settings.keep_best and best_step is not None and (self.folder / folder_name(best_step)).is_dir():

@@ -31,35 +31,35 @@ class Feed:
         self._tokens: torch.Tensor | None = None
         if not self._has_rows and len(tokens) <= ON_DEVICE:
             self._tokens = torch.from_numpy(np.array(tokens, dtype=np.int32)).to(sampler.device)
-            self._steps_in_window = torch.arange(sampler.block_size + 1, device=sampler.device)
+            self._positions = torch.arange(sampler.block_size + 1, device=sampler.device)
         self._thread = ThreadPoolExecutor(1, "feed")
-        self._next = [torch.zeros_like(part, device=sampler.device) for part in self._made(0)]
+        self._tensors = [torch.zeros_like(part, device=sampler.device) for part in self._gather(0)]
         self._ahead: tuple[int, Future[list[torch.Tensor]]] | None = None
 
     def load(self, step: int) -> None:
         """Load the batches of update `step` into the tensors, without waiting for the device."""
         future = self._ahead[1] if self._ahead is not None and self._ahead[0] == step else None
-        made = future.result() if future is not None else self._made(step)
-        for part, new in zip(self._next, made, strict=True):
+        made = future.result() if future is not None else self._gather(step)
+        for part, new in zip(self._tensors, made, strict=True):
             part.copy_(new, non_blocking=True)
         if self._tokens is None:
-            self._ahead = step + 1, self._thread.submit(self._made, step + 1)
+            self._ahead = step + 1, self._thread.submit(self._gather, step + 1)
 
     def batch(self, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets of a micro-step of the loaded update, (batch_size / micro_steps, T) each."""
         if self._has_rows:
-            inputs, targets, _ = self._next
+            inputs, targets, _ = self._tensors
             return inputs[micro_step], targets[micro_step]
-        windows = self._next[0][micro_step]
+        windows = self._tensors[0][micro_step]
         if self._tokens is not None:
-            windows = self._tokens[windows + self._steps_in_window].long()  # (share, T + 1)
+            windows = self._tokens[windows + self._positions].long()  # (share, T + 1)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def target_share(self, micro_step: int) -> torch.Tensor | None:
         """The share of the update's targets that a micro-step has, () on the device; None: all shares are equal."""
-        return self._next[2][micro_step] if self._has_rows else None
+        return self._tensors[2][micro_step] if self._has_rows else None
 
-    def _made(self, step: int) -> list[torch.Tensor]:
+    def _gather(self, step: int) -> list[torch.Tensor]:
         """What `load` copies, by micro-step: offsets (share, 1), windows (share, T + 1), or rows and target shares."""
         if self._has_rows:
             shares = torch.tensor(self.sampler.target_shares(step, self._micro_steps), dtype=torch.float32)

@@ -177,8 +177,8 @@ def _train_as_follower(ranks: ProcessRanks, loop: Loop) -> None:
         stack.enter_context(torch_settings(config.train, device))
         ranks.collect("ready", "")
         run = ranks.share("run", None)
-        config = _of_follower(Config.model_validate(run["config"]))
-        terminal = Silent()
+        config = _follower_config(Config.model_validate(run["config"]))
+        terminal = SilentTerminal()
         state = build_state(config, assignment["max_iters"], corpus, device, dtype, terminal, ranks)
         state.callbacks = dict(callbacks)
         if state.shards is None:
@@ -189,7 +189,7 @@ def _train_as_follower(ranks: ProcessRanks, loop: Loop) -> None:
         follower.train(loop)
 
 
-def _of_follower(config: Config) -> Config:
+def _follower_config(config: Config) -> Config:
     """The configuration without the work that only rank 0 does; if the model is sharded, all ranks take part in it."""
     if config.train.shard != "none":
         return config
@@ -197,7 +197,7 @@ def _of_follower(config: Config) -> Config:
     return config.model_copy(update=changed)
 
 
-class Silent(Terminal):
+class SilentTerminal(Terminal):
     """A terminal that prints nothing."""
 
     def __init__(self) -> None:
@@ -234,7 +234,7 @@ class Follower:
 
     def __init__(self, state: TrainState, update: Update, path: Path, stop: StopRequest) -> None:
         self.state, self.update, self._stop = state, update, stop
-        self.path, self.terminal = path, Silent()
+        self.path, self.terminal = path, SilentTerminal()
         self._monitor = NoMonitor()
         run = TrainingRun(path, state, self._monitor.log, stop)
         self.callbacks = Callbacks(list(state.callbacks.values()), run)  # type: ignore[arg-type]

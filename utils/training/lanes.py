@@ -148,9 +148,9 @@ class GradientSum:
 
     def _computed(self, index: int, parameter: torch.Tensor) -> None:
         if self._tree is not None:
-            self._put(index, self._tree.with_last(index, parameter.grad))
+            self._store(index, self._tree.with_last(index, parameter.grad))
 
-    def _put(self, index: int, gradient: torch.Tensor | None) -> None:
+    def _store(self, index: int, gradient: torch.Tensor | None) -> None:
         """Store the gradient of this rank's lanes and send the complete buckets, in the same order on all ranks."""
         bucket = self._bucket_of[index]
         if gradient is None:
@@ -164,9 +164,9 @@ class GradientSum:
             ready.work = self.ranks.start_sum(ready.flat, self._levels[0])
             self._started += 1
         if "nccl" not in self.ranks.backend:  # NCCL needs one order of all sums, even in different groups
-            self._go_on()
+            self._advance()
 
-    def _go_on(self) -> None:
+    def _advance(self) -> None:
         """Start the next level of each bucket whose sum is done; no bucket overtakes the one before it."""
         highest = len(self._levels) - 1
         for bucket in self.buckets[: self._started]:
@@ -186,7 +186,7 @@ class GradientSum:
         assert self._tree is not None
         for bucket in self.buckets:
             for index in sorted(bucket.missing, reverse=True):  # no gradient in the last lane
-                self._put(index, self._tree.with_last(index, None))
+                self._store(index, self._tree.with_last(index, None))
         self._tree = None
         has = self.ranks.start_sum(self._has, None)
         for level in range(1, len(self._levels)):

@@ -118,9 +118,9 @@ def with_budget(
         if loaded.source(key) == flag_name(key) and get_value(loaded.config, other) is None:
             raise UserError(f"--budget and {flag_name(key)} both say when the run ends: leave one of them out")
     from utils.terminal.console import Terminal
-    from utils.training.budget import lay_over_budget  # imports torch
+    from utils.training.budget import fit_to_budget  # imports torch
 
-    found, measured = lay_over_budget(loaded, own.budget, PROJECT_ROOT, origin, Terminal())
+    found, measured = fit_to_budget(loaded, own.budget, PROJECT_ROOT, origin, Terminal())
     return found, {**facts, **measured}
 
 

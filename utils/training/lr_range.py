@@ -178,7 +178,7 @@ def table(result: LrRange) -> RenderableType:
     return fact_lines([*rows, ("suggestion", f"{flags}, {RULE}")])
 
 
-def _ends(result: LrRange) -> tuple[float, float]:
+def _limits(result: LrRange) -> tuple[float, float]:
     """The lowest and highest loss that a picture shows, without a diverging loss, which would dwarf the others."""
     before = result.smoothed[: result.rates.index(result.edge) + 1]
     low, high = min(result.losses), max(result.losses[0], *before)
@@ -200,7 +200,7 @@ def terminal_plot(result: LrRange, width: int, height: int, colour: bool) -> str
     figure.theme("lr_range")
     figure.plot_size(width, height - 1)
     logarithms = [math.log10(rate) for rate in result.rates]
-    low, high = _ends(result)
+    low, high = _limits(result)
     for losses in [result.losses, result.smoothed] if colour else [result.smoothed]:
         shown = [min(loss, high) for loss in losses]
         figure.draw(figure.signal(logarithms, shown, marker="braille").lines())
@@ -236,7 +236,7 @@ def draw(result: LrRange) -> bytes:
         for name, rate in marks.items():
             if rate is not None:
                 axes.axvline(rate, color=COLORS[name], linestyle="--", linewidth=1.2, label=f"{name}: {rate:.2g}")
-        axes.set(xlabel="learning rate", ylabel="loss (nats per token)", ylim=_ends(result))
+        axes.set(xlabel="learning rate", ylabel="loss (nats per token)", ylim=_limits(result))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend()

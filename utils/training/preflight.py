@@ -33,8 +33,8 @@ LEAST_SEEDS = 2  # complete runs of other seeds from which the noise is estimate
 
 # Settings that change nothing if the condition holds, with the reason.
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
-    "bpe_vocab_size": (
-        lambda s: s.corpus.prepared is None and s.config.data.tokenizer != "bpe",  # of a prepared one: _of_dataset
+    "bpe_vocab_size": (  # for a prepared dataset see FIXED_BY_DATASET
+        lambda s: s.corpus.prepared is None and s.config.data.tokenizer != "bpe",
         "tokenizer is not bpe",
     ),
     **{
@@ -80,8 +80,8 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
         "neither Aim nor Weights & Biases is on",
     ),
 }
-OF_DATASET = ("bpe_vocab_size", "special_tokens", "unknown_token", "val_fraction")  # fixed once it is prepared
-assert {*WITHOUT_EFFECT, *OF_DATASET} <= FIELDS.keys()
+FIXED_BY_DATASET = ("bpe_vocab_size", "special_tokens", "unknown_token", "val_fraction")  # when it is prepared
+assert {*WITHOUT_EFFECT, *FIXED_BY_DATASET} <= FIELDS.keys()
 
 
 def preflight(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun] | None = None) -> list[str]:
@@ -92,7 +92,7 @@ def preflight(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun] | None = N
     """
     runs = read_index(setup.runs_dir) if runs is None else runs
     found = [*_run_before(setup, git, runs), *_code(git), *_disk(setup), *_attention(setup), *_adapters(setup)]
-    return [*found, *_of_dataset(setup), *_without_effect(setup)]
+    return [*found, *_fixed_by_dataset(setup), *_without_effect(setup)]
 
 
 def _run_before(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun]) -> Iterator[str]:
@@ -191,13 +191,13 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.{1 if count < 1e7 else 0}f} MB"
 
 
-def _of_dataset(setup: Setup) -> Iterator[str]:
+def _fixed_by_dataset(setup: Setup) -> Iterator[str]:
     """Settings that were fixed when the dataset was prepared and have another value now."""
     if setup.corpus.prepared is None:
         return
     made = setup.corpus.prepared.dataset.facts.get("settings", {})
     asked, default = (config.model_dump(mode="json") for config in (setup.config.data, DataConfig()))
-    for key in OF_DATASET:
+    for key in FIXED_BY_DATASET:
         source = setup.loaded.source(key)
         if (source.startswith("--") or asked[key] != default[key]) and asked[key] != made.get(key):
             own = f": {shown(made[key])}" if key in made else ""

@@ -114,7 +114,7 @@ def make_setup(
     """
     loaded = with_absolute_paths(loaded, root)
     config = loaded.config
-    check_places(loaded, root)
+    check_output_folders(loaded, root)
     checkpoint, tokenizer, datasets_dir = None, None, root / config.data.datasets_dir
     resumes = origin is not None and origin.relation == "resume"
     if origin is not None and resumes:
@@ -241,7 +241,7 @@ def check_ranks(loaded: LoadedConfig, ranks: Ranks) -> None:
         )
 
 
-def check_places(loaded: LoadedConfig, root: Path) -> None:
+def check_output_folders(loaded: LoadedConfig, root: Path) -> None:
     """Raises UserError if a folder that training writes to has a name that no folder can have.
 
     Args:

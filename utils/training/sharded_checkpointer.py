@@ -44,30 +44,30 @@ class ShardedCheckpointer(Checkpointer):
         super().__init__(*args, **kwargs)
         self._shards, self._ranks = shards, shards.ranks
         self._number = 0  # how many times save was called
-        self._named = True  # whether the other ranks have been told the folder of this checkpoint
+        self._announced = True  # whether the other ranks have been told the folder of this checkpoint
 
     def save(self, state: TrainState) -> None:
         self.wait()
-        self._number, self._named = self._number + 1, False
+        self._number, self._announced = self._number + 1, False
         if state.step == self._written_step:
-            self._name("")
+            self._announce("")
         super().save(state)
 
-    def _name(self, folder: str) -> None:
+    def _announce(self, folder: str) -> None:
         """Tell the other ranks, once per checkpoint, the folder to write to; an empty text: write nothing."""
-        if not self._named:
-            self._named = True
+        if not self._announced:
+            self._announced = True
             self._ranks.share(f"checkpoint/{self._number}", folder)
 
     def _write(self, *arguments: Any) -> None:
         super()._write(*arguments)
-        self._name("")  # if writing failed before there was a folder
+        self._announce("")  # if writing failed before there was a folder
 
     def _write_files(
         self, path: Path, weights: Tensors, optimizer: Tensors, tokenizer: Mapping[str, Any], facts: Mapping[str, Any]
     ) -> None:
         def write(folder: Path) -> dict[str, Any]:
-            self._name(str(folder))
+            self._announce(str(folder))
             note = write_own_shards(folder, self._ranks, weights, optimizer)
             files: dict[str, Any] = {}
             for rank, of_rank in enumerate(self._ranks.collect(f"shards/{self._number}", note)):

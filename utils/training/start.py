@@ -59,7 +59,7 @@ from utils.terminal.words import HASH_LENGTH, counted, fact_lines, ratio_text
 from utils.tracking.feeder import cut_progress
 from utils.training.agreement import announce_start
 from utils.training.setup import Setup, decisive_settings
-from utils.training.state import TrainState, build_state, foreign, take_over
+from utils.training.state import TrainState, build_state, mismatch, take_over
 from utils.training.step import Update
 
 BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
@@ -112,7 +112,7 @@ def open_run(
         check_checkpoints(run.path, record)
         check_corpus(run, record, setup)
         folder = run.path / CHECKPOINTS
-        problem = functools.partial(foreign, model=setup.config.model, corpus=setup.corpus)
+        problem = functools.partial(mismatch, model=setup.config.model, corpus=setup.corpus)
         checkpoint, unusable = newest_good(folder, strict=origin.strict, warn=terminal.warn, problem=problem)
         start = Start(checkpoint, "resume") if checkpoint else start_of_parent(run.path, record, terminal.warn)
         for what, before, now in changed_facts(run.path, record, setup, git):
@@ -218,13 +218,13 @@ def changed_facts(run: Path, record: Mapping[str, Any], setup: Setup, git: GitFa
 def read_git(setup: Setup) -> GitFacts:
     """Read the state of the code, leaving out the folders of runs, corpora and trackers."""
     tracking, data = setup.config.tracking, setup.config.data
-    kept = [setup.runs_dir, setup.root / data.corpora_dir, setup.root / data.datasets_dir, Path(data.dataset)]
+    excluded = [setup.runs_dir, setup.root / data.corpora_dir, setup.root / data.datasets_dir, Path(data.dataset)]
     if not tracking.aim_repo.startswith("aim://"):
-        kept.append(setup.root / tracking.aim_repo / ".aim")
+        excluded.append(setup.root / tracking.aim_repo / ".aim")
     callbacks = {type(callback).__module__: None for callback in setup.callbacks.values()}
     modules = dict.fromkeys([*(name.partition(":")[0] for name in setup.callbacks), *callbacks])
     named = config_files(setup.loaded) if setup.origin is None or setup.origin.relation == "init" else ()
-    return CodeReader(setup.root, excluded=tuple(kept), callbacks=modules, named=named).git_facts()
+    return CodeReader(setup.root, excluded=tuple(excluded), callbacks=modules, named=named).git_facts()
 
 
 def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:

@@ -331,7 +331,7 @@ def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
             tensor.copy_(weights[name])
 
 
-def foreign(checkpoint: Checkpoint, model: ModelConfig, corpus: Corpus) -> str:
+def mismatch(checkpoint: Checkpoint, model: ModelConfig, corpus: Corpus) -> str:
     """The reason why a checkpoint cannot be of a run with this model and corpus; empty if it can."""
     own = {"corpus_hash": corpus.hash, "tokenizer_hash": corpus.tokenizer.hash()}
     try:
