@@ -20,15 +20,14 @@ import torch
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import RuleError, warmup_steps
 from utils.errors import UserError, number_text
-from utils.inference.evaluation import BatchLoss, estimate_loss, evaluating
-from utils.inference.exact_match import exact_match
+from utils.inference.evaluation import BatchLoss, estimate_loss
 from utils.machine.device import autocast, synchronize, torch_settings
 from utils.optim.schedules import apply_schedules
 from utils.runs.origin import Origin, put_on_top
 from utils.terminal.console import Terminal
 from utils.terminal.words import duration
 from utils.training.batch_size import memory_explained
-from utils.training.evaluate import sample_text
+from utils.training.evaluate import answer_accuracy, sample_text
 from utils.training.setup import Setup, make_setup
 from utils.training.state import TrainState, build_state
 from utils.training.step import no_phase
@@ -141,8 +140,7 @@ def _evaluate(state: TrainState) -> None:
     loss = BatchLoss(state.model, functools.partial(autocast, state.device, state.dtype), graph=False)
     estimate_loss(loss, state.sampler, settings.eval_iters, settings.gradient_accumulation_steps)
     if state.questions:
-        with evaluating(state.model):
-            exact_match(state.model, state.questions)
+        answer_accuracy(state)
     if state.config.tracking.sample_tokens:
         sample_text(state)
 

@@ -102,9 +102,13 @@ class Checkpointer:
         """The newest checkpoint and why there is no later one, in words; None if the last write succeeded."""
         if self._failure is None:
             return None
-        step, reason = self._failure
-        kept = [found for found, _ in list_checkpoints(self.folder)]
-        return (f"of step {kept[0]:,}, not {step:,}: " if kept else f"none, not even of step {step:,}: ") + reason
+        (step, reason), newest = self._failure, self._newest()
+        found = f"none, not even of step {step:,}" if newest is None else f"of step {newest:,}, not {step:,}"
+        return f"{found}: {reason}"
+
+    def _newest(self) -> int | None:
+        """The step of the newest checkpoint; None if there is none."""
+        return next((step for step, _ in list_checkpoints(self.folder)), None)
 
     def due(self, step: int) -> bool:
         """Whether checkpoint_interval or checkpoint_minutes calls for a checkpoint and none is being written."""
@@ -219,9 +223,9 @@ class Checkpointer:
         before, self._failure = self._failure, (step, reason_of(error))
         if self._failure == before:
             return  # the last step may be tried twice: as the best one, and as the last
-        kept = [found for found, _ in list_checkpoints(self.folder)]
-        newest = f"the newest is of step {kept[0]:,}" if kept else "there is none"
-        self._warn(f"the checkpoint of step {step:,} was not written: {reason_of(error)}; {newest}")
+        newest = self._newest()
+        found = "there is none" if newest is None else f"the newest is of step {newest:,}"
+        self._warn(f"the checkpoint of step {step:,} was not written: {reason_of(error)}; {found}")
 
     def _write_pointers(self, step: int, best_step: int | None, best_val_loss: float) -> None:
         """Bring latest.json and best.json up to date; each is written only if it changes."""

@@ -68,8 +68,8 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
     except EvaluationStoppedError:
         return
     if state.questions:
-        with whole_outside_blocks(state), evaluating(state.model), state.ranks.busy():  # on every rank: all need it
-            losses["val/accuracy"] = exact_match(state.model, state.questions)
+        with state.ranks.busy():  # each rank computes it for itself: all need it
+            losses["val/accuracy"] = answer_accuracy(state)
     monitor.log_losses(losses)
     for name, loss in losses.items():
         if not math.isfinite(loss):
@@ -93,6 +93,12 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
 def whole_outside_blocks(state: TrainState) -> AbstractContextManager[None]:
     """Gather the weights of a sharded model outside its blocks, such as the head; each block gathers its own."""
     return contextlib.nullcontext() if state.shards is None else state.shards.whole_outside_blocks()
+
+
+def answer_accuracy(state: TrainState) -> float:
+    """The share of `state.questions` that the model answers correctly."""
+    with whole_outside_blocks(state), evaluating(state.model):
+        return exact_match(state.model, state.questions)
 
 
 def sample_text(state: TrainState) -> str:

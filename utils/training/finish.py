@@ -31,7 +31,7 @@ from utils.training.state import TrainState, load_weights
 def warn_anyway(terminal: Terminal, run: Run) -> Callable[[str], None]:
     """A function that prints a warning if possible: while one failure is handled, a full disk must not cause another.
 
-    It prints nothing once the run directory was deleted: that nothing can be written there is no news.
+    It prints nothing if the run directory was deleted, since all later writes fail for that reason.
     """
 
     def warn(message: str) -> None:

@@ -22,7 +22,7 @@ class Monitor:
     """Records training for the log, the flight recorder and the progress display, without changing it.
 
     Args:
-        state: what is recorded; its settings say how much and how often.
+        state: the training to record; its settings say how much and how often.
         log: receives the records.
         path: the run directory.
         progress: shows steps and losses to a person.

@@ -274,7 +274,7 @@ class Session:
             self.terminal.print(trace or traceback_of(error), log_only=True)
 
     def write_status(self) -> None:
-        """Write to run.json how the run ended, before the views are closed, so that a kill meanwhile leaves it true.
+        """Write to run.json how the run ended, before the views are closed, so that a kill meanwhile does not lose it.
 
         If this fails, `report` tries again after the views are closed; until it succeeds the run counts as crashed.
         """

@@ -221,8 +221,8 @@ def read_git(setup: Setup) -> GitFacts:
     excluded = [setup.runs_dir, setup.root / data.corpora_dir, setup.root / data.datasets_dir, Path(data.dataset)]
     if not tracking.aim_repo.startswith("aim://"):
         excluded.append(setup.root / tracking.aim_repo / ".aim")
-    callbacks = {type(callback).__module__: None for callback in setup.callbacks.values()}
-    modules = dict.fromkeys([*(name.partition(":")[0] for name in setup.callbacks), *callbacks])
+    modules = [name.partition(":")[0] for name in setup.callbacks]
+    modules += [type(callback).__module__ for callback in setup.callbacks.values()]
     named = config_files(setup.loaded) if setup.origin is None or setup.origin.relation == "init" else ()
     return CodeReader(setup.root, excluded=tuple(excluded), callbacks=modules, named=named).git_facts()
 
