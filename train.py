@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
-    """Run the experiment of a command line; returns the exit status."""
+    """Run the experiment of a command line; return the exit status."""
     parser = Parser(prog="train.py", description=__doc__)
     add_origin_flags(parser)
     add_multirun_flags(parser)

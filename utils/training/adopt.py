@@ -56,7 +56,7 @@ from utils.training.state import TrainState, capture
 
 CPU = torch.device("cpu")
 
-OF_A_FILE = "hf"  # the kind of tokenizer that is any tokenizer.json
+OF_A_FILE = "hf"  # the kind of tokenizer that is read from a tokenizer.json
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def _corpus(
 
 
 def fit_vocabulary(foreign: Foreign, tokenizer: Tokenizer) -> None:
-    """Remove the rows that belong to no token: programs pad the vocabulary to a multiple of a power of two.
+    """Remove the rows that belong to no token, with which programs pad the vocabulary to a rounder number.
 
     Raises:
         UserError: the tokenizer has more tokens than the model.

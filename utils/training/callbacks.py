@@ -45,7 +45,7 @@ class TrainingRun:
 
     @property
     def rank(self) -> int:
-        """The rank of this process; each rank calls callbacks of its own (docs/ranks.md)."""
+        """The rank of this process; each rank has callbacks of its own (docs/ranks.md)."""
         return self.state.ranks.rank
 
     def log(self, values: Mapping[str, float | torch.Tensor]) -> None:

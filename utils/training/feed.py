@@ -60,7 +60,7 @@ class Feed:
         return self._tensors[2][micro_step] if self._has_rows else None
 
     def _gather(self, step: int) -> list[torch.Tensor]:
-        """What `load` copies, by micro-step: offsets (share, 1), windows (share, T + 1), or rows and target shares."""
+        """The tensors to load, by micro-step: offsets (share, 1), windows (share, T + 1), or rows and target shares."""
         if self._has_rows:
             shares = torch.tensor(self.sampler.target_shares(step, self._micro_steps), dtype=torch.float32)
             parts = [torch.from_numpy(part) for part in self.sampler.update(step)]
@@ -72,6 +72,6 @@ class Feed:
         return [self._by_micro_step(torch.from_numpy(windows.astype(np.int64)))]
 
     def _by_micro_step(self, part: torch.Tensor) -> torch.Tensor:
-        """(micro_steps, batch_size / micro_steps, ...), in pinned memory if CUDA copies much, so that no copy waits."""
+        """(micro_steps, batch_size / micro_steps, ...), pinned if large, so that copies to CUDA do not wait."""
         part = part.unflatten(0, (self._micro_steps, -1))
         return part.pin_memory() if self._tokens is None and self.sampler.device.type == "cuda" else part

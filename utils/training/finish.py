@@ -104,7 +104,7 @@ def _write_adapter(folder: Path, state: TrainState, run: Run) -> None:
     """If the model has adapters, add them to an export as files of their own."""
     settings = state.config.optimizer
     if settings.lora_rank is not None:
-        pretrained = read_json_or_empty(run.path / PRETRAINED, run.path)  # most runs descend from no published model
+        pretrained = read_json_or_empty(run.path / PRETRAINED, run.path)  # empty without a published model
         parent = (run.record.get("parent") or {}).get("run")
         if not str(parent).startswith(PRETRAINED_PREFIX):  # the adapters do not fit the published weights themselves
             pretrained = {key: value for key, value in pretrained.items() if key not in ("name", "revision")}

@@ -105,7 +105,7 @@ class Monitor:
         )
 
     def pause_over(self) -> None:
-        """Leave the time since the last flush (of an evaluation, a checkpoint) out of the step times."""
+        """Leave the time since the last flush, which an evaluation or a checkpoint took, out of the step times."""
         self._buffer.restart_clock()
 
     def log_histograms(self) -> None:

@@ -192,7 +192,7 @@ def _megabytes(count: int) -> str:
 
 
 def _fixed_by_dataset(setup: Setup) -> Iterator[str]:
-    """Settings that were fixed when the dataset was prepared and have another value now."""
+    """Findings about settings that were fixed when the dataset was prepared, but have another value now."""
     if setup.corpus.prepared is None:
         return
     made = setup.corpus.prepared.dataset.facts.get("settings", {})
@@ -212,7 +212,7 @@ def _without_effect(setup: Setup) -> Iterator[str]:
 
 
 def report_noise(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun], terminal: Terminal) -> None:
-    """Print how much the loss varies with the seed, if this configuration and code are complete with other seeds.
+    """Print how much the loss varies with the seed, if this configuration and code were run with other seeds.
 
     This is not a finding: it says how small a difference the planned seeds can show.
     """

@@ -48,7 +48,7 @@ from utils.training.preflight import preflight, report_adapters, report_noise, r
 from utils.training.result import TrainResult, print_result, rebuild_command
 from utils.training.setup import Setup, make_setup
 from utils.training.sharded_checkpointer import make_checkpointer
-from utils.training.start import Start, open_run, prepare_run, read_git, record_ranks, with_old_end, write_meta
+from utils.training.start import Start, evaluate_at_old_end, open_run, prepare_run, read_git, record_ranks, write_meta
 from utils.training.state import TrainState
 from utils.training.step import Update
 from utils.training.step_buffer import NonFiniteError
@@ -129,7 +129,7 @@ class Session:
             self.monitor.pause_over()
 
     def evaluate(self) -> None:
-        """Evaluate both splits after `state.step` updates; save a checkpoint if the validation loss is the best."""
+        """Evaluate both splits after `state.step` updates; save a checkpoint if val/loss is the best so far."""
         state = self.state
         with state.ranks.busy():
             self.monitor.flush()
@@ -435,7 +435,7 @@ def open_session(
         if notifier is not None:
             stack.callback(lambda: notifier.send(getattr(session, "result", None)))
         stack.callback(run.release)
-        setup = with_old_end(setup, run, start)
+        setup = evaluate_at_old_end(setup, run, start)
         ranks.share("run", {"path": str(run.path), "config": setup.config.model_dump(mode="json")})
         stack.callback(seal_run, run, terminal)
         terminal.print(settings_table(setup.loaded.non_default()))

@@ -90,9 +90,9 @@ class Shards:
         return result
 
     def pieces(self, name: str, own: torch.Tensor) -> Iterator[torch.Tensor]:
-        """On rank 0: yield the rows of a whole tensor, those of each rank in turn, in host memory. Others send theirs.
+        """On rank 0: yield the rows of a whole tensor, those of each rank in turn, in host memory.
 
-        All ranks must exhaust the iterator.
+        All ranks must exhaust the iterator; those other than 0 send their rows and yield nothing.
 
         Args:
             own: this rank's rows of parameter `name` or of its gradient.

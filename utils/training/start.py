@@ -146,7 +146,7 @@ def _warn_without_flock(run: Run, terminal: Terminal) -> None:
         )
 
 
-def with_old_end(setup: Setup, run: Run, start: Start) -> Setup:
+def evaluate_at_old_end(setup: Setup, run: Run, start: Start) -> Setup:
     """When a run is lengthened, add the evaluation at its previous end to `eval_at`, so that a repetition makes it too.
 
     Like any other evaluation, it counts for the best weights and for early stopping.

@@ -75,7 +75,7 @@ class TrainState:
     losses_step: int | None = None  # the step of that evaluation
     best_val_loss: float = math.inf
     best_step: int | None = None
-    nonfinite_in_a_row: int = 0  # how many of the latest steps, without a gap, the scaler skipped
+    nonfinite_in_a_row: int = 0  # consecutive steps, up to the latest, that the scaler skipped
     early_stopping: EarlyStopping = field(default_factory=lambda: EarlyStopping(None, 0.0))
     ranks: Ranks = ONE
     shards: Shards | None = None  # this rank's shard of the weights; None: each rank has the whole model

@@ -140,7 +140,7 @@ def micro_step(
 
 
 def clip_gradients(state: TrainState) -> torch.Tensor:
-    """Scale the gradients down to grad_clip.
+    """Scale the gradients down to a global norm of at most grad_clip.
 
     Returns:
         The norm of each parameter group before that, (groups,), on the device; the norm of this vector is the global

@@ -154,7 +154,7 @@ class StepBuffer:
         return metric_record(s.step, s.time, {"tokens": tokens, **numbers, **speed})
 
     def _check_finite(self, steps: list[StepRecord], losses: list[float], grad_norms: list[float]) -> None:
-        """Raises NonFiniteError for the first step by which more than `tolerance` steps in a row were not finite."""
+        """Raises NonFiniteError at the first step with which more than `tolerance` in a row are not finite."""
         for s, loss, grad_norm in zip(steps, losses, grad_norms, strict=True):
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 self.nonfinite_in_a_row = 0
