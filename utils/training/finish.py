@@ -56,7 +56,9 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
             best = read_checkpoint(run.path / CHECKPOINTS / folder_name(state.best_step or 0))
             if state.shards is None:
                 load_weights(state, best)
-            step, losses, which = best.step, best.state["losses"], "best"
+            step, which = best.step, "best"
+            evaluated = best.state["losses_step"] == step  # not if a signal cut this evaluation short: a resume made it
+            losses = best.state["losses"] if evaluated else {"val/loss": state.best_val_loss}
         except CheckpointError as error:
             terminal.warn(f"{error}: the export is made from the last weights")
     training: dict[str, Any] = {
