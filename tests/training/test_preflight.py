@@ -55,7 +55,7 @@ def test_uncommitted_and_unrecorded_code_is_told(load: Callable[..., LoadedConfi
     left_out = ["a.bin (not a source file)", ".env (looks like a secret)", "b.bin (not a source file)"]
     git = GitFacts(commit="c", dirty=True, patch=patch, left_out=left_out)
     first, second = findings(load(aim_logging=True), tmp_path, git)
-    assert first == "uncommitted, kept in meta/code.patch: a, b"
+    assert first == "uncommitted changes, recorded in meta/code.patch: a, b"
     assert second == "not recorded: 2 files that are not source files, such as a.bin, .env (looks like a secret)"
     one, seven = (
         GitFacts(commit="c", left_out=left_out[:1]),

@@ -122,7 +122,7 @@ def _code(git: GitFacts) -> Iterator[str]:
     if git.problem and git.commit is None:
         yield f"the code is not recorded: {git.problem}"
     if git.patch:
-        yield f"uncommitted, kept in {PATCH}: {_listed(git.files)}"
+        yield f"uncommitted changes, recorded in {PATCH}: {_listed(git.files)}"
     if git.left_out:
         yield f"not recorded: {_listed(_left_out(git.left_out))}"
 

@@ -384,7 +384,7 @@ def model_summary(model: torch.nn.Module) -> list[dict[str, Any]]:
 def start_words(setup: Setup, start: Start) -> str:
     """Where training starts, in words."""
     if start.checkpoint is None:
-        return "again at step 0: there is no checkpoint yet"
+        return "at step 0 again: there is no checkpoint yet"
     if start.own:
         return f"resumed at step {start.step:,}"
     path, step = start.checkpoint.path, start.checkpoint.step

@@ -182,7 +182,7 @@ def compile_model(state: TrainState, terminal: Terminal) -> None:
     """
     settings, began = state.config.train, time.perf_counter()
     parts = max(settings.gradient_accumulation_steps, settings.lanes or state.ranks.world_size)  # per batch
-    terminal.print("compiling: up to a minute the first time, seconds from then on")
+    terminal.print("compiling: takes up to a minute the first time, later seconds")
     devices = [state.device] if state.device.type == "cuda" else []
     try:
         tokens = state.tokens_per_step // parts
