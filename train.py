@@ -70,7 +70,6 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
         return multirun(parsed, PROJECT_ROOT)
     if own.jobs != 1:
         raise UserError("--jobs is for the runs of --multirun: this is one run")
-    words = ("train.py", *argv)
     for loaded, origin in launches(parsed):
         loaded, facts = with_budget(own, loaded, origin)
         try:
@@ -78,7 +77,7 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
                 loaded,
                 origin=origin,
                 quiet=own.json,
-                argv=words,
+                argv=("train.py", *argv),
                 strict=own.strict,
                 facts=facts,
                 ranks=ranks,

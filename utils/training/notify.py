@@ -66,11 +66,11 @@ def take_url(given: str | None) -> Notifier | None:
     return Notifier(parts, name)
 
 
-def without_url(words: Sequence[str]) -> list[str]:
+def without_url(argv: Sequence[str]) -> list[str]:
     """A command line without --notify and its value."""
     kept: list[str] = []
-    for place, word in enumerate(words):
-        follows = place > 0 and words[place - 1] == FLAG
+    for place, word in enumerate(argv):
+        follows = place > 0 and argv[place - 1] == FLAG
         if not follows and word != FLAG and not word.startswith(f"{FLAG}="):
             kept.append(word)
     return kept

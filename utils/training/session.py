@@ -369,7 +369,7 @@ class Session:
 def one_at_a_time() -> Iterator[None]:
     """Raises UserError if this process is training already, in another thread or in a caller of this function.
 
-    Torch's random generators and settings belong to the whole process, so two trainings would disturb each other.
+    Torch's random generators and settings belong to the whole process, so two runs at once would disturb each other.
     """
     if not TRAINING.acquire(blocking=False):
         raise UserError("this process is training already: wait until that training ends, or use another process")

@@ -311,7 +311,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
                     f"{parameters:,}, {ratio_text(corpus.n_train / parameters)} training tokens per parameter",
                 ),
                 *([("adapters", counts.words)] if adapted else []),
-                *([("start", start_words(setup, start))] if setup.origin else []),
+                *([("start", describe_start(setup, start))] if setup.origin else []),
             ]
         )
     )
@@ -381,7 +381,7 @@ def model_summary(model: torch.nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def start_words(setup: Setup, start: Start) -> str:
+def describe_start(setup: Setup, start: Start) -> str:
     """Where training starts, in words."""
     if start.checkpoint is None:
         return "at step 0 again: there is no checkpoint yet"

@@ -119,7 +119,7 @@ class GraphUpdate:
         device, self._warm = self.state.device, True
         if device.type != "cuda":
             return self._eager.gradients(phase)
-        torch.cuda.reset_peak_memory_stats(device)  # forget an evaluation, or another training in this process
+        torch.cuda.reset_peak_memory_stats(device)  # forget an evaluation, or another run in this process
         stays = torch.cuda.memory_allocated(device)
         result = self._eager.gradients(phase)
         self._needed = torch.cuda.max_memory_allocated(device) - stays

@@ -153,8 +153,8 @@ def fingerprint(value: Any) -> str | None:
     return repr(value)[:200] if value is None or isinstance(value, bool | int | float | str) else None
 
 
-def main(spec: dict[str, Any], words: list[str]) -> None:
-    """Run train.py with the arguments `words` and watch it; ends as that script does, by SystemExit."""
+def main(spec: dict[str, Any], argv: list[str]) -> None:
+    """Run train.py with the arguments `argv` and watch it; ends as that script does, by SystemExit."""
     sys.path[0] = str(ROOT)
     draws = Draws()
     draws.watch()
@@ -179,7 +179,7 @@ def main(spec: dict[str, Any], words: list[str]) -> None:
         witness.after_step(self, loss)
 
     Callbacks.on_step = watched  # type: ignore[method-assign]
-    sys.argv = [str(ROOT / "train.py"), *words]
+    sys.argv = [str(ROOT / "train.py"), *argv]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
