@@ -1,8 +1,8 @@
 """Corpora as token files, the train/val split, and batches.
 
-There is no data state to save: sample n of a split starts at an offset, or is a row of documents (utils/packing), that
-is a pure function of (seed, split, n), and each step, micro-step and rank takes its slice of n. So a resume needs only
-the step, and the global batch does not depend on how it is divided.
+There is no data state to save. Sample n of a split is a window of the text or a row of documents (utils/packing); which
+one is a pure function of (seed, split, n), and each step, micro-step and rank takes its own range of n. A resume
+therefore needs only the step, and the global batch does not depend on how it is divided.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ from utils.packing.prepared import Prepared, open_prepared
 from utils.packing.rows import Rows
 from utils.packing.shuffle import in_random_order
 from utils.packing.windows import STREAMS, sample_offsets, sample_windows, windows_of_pass
+from utils.tokenization.protocol import id_dtype
 
 SAMPLED_TOKENS = 1 << 20
-INEXACT = 0.01  # share of a text's bytes by which the bytes of its tokens may differ without a warning
+INEXACT = 0.01  # relative difference between the bytes of a text and of its tokens above which a warning is printed
 EVALUATION_SEED = 0  # the same evaluation batches for every seed, so that losses are comparable
 
 
@@ -43,9 +44,9 @@ class Corpus:
     """Encoded text: memory-mapped tokens, split into train and val.
 
     tokens: shape (n,), uint16 or uint32, on disk once the corpus is stored.
-    hash: sha256 of the text; of a prepared dataset, that of its record.
-    prepared: the dataset that the tokens are of; None: they are those of one text.
-    byte_scale: bytes of the text per byte that its tokens stand for: not 1 where the tokenizer does not keep the text.
+    hash: sha256 of the text, or `Dataset.hash` of a prepared dataset.
+    prepared: the dataset that the tokens belong to; None if they are those of a single text.
+    byte_scale: bytes of the text divided by the bytes that its tokens decode to; 1 if the tokenizer is lossless.
     """
 
     name: str
@@ -53,15 +54,15 @@ class Corpus:
     tokenizer: Tokenizer
     tokens: np.ndarray | Joined
     n_train: int
-    store: Callable[[], np.ndarray | Joined] | None = None  # writes the tokens; returns those on disk
+    store: Callable[[], np.ndarray | Joined] | None = None  # writes the tokens and returns them memory-mapped
     prepared: Prepared | None = None
     byte_scale: float = 1.0
 
     def stored(self) -> Corpus:
-        """This corpus with its tokens on disk, where they need no memory and later runs find them.
+        """This corpus with its tokens on disk, where they take no memory and later runs find them.
 
         Raises:
-            CorpusError: they cannot be written.
+            CorpusError: the tokens cannot be written.
         """
         return self if self.store is None else dataclasses.replace(self, tokens=self.store(), store=None)
 
@@ -73,13 +74,13 @@ class Corpus:
 
     @functools.cached_property
     def byte_counts(self) -> np.ndarray:
-        """Bytes of text that each token stands for, by id; scaled so that those of the whole text add up."""
+        """Bytes of text that each token stands for, by id, scaled so that they add up to the size of the text."""
         counts = self.tokenizer.byte_counts()
         return counts if self.byte_scale == 1 else counts * self.byte_scale
 
     @functools.cached_property
     def bytes_per_token(self) -> float:
-        """Mean over the training tokens; over SAMPLED_TOKENS at equal distances, if there are more."""
+        """Mean bytes per training token, estimated from SAMPLED_TOKENS evenly spaced ones if there are more."""
         if self.prepared is not None:
             return self.prepared.bytes_per_token()
         tokens = self.split("train")
@@ -90,17 +91,17 @@ class Corpus:
         return len(self.tokens) - self.n_train
 
     def rows(self, stream: str, block_size: int) -> Rows | None:
-        """The rows of documents that a stream's samples are; None: they are windows of the text."""
+        """The rows of documents that a stream samples; None if its samples are windows of the text."""
         split = "val" if stream == "val" else "train"
         return None if self.prepared is None else self.prepared.rows(split, block_size)
 
     def tokens_of_pass(self, block_size: int) -> int:
-        """Tokens of the batches of one pass over the training split, with padding."""
+        """Tokens in one pass over the training split, padding included."""
         rows = self.rows("train", block_size)
         return self.n_train if rows is None else len(rows) * block_size
 
     def facts(self, block_size: int) -> dict[str, float]:
-        """Numbers of documents and rows, for the record of a run."""
+        """The numbers of documents and rows, which a run records."""
         if self.prepared is None:
             return {}
         splits = self.prepared.dataset.splits
@@ -109,7 +110,7 @@ class Corpus:
 
     @property
     def document_token(self) -> int | None:
-        """What each document of a row begins with, where rows consist of documents."""
+        """The token that begins each document of a row; None if samples are not rows of documents."""
         if self.prepared is None or self.prepared.packing == "random":
             return None
         return self.prepared.dataset.end_of_text
@@ -117,10 +118,10 @@ class Corpus:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """An encoded text in the folder of token files, which may still have to be written.
+    """The file of an encoded text in the folder of token files; it may not be written yet.
 
     corpus_hash: sha256 of the text.
-    byte_scale: as of `Corpus`.
+    byte_scale: see `Corpus`.
     """
 
     folder: Path
@@ -131,7 +132,7 @@ class TokenFile:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.uint16 if self.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        return id_dtype(self.tokenizer.vocab_size)
 
     @property
     def path(self) -> Path:
@@ -141,12 +142,12 @@ class TokenFile:
         return self.path.is_file() and self.path.stat().st_size == self.n_tokens * self.dtype.itemsize
 
     def crc32(self) -> int:
-        """Checksum of the file, at several gigabytes a second."""
+        """Checksum of the file; runs at several gigabytes a second."""
         with self.path.open("rb") as file:
             return file_crc32(file)
 
     def write(self, ids: np.ndarray) -> int:
-        """Make the file hold `ids`, which are of its dtype; returns its checksum."""
+        """Write `ids`, which have the file's dtype, unless the file holds them already; returns its checksum."""
         content = ids.data
         checksum = crc32(content)
         if not self.is_whole() or self.crc32() != checksum:
@@ -155,7 +156,7 @@ class TokenFile:
         return checksum
 
     def tokens(self) -> np.ndarray:
-        """(n_tokens,), memory-mapped; as a plain array, which is quicker to cut."""
+        """(n_tokens,), memory-mapped, but as a plain ndarray, which is faster to slice than np.memmap."""
         return np.asarray(np.memmap(self.path, dtype=self.dtype, mode="r"))
 
 
@@ -169,16 +170,18 @@ def load_corpus(
     keep: bool = True,
     datasets_dir: Path | None = None,
 ) -> Corpus:
-    """A corpus, encoded and split. While its files do not change, its text is read and encoded once only.
+    """Load a corpus, encoded and split. Its text is read and encoded only once, as long as its files do not change.
 
     Args:
-        tokenizer: of the model that is trained further; None: one is made from the corpus.
+        tokenizer: that of the model that is trained further; None to make one from the corpus.
         warn, report: print one line to the user.
-        keep: write the tokens now. Otherwise `Corpus.stored` does later, so that a mistake found before leaves no file.
+        keep: whether to write the tokens now; if not, `Corpus.stored` does, and an error found until then leaves no
+            file behind.
         datasets_dir: folder of prepared datasets; by default that of `config`.
 
     Raises:
-        CorpusError: unreadable, `tokenizer` cannot encode it, or a split is shorter than block_size + 1 tokens.
+        CorpusError: the corpus cannot be read, `tokenizer` cannot encode it, or a split is shorter than block_size + 1
+            tokens.
     """
     datasets_dir = Path(config.datasets_dir) if datasets_dir is None else datasets_dir
     if config.dataset not in CORPORA and (found := find_dataset(config.dataset, datasets_dir)) is not None:
@@ -211,7 +214,7 @@ def load_corpus(
         raise CorpusError(str(error)) from None
     not_of_tokenizer = {"dataset", "val_fraction", "corpora_dir", "datasets_dir", "packing", "loss_after"}
     key = config.model_dump_json(exclude=not_of_tokenizer) if tokenizer is None else tokenizer.hash()
-    stamp = source.stamp()  # before the text is read: it may change meanwhile
+    stamp = source.stamp()  # taken before the text is read, because the text may change meanwhile
     file = _recorded_file(folder, record_path(folder, source.name, key), stamp, warn)
     if file is not None:
         n_train = _split(config, file.n_tokens, block_size)
@@ -240,13 +243,13 @@ def _mapped(file: TokenFile) -> np.ndarray:
 
 
 def _store(file: TokenFile, ids: np.ndarray, stamp: str | None, records: Sequence[Path]) -> np.ndarray:
-    """Write a token file unless it is there already, and what is known of its text; returns the tokens on disk."""
+    """Write a token file, unless it exists already, and the records of its text; returns the tokens on disk."""
     try:
         crc32 = file.write(ids)
     except OSError as error:
         raise CorpusError(f"{file.path}: the token file cannot be written: {error.strerror}") from None
     if stamp is not None:
-        with contextlib.suppress(OSError):  # without a record the text is read again
+        with contextlib.suppress(OSError):  # without a record, the next run reads the text again
             state = file_state(file.path)
             form = file.tokenizer.to_json()
             record = TokenRecord(stamp, file.corpus_hash, form, file.n_tokens, crc32, state, file.byte_scale)
@@ -258,7 +261,7 @@ def _store(file: TokenFile, ids: np.ndarray, stamp: str | None, records: Sequenc
 def _encode(
     text: str, config: DataConfig, block_size: int, folder: Path, tokenizer: Tokenizer | None
 ) -> tuple[TokenFile, np.ndarray]:
-    """The token file of `text`, which is not written yet, and its tokens.
+    """Encode `text`: its token file, which is not written yet, and its tokens.
 
     Raises:
         CorpusError: `tokenizer` cannot encode the text, or a split is too short.
@@ -267,7 +270,7 @@ def _encode(
         if tokenizer is None:
             tokenizer = build_tokenizer(config, [text])
         else:
-            tokenizer.check(text)  # the vocabulary of a trained model does not grow
+            tokenizer.check(text)  # the vocabulary of a trained model cannot grow
     except TokenizerError as error:
         raise CorpusError(f"{config.dataset}: {error}") from None
     content = text.encode("utf-8")
@@ -279,26 +282,27 @@ def _encode(
                 f"{config.dataset}: its tokenizer gives ids outside its vocabulary of {tokenizer.vocab_size:,}"
             )
         n_bytes += int(byte_counts[part].sum())
-        parts.append(part.astype(file.dtype))  # a quarter of the memory
+        parts.append(part.astype(file.dtype))  # takes a quarter of the memory of int64
     ids = np.concatenate(parts)
     _split(config, len(ids), block_size)
     return dataclasses.replace(file, n_tokens=len(ids), byte_scale=len(content) / (n_bytes or len(content))), ids
 
 
 def _report_byte_scale(corpus: Corpus, warn: Callable[[str], None]) -> None:
-    """Warn if the tokens stand for clearly more or fewer bytes than the text has."""
+    """Warn if the tokens decode to clearly more or fewer bytes than the text has."""
     off = 1 / corpus.byte_scale - 1
     if abs(off) > INEXACT:
         warn(
             f"{corpus.name}: decoding its tokens gives {abs(off):.1%} {'more' if off > 0 else 'fewer'} bytes than its "
-            "text has, as the tokenizer does not keep the text: bits per byte are estimates"
+            "text has, because the tokenizer does not preserve the text: bits per byte are estimates"
         )
 
 
 def _recorded_file(folder: Path, path: Path, stamp: str | None, warn: Callable[[str], None]) -> TokenFile | None:
-    """The token file that the record at `path` describes, if both are whole and the text has not changed since.
+    """The token file that the record at `path` describes, if both are intact and the text has not changed since.
 
-    Its checksum is compared whenever the file has been written to. Ids below vocab_size were checked before that.
+    The checksum is compared only if the file was modified since it was last verified. That all ids are below vocab_size
+    was checked before the record was written.
     """
     if stamp is None or (record := read_record(path, stamp)) is None:
         return None
@@ -323,7 +327,7 @@ def _recorded_file(folder: Path, path: Path, stamp: str | None, warn: Callable[[
 
 
 def _split(config: DataConfig, n_tokens: int, block_size: int) -> int:
-    """How many of the tokens are for training.
+    """The number of tokens in the training split.
 
     Raises:
         CorpusError: a split is shorter than block_size + 1 tokens.
@@ -342,7 +346,7 @@ def _split(config: DataConfig, n_tokens: int, block_size: int) -> int:
 class BatchSampler:
     """Batches of a corpus, as a pure function of the step.
 
-    batch_size is the number of sequences of one optimizer update, over all micro-steps and ranks.
+    batch_size is the number of sequences in one optimizer update, over all micro-steps and ranks.
     """
 
     corpus: Corpus
@@ -351,7 +355,7 @@ class BatchSampler:
     seed: int
     device: torch.device
     _ahead: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    _update: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # the update made last, by its step
+    _update: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # the latest update only, by step
 
     def train_batch(
         self, step: int, micro_step: int = 0, micro_steps: int = 1, rank: int = 0, world_size: int = 1
@@ -362,14 +366,14 @@ class BatchSampler:
         return self._ahead.pop((first, share), None) or self._batch("train", self.seed, first, share)
 
     def target_share(self, step: int, micro_step: int, micro_steps: int) -> torch.Tensor | None:
-        """The share of an update's targets that is in a micro-step, () on the device; None: all have the same share."""
+        """The fraction of an update's targets in a micro-step, () on the device; None if all have the same fraction."""
         if (shares := self.target_shares(step, micro_steps)) is None:
             return None
         share = torch.tensor(shares[micro_step], dtype=torch.float32)
         return (share.pin_memory() if self.device.type == "cuda" else share).to(self.device, non_blocking=True)
 
     def target_shares(self, step: int, micro_steps: int) -> list[float] | None:
-        """The share of an update's targets that is in each micro-step; None: all have the same share."""
+        """The fraction of an update's targets in each micro-step; None if all have the same fraction."""
         if self.corpus.rows("train", self.block_size) is None:
             return None
         _, targets = self.update(step)
@@ -386,18 +390,18 @@ class BatchSampler:
         return made
 
     def prefetch(self, step: int, micro_step: int = 0, micro_steps: int = 1) -> None:
-        """Prepare the batch of the next `train_batch` call while the device is busy with this one.
+        """Prepare the batch of the next `train_batch` call while the device is busy with the current one.
 
-        Only for a GPU, where work is queued: on a CPU nothing would overlap.
+        Does nothing on a CPU, where the two would not overlap.
         """
         if self.device.type == "cuda":
-            self._ahead.clear()  # at most one batch is kept, even if a step is repeated
+            self._ahead.clear()  # keep at most one batch, even if a step is repeated
             share = self.batch_size // micro_steps
             first = step * self.batch_size + micro_step * share
             self._ahead[first, share] = self._batch("train", self.seed, first, share)
 
     def train_offsets(self, step: int) -> list[int]:
-        """Offsets in the training tokens at which the samples of update `step` start."""
+        """The offsets in the training tokens at which the samples of update `step` start."""
         offsets: list[int] = self.places("train", self.seed, step * self.batch_size, self.batch_size)[:, 0].tolist()
         return offsets
 
@@ -410,31 +414,31 @@ class BatchSampler:
         rank: int = 0,
         world_size: int = 1,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """`count` fixed batches of `train_eval` or `val`, each in `micro_steps` parts: the same at every evaluation.
+        """Yield `count` batches of `train_eval` or `val`, each in `micro_steps` parts; the same at every evaluation.
 
-        They depend on the number and length of the sequences, not on the seed. If the split has fewer sequences than
-        that, each is used once, and the last part is smaller.
+        They depend on the number and length of the sequences, not on the seed. If the split has too few sequences, each
+        is used once, and the last part is smaller.
 
         Args:
-            leaks: whether documents of validation that nearly equal one of training have targets.
-            rank, world_size: yield every world_size-th part only, from this one on.
+            leaks: whether validation documents that nearly equal a training document have targets.
+            rank, world_size: yield only every world_size-th part, starting with part `rank`.
         """
         share, end = self.batch_size // micro_steps, self.evaluation_windows(stream, count)
         for first in range(rank * share, end, world_size * share):
             yield self._batch(stream, EVALUATION_SEED, first, min(share, end - first), leaks)
 
     def evaluation_parts(self, stream: str, count: int, micro_steps: int = 1) -> int:
-        """How many parts `evaluation_batches` has."""
+        """The number of parts that `evaluation_batches` yields to all ranks together."""
         return -(-self.evaluation_windows(stream, count) // (self.batch_size // micro_steps))
 
     def evaluation_windows(self, stream: str, count: int) -> int:
-        """How many sequences `count` evaluation batches have: those of the split at most."""
+        """The number of sequences in `count` evaluation batches, at most those of the split."""
         rows = self.corpus.rows(stream, self.block_size)
         most = windows_of_pass(len(self.corpus.split(stream)), self.block_size) if rows is None else len(rows)
         return min(count * self.batch_size, most)
 
     def evaluation_bytes(self, stream: str, count: int) -> float:
-        """Bytes of text per token that is predicted in `count` evaluation batches of `train_eval` or `val`."""
+        """Mean bytes of text per predicted token in `count` evaluation batches of `train_eval` or `val`."""
         end, n_bytes, n_targets = self.evaluation_windows(stream, count), 0.0, 0
         for first in range(0, end, self.batch_size):
             _, targets = self._gather(stream, EVALUATION_SEED, first, min(self.batch_size, end - first))
@@ -444,7 +448,7 @@ class BatchSampler:
         return n_bytes / max(n_targets, 1)
 
     def places(self, stream: str, seed: int, first: int, count: int) -> np.ndarray:
-        """Where the tokens of samples first .. first + count - 1 are in their split, (count, T); PADDING: nowhere."""
+        """The position in the split of each token of samples first .. first + count - 1, (count, T); or PADDING."""
         rows, n_tokens = self.corpus.rows(stream, self.block_size), len(self.corpus.split(stream))
         if rows is not None:
             return rows.places(in_random_order(seed, STREAMS[stream], first, count, len(rows)))
@@ -455,7 +459,7 @@ class BatchSampler:
     def _gather(
         self, stream: str, seed: int, first: int, count: int, leaks: bool = True
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets, each (count, T) int64: a target is the token that follows."""
+        """Inputs and targets, (count, T) int64 each; the target of a token is the next token."""
         places, rows = self.places(stream, seed, first, count), self.corpus.rows(stream, self.block_size)
         if rows is not None:
             inputs, targets = rows.batch(places)
@@ -463,7 +467,7 @@ class BatchSampler:
             windows = sample_windows(self.corpus.split(stream), places[:, 0], self.block_size)  # (count, T + 1)
             inputs, targets = windows[:, :-1].astype(np.int64), windows[:, 1:].astype(np.int64)
         if not leaks and self.corpus.prepared is not None:
-            targets[self.corpus.prepared.leaks.have(places)] = IGNORED
+            targets[self.corpus.prepared.leaks.contain(places)] = IGNORED
         return inputs, targets
 
     def _batch(

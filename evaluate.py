@@ -1,14 +1,14 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Evaluate runs after their training: how well they predict a text, or solve a task with a right answer.
+"""Evaluate trained runs: how well they predict a text, or solve a task with right answers.
 
-python evaluate.py baseline                                # the validation split of its own corpus, all of it
+python evaluate.py baseline                                # the whole validation split of its own corpus
 python evaluate.py baseline wider --data notes.txt         # one text, several runs side by side
 python evaluate.py sums --task arithmetic                  # held-out problems, by operator and digits
 python evaluate.py baseline --task hellaswag,arc_easy      # tasks of lm-evaluation-harness
 python evaluate.py baseline wider --compare                # quality and speed in one table
 
-RUN is a path, an id, a tag, latest, NAME@vN of a promoted run, or a part of an id. Results are kept in
-artifacts/evaluations.jsonl of each run; `experiments.py show` and `list` show them.
+RUN is a path, an id, a tag, latest, NAME@vN of a promoted run, or part of an id. The results are recorded in
+artifacts/evaluations.jsonl of each run; `experiments.py show` and `list` print them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # arguments are parsed before torch is imported
     from utils.evaluation.weights import Trained
 
 
-ARITHMETIC = "arithmetic"  # a task of ours: the held-out problems of a generated dataset
+ARITHMETIC = "arithmetic"  # the workbench's own task: the held-out problems of a generated dataset
 
 
 @script
@@ -61,14 +61,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raises UserError if flags contradict each other."""
+    """Raises UserError if flags are invalid or contradict each other; sets `args.tasks` to the names of the tasks."""
     if args.task is not None and (args.data is not None or args.stride is not None):
-        raise UserError("--task has problems of its own: --data and --stride are for texts")
+        raise UserError("--task brings its own data: --data and --stride are for texts")
     tasks = [] if args.task is None else [name.strip() for name in args.task.split(",")]
     if not all(tasks):
         raise UserError(f"--task: expected names separated by commas, got {args.task!r}")
     if ARITHMETIC in tasks and len(tasks) > 1:
-        raise UserError(f"--task {args.task}: {ARITHMETIC} is a task of ours, which is evaluated by itself")
+        raise UserError(f"--task {args.task}: {ARITHMETIC} cannot be combined with other tasks")
     args.tasks = tasks
     of_harness = {"--few-shot": args.few_shot, "--limit": args.limit, "--task-data": args.task_data}
     of_harness["--batch-size"] = args.batch_size
@@ -95,45 +95,48 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", metavar="RUN", nargs="*", help="(default: the newest run with an export)")
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="runs to evaluate (default: the newest with an export)")
     parser.add_argument(
         "--data",
         metavar="TEXT",
-        help="a text file or a folder of them, a registered corpus, or a prepared dataset, whose validation is read "
-        "(default: the validation split of the run's own)",
+        help="a text file, a folder of text files, a registered corpus, or a prepared dataset, of which the validation "
+        "split is read (default: the validation split of the run's own data)",
     )
     parser.add_argument(
         "--stride",
         type=int,
         metavar="N",
-        help="tokens that a window of block_size advances by; each token is predicted once, from at least "
-        "block_size - N tokens before it (default: half of block_size)",
+        help="advance the window of block_size tokens by N; each token is predicted once, from at least block_size - N "
+        "tokens before it (default: half of block_size)",
     )
     parser.add_argument(
         "--task",
         metavar="NAME,NAME",
-        help="tasks instead of a text: arithmetic, or tasks of lm-evaluation-harness (hellaswag,arc_easy), if it is "
-        "installed",
+        help="evaluate tasks instead of a text: arithmetic, or, if it is installed, tasks of lm-evaluation-harness "
+        "(hellaswag,arc_easy)",
     )
     parser.add_argument("--few-shot", type=int, metavar="N", help="examples before each question (default: the task's)")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task only")
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate only the first N documents of each task")
     parser.add_argument(
         "--task-data",
         type=place,
         metavar="DIR",
-        help="read the data sets of tasks from DIR/ORGANISATION/NAME or DIR/NAME, and nothing from the network",
+        help="read the data of tasks from DIR/ORGANISATION/NAME or DIR/NAME, and nothing from the network",
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="sequences of a task in one pass (default: 32)")
     parser.add_argument(
-        "--compare", action="store_true", help="also measure the speed of the runs: quality and speed in one table"
+        "--compare", action="store_true", help="also measure the speed of the runs, and print one table with both"
     )
     parser.add_argument(
-        "--picture", type=place, metavar="FILE", help=".png or .svg of --task: which digits are taken for which"
+        "--picture",
+        type=place,
+        metavar="FILE",
+        help=f"write a picture of --task {ARITHMETIC} to a .png or .svg file: which digits are mistaken for which",
     )
     parser.add_argument(
         "--checkpoint",
         metavar="WHICH",
-        help="latest, best or a step (default: the export; of a run without one, the newest checkpoint)",
+        help="latest, best or a step (default: the export or, if there is none, the newest checkpoint)",
     )
     parser.add_argument(
         "--weights",
@@ -145,15 +148,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:N or mps (default: auto)"
     )
     parser.add_argument("--runs-dir", type=place, metavar="DIR", help="folder of the runs (default: as configured)")
-    parser.add_argument("--no-record", action="store_true", help="only print: leave the run directories as they are")
+    parser.add_argument("--no-record", action="store_true", help="only print the results, and do not record them")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def evaluate(args: argparse.Namespace, config: Config, trained: Trained) -> list[dict[str, Any]]:
-    """Evaluate one run as the command line says; returns what was recorded.
+    """Evaluate one run with the options of the command line, and record the results; returns the records.
 
     Raises:
-        UserError: no such text or task, or the model cannot read it.
+        UserError: there is no such text or task, or the model cannot read it.
     """
     if not args.tasks:
         records = [score_text(args, config, trained)]
@@ -162,15 +165,15 @@ def evaluate(args: argparse.Namespace, config: Config, trained: Trained) -> list
     else:
         records = solve_tasks(args, trained)
     for record in records:
-        keep(args, trained, record)
+        record_evaluation(args, trained, record)
     return records
 
 
 def score_text(args: argparse.Namespace, config: Config, trained: Trained) -> dict[str, Any]:
-    """--data: loss, perplexity and bits per byte.
+    """Without --task: loss, perplexity and bits per byte of a text.
 
     Raises:
-        UserError: no such text, text without a token, or nothing to predict.
+        UserError: there is no such text, part of it has no token, or there is nothing to predict.
     """
     from utils.evaluation.report import evaluation_record, score_record
     from utils.evaluation.texts import own_data, score_data
@@ -189,7 +192,7 @@ def score_text(args: argparse.Namespace, config: Config, trained: Trained) -> di
 
 
 def named_text(args: argparse.Namespace, config: Config) -> Data | None:
-    """The text of --data, which is read once for all runs; None: each run has its own."""
+    """The text of --data, which is read once for all runs; None if each run is evaluated on its own data."""
     from utils.evaluation.texts import named_data
 
     if args.data is not None and not hasattr(args, "named"):
@@ -201,7 +204,7 @@ def solve_arithmetic(args: argparse.Namespace, config: Config, trained: Trained)
     """--task arithmetic: the held-out problems of the run's own dataset.
 
     Raises:
-        UserError: it was not trained on arithmetic, or the picture cannot be written.
+        UserError: the run was not trained on arithmetic, or the picture cannot be written.
     """
     from utils.corpora.arithmetic import problem_set
     from utils.evaluation.arithmetic import answer_problems, own_problems, task_record
@@ -221,7 +224,7 @@ def solve_tasks(args: argparse.Namespace, trained: Trained) -> list[dict[str, An
     """--task with tasks of lm-evaluation-harness: a record for each task and group.
 
     Raises:
-        UserError: no such task, or its data cannot be read.
+        UserError: there is no such task, or its data cannot be read.
     """
     from utils.evaluation.harness import BATCH_SIZE
     from utils.evaluation.harness_tasks import HarnessTasks
@@ -234,7 +237,7 @@ def solve_tasks(args: argparse.Namespace, trained: Trained) -> list[dict[str, An
 
 
 def notes_of(args: argparse.Namespace, records: Sequence[Mapping[str, Any]]) -> Sequence[str]:
-    """What a person should know before comparing the results."""
+    """Warnings about comparing the results."""
     from utils.evaluation.report import comparison_notes
 
     return () if args.tasks else list(comparison_notes(records))
@@ -281,7 +284,7 @@ def compare(args: argparse.Namespace, config: Config) -> int:
 def save_picture(
     args: argparse.Namespace, trained: Trained, answers: Sequence[Answer], record: Mapping[str, Any]
 ) -> None:
-    """Write the picture of a task: to --picture, else beside what is recorded of the run.
+    """Write the picture of a task to the file of --picture or, without that flag, into the run directory.
 
     Raises:
         UserError: --picture cannot be written.
@@ -304,7 +307,7 @@ def save_picture(
 
 
 def load_all(args: argparse.Namespace) -> Iterator[Trained]:
-    """The models of the runs, one after the other; that all runs exist is checked first."""
+    """The models of the runs, one after the other, after checking that all runs exist."""
     from utils.evaluation.weights import load_trained
     from utils.machine.device import choose_device
     from utils.runs.find import is_export, resolve_run
@@ -318,10 +321,10 @@ def load_all(args: argparse.Namespace) -> Iterator[Trained]:
 
 
 def window_stride(stride: int | None, trained: Trained) -> int:
-    """--stride, or its default.
+    """The value of --stride, or its default.
 
     Raises:
-        UserError: out of bounds.
+        UserError: it is out of bounds.
     """
     block_size = trained.model.config.block_size
     if stride is not None and not 1 <= stride <= block_size:
@@ -329,8 +332,8 @@ def window_stride(stride: int | None, trained: Trained) -> int:
     return stride or max(block_size // 2, 1)
 
 
-def keep(args: argparse.Namespace, trained: Trained, record: Mapping[str, Any]) -> None:
-    """Add an evaluation to those of the run."""
+def record_evaluation(args: argparse.Namespace, trained: Trained, record: Mapping[str, Any]) -> None:
+    """Append an evaluation to those recorded in the run directory, unless --no-record is given."""
     if args.no_record or trained.run is None:
         return
     try:
@@ -347,7 +350,7 @@ def show(
     screen: Iterable[RenderableType],
     more: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Print the results, as JSON (with `more`) or for people."""
+    """Print the results: as a table, or as JSON, to which `more` is added."""
     from utils.runs.evaluations import as_json
     from utils.terminal.commands import print_json
     from utils.terminal.console import Terminal

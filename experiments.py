@@ -21,6 +21,8 @@ from utils.errors import UserError
 from utils.experiments.commands import (
     ALL_RUNS,
     COMMANDS,
+    COMPARED_METRIC,
+    CURVE,
     METRIC,
     RUN,
     RUNS,
@@ -32,7 +34,6 @@ from utils.experiments.commands import (
     run_path,
     runs_folder,
 )
-from utils.experiments.curve import AXES
 from utils.files import unwritable
 from utils.runs.layout import MODELS, SEAL
 from utils.runs.metrics import VIEWS
@@ -47,7 +48,7 @@ TRACKERS = {"tensorboard": "TensorBoard", "aim": "Aim", "wandb": "Weights & Bias
 
 @script
 def main(argv: Sequence[str]) -> int:
-    os.environ.pop(NOTIFY_VARIABLE, None)  # the runs that a command trains are not what it is for
+    os.environ.pop(NOTIFY_VARIABLE, None)  # notifications are for runs that the user starts, not for those of a command
     parser = Parser(prog="experiments.py", description=__doc__)
     return COMMANDS.run(parser, argv)
 
@@ -136,7 +137,7 @@ def diff(args: argparse.Namespace) -> Answer:
     "compare",
     "which runs are better, and is it more than noise? Runs that differ only in seed are one group",
     *ALL_RUNS,
-    flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte where the tokenizers differ)"),
+    COMPARED_METRIC,
 )
 def compare(args: argparse.Namespace) -> Answer:
     from utils.experiments.compare import compare
@@ -149,8 +150,8 @@ def compare(args: argparse.Namespace) -> Answer:
 @command(
     "explain",
     "a setting: its value, where it was set, what that shadows, what it means",
-    flag("run", metavar="RUN", nargs="?", help="as a run had it (default: as the configuration files say now)"),
-    flag("key", metavar="KEY", help="its name"),
+    flag("run", metavar="RUN", nargs="?", help="as it was for a run (default: as the configuration files say now)"),
+    flag("key", metavar="KEY", help="name of the setting"),
 )
 def explain(args: argparse.Namespace) -> Answer:
     from utils.experiments.comparison_tables import explanation_screen
@@ -170,15 +171,12 @@ def explain(args: argparse.Namespace) -> Answer:
     "curves of runs, in the terminal or as a picture",
     *ALL_RUNS,
     METRIC,
-    flag("--x", choices=AXES, default="step", help="the axis (default: step)"),
-    flag("--smooth", type=float, default=0.0, metavar="X", help="weight of the past, 0 to 1 (default: 0)"),
+    *CURVE,
     flag("--out", type=place, metavar="FILE", help="write a .png or .svg instead of drawing in the terminal"),
 )
 def plot(args: argparse.Namespace) -> Answer:
     from utils.experiments.plot import load_curves, plot_screen, save_plot
 
-    if not 0 <= args.smooth < 1:
-        raise UserError(f"--smooth must be at least 0 and below 1, not {args.smooth:g}")
     curves = load_curves(all_named_runs(args), args.metric, args.x, args.smooth)
     if args.out:
         write_out(args.out, lambda: save_plot(curves, args.metric, args.x, args.out))
@@ -190,19 +188,16 @@ def plot(args: argparse.Namespace) -> Answer:
 
 @command(
     "watch",
-    "the curves of a run in the terminal, drawn again as it trains, until it ends; status 1 if it failed",
+    "the curves of a run in the terminal, redrawn while it trains, until it ends; status 1 if it failed",
     RUN,
     flag("--metric", metavar="NAME", help="(default: train/loss and val/loss)"),
-    flag("--x", choices=AXES, default="step", help="the axis (default: step)"),
-    flag("--smooth", type=float, default=0.0, metavar="X", help="weight of the past, 0 to 1 (default: 0)"),
-    flag("--interval", type=timespan, default=1.0, metavar="TIME", help="between two looks at the log (default: 1s)"),
+    *CURVE,
+    flag("--interval", type=timespan, default=1.0, metavar="TIME", help="between readings of the log (default: 1s)"),
 )
 def watch(args: argparse.Namespace) -> Answer:
     from utils.experiments.watch import GOOD, LOSSES, Watch, watch
     from utils.terminal.console import Terminal
 
-    if not 0 <= args.smooth < 1:
-        raise UserError(f"--smooth must be at least 0 and below 1, not {args.smooth:g}")
     path = named_run(args.run, runs_folder(args)).path
     shown = Watch(path, [args.metric] if args.metric else LOSSES, args.x, args.smooth)
     run = watch(shown, None if args.json else Terminal().console, args.interval)
@@ -229,7 +224,7 @@ def report(args: argparse.Namespace) -> Answer:
     "pages of the runs in a browser: table, curves, comparison, live while they train",
     flag("--host", default="127.0.0.1", metavar="ADDRESS", help="listen here (default: 127.0.0.1, this machine only)"),
     flag("--port", type=int, default=8265, metavar="N", help="(default: 8265; 0: any free one)"),
-    flag("--edit", action="store_true", help="tags and notes can be changed in the pages"),
+    flag("--edit", action="store_true", help="let the pages change tags and notes"),
     note="The pages read the run directories: no tracker and no database is needed. serve.py has them at /runs, too.",
 )
 def ui(args: argparse.Namespace) -> Answer:
@@ -300,7 +295,7 @@ def promote(args: argparse.Namespace) -> Answer:
     flag("--older-than", metavar="AGE", help="leave runs alone that started within 12h, 30d, 8w"),
     flag("--max-size", metavar="SIZE", help="stop when all runs together are not larger than 20GB"),
     flag("--whole-runs", action="store_true", help="delete runs, not only their checkpoints"),
-    flag("--unfinished", action="store_true", help="also of runs that could still be resumed"),
+    flag("--unfinished", action="store_true", help="also delete from runs that could still be resumed"),
     flag("--yes", action="store_true", help="delete"),
 )
 def prune(args: argparse.Namespace) -> Answer:
@@ -345,7 +340,7 @@ def seen(args: argparse.Namespace) -> Answer:
     if args.top is not None and args.top < 1:
         raise UserError(f"--top must be at least 1, not {args.top}")
     if args.checkpoint and args.top is None:
-        raise UserError("--checkpoint ranks by its losses: expected --top N, too")
+        raise UserError("--checkpoint is of use only with --top N, which ranks by its losses")
     run = named_run(args.run, runs_folder(args))
     from utils.inference.seen import seen, seen_screen
 
@@ -358,7 +353,7 @@ def seen(args: argparse.Namespace) -> Answer:
 
 @command(
     "seal",
-    "write the checksums of a run again, after a change that was meant (training writes them when a run ends)",
+    "write the checksums of a run again, after an intended change (training writes them when a run ends)",
     RUN,
 )
 def seal(args: argparse.Namespace) -> Answer:
@@ -429,7 +424,7 @@ def reproduce(args: argparse.Namespace) -> Answer:
 
 @command(
     "rebuild",
-    "replace what trackers show of a run by what its logs say (default: all trackers that it was fed to)",
+    "feed the logs of a run to trackers anew, replacing what they show (default: all trackers that it was fed to)",
     RUN,
     *(flag(f"--{name}", action="append_const", const=name, dest="views", help=TRACKERS[name]) for name in VIEWS),
 )
@@ -439,7 +434,7 @@ def rebuild(args: argparse.Namespace) -> Answer:
     return _feed(args, lambda path, report: rebuild(path, PROJECT_ROOT, args.views or (), report, warn), "rebuilt")
 
 
-@command("finish", "do what was left when a process was killed at the end of its run: trackers, curves, seal", RUN)
+@command("finish", "do what a process that was killed at the end of its run left undone: trackers, curves, seal", RUN)
 def finish(args: argparse.Namespace) -> Answer:
     from utils.tracking.rebuild import finish
 
@@ -447,7 +442,7 @@ def finish(args: argparse.Namespace) -> Answer:
 
 
 def _feed(args: argparse.Namespace, feed: Callable[..., list[str]], done: str) -> Answer:
-    """Feed the trackers of a run with a progress line; what went wrong with one is one line and the exit status 1."""
+    """Feed the trackers of a run with a progress line; if one fails, print one line and answer with status 1."""
     from utils.terminal.console import Terminal
     from utils.terminal.progress import FeedingProgress
     from utils.tracking.rebuild import RebuildError
@@ -469,7 +464,7 @@ import utils.experiments.gate_commands  # noqa: E402, F401
 
 
 def warn(message: str) -> None:
-    """Print one line on stderr."""
+    """Print a warning as one line on stderr."""
     print(printable(f"warning: {message}"), file=sys.stderr)
 
 

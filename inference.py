@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # arguments are parsed before torch is imported
 
 
 def complete_prompt(args: argparse.Namespace, exports: Sequence[Path], settings: InferenceConfig) -> int:
-    """--prompt: the text as it is generated; several samples one after the other; --json: a line for each."""
+    """--prompt: print the text as it is generated, several samples one after the other, or a JSON line for each."""
     from utils.inference.prompts import FilePrompt, completion_line
     from utils.terminal.console import dim, say
 
@@ -66,7 +66,7 @@ def complete_prompt(args: argparse.Namespace, exports: Sequence[Path], settings:
 
 
 def compare_runs(args: argparse.Namespace, exports: Sequence[Path], settings: InferenceConfig) -> int:
-    """Completions of one prompt by several runs, side by side."""
+    """Several RUNs: print their completions of one prompt side by side."""
     from utils.inference.page import completion_page
     from utils.inference.prompts import FilePrompt, check_out, completion_line, write_out
     from utils.inference.side_by_side import RunCompletions, completion_tables
@@ -104,7 +104,7 @@ def compare_runs(args: argparse.Namespace, exports: Sequence[Path], settings: In
 
 
 def complete_file(args: argparse.Namespace, exports: Sequence[Path], settings: InferenceConfig) -> int:
-    """--prompt-file: a JSONL line for each completion, into --out at the end or to stdout one by one."""
+    """--prompt-file: write a JSONL line for each completion, all into --out at the end or to stdout one by one."""
     from utils.inference.prompts import check_out, completion_line, read_prompts, write_out
     from utils.terminal.progress import CompletionProgress
 
@@ -112,7 +112,7 @@ def complete_file(args: argparse.Namespace, exports: Sequence[Path], settings: I
     if args.out is not None:
         check_out(args.out, args.prompt_file)
     elif isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # as JSON is
+        sys.stdout.reconfigure(encoding="utf-8")  # the encoding of JSON
     generator, request = load(args, exports[0], settings)
     asked = [prompt for prompt in prompts for _ in range(args.samples)]
     texts = [text for text in encodable(prompts, generator, args.mode) for _ in range(args.samples)]
@@ -135,7 +135,7 @@ def complete_file(args: argparse.Namespace, exports: Sequence[Path], settings: I
 
 
 def converse(args: argparse.Namespace, exports: Sequence[Path], settings: InferenceConfig) -> int:
-    """--interactive: a person and the model write one text in turns."""
+    """--interactive: let a person and the model write one text in turns."""
     from utils.inference.interactive import Conversation
 
     generator, request = load(args, exports[0], settings)
@@ -144,7 +144,7 @@ def converse(args: argparse.Namespace, exports: Sequence[Path], settings: Infere
 
 
 def score_text(args: argparse.Namespace, exports: Sequence[Path], settings: InferenceConfig) -> int:
-    """--score: how well each run predicts a text, and what smaller weights cost.
+    """--score: print how well each run predicts a text, and how much smaller weights change that.
 
     Raises:
         UserError: the file cannot be read, is not UTF-8, has text without a token or nothing to predict.
@@ -183,7 +183,7 @@ def score_text(args: argparse.Namespace, exports: Sequence[Path], settings: Infe
 
 
 def show_info(args: argparse.Namespace, exports: Sequence[Path], settings: InferenceConfig) -> int:
-    """--show-info: what each run is."""
+    """--show-info: describe each run."""
     from utils.inference.export import load_export
     from utils.inference.info import info_data, info_screen
     from utils.machine.device import choose_device
@@ -202,7 +202,7 @@ def show_info(args: argparse.Namespace, exports: Sequence[Path], settings: Infer
 class Mode(NamedTuple):
     """What inference.py does in one call.
 
-    name: in messages.
+    name: what messages call the mode.
     options: flags that mean something in this mode, besides RUN, --device, --runs-dir and --config.
     """
 
@@ -235,10 +235,10 @@ OPTIONS = frozenset().union(*(mode.options for mode in MODES.values()))
 
 
 def choose_mode(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Mode:
-    """The mode that the command line asks for; argparse admits one of the flags that name it.
+    """The mode that the command line asks for; argparse lets at most one flag name it.
 
     Raises:
-        UserError: an option of other modes, or too many RUNs.
+        UserError: there is an option of other modes, or too many RUNs.
     """
     given = [dest for dest, value in vars(args).items() if value != parser.get_default(dest)]
     named = [dest for dest in given if dest in MODES]
@@ -269,10 +269,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def load(args: argparse.Namespace, export: Path, settings: InferenceConfig) -> tuple[Generator, Request]:
-    """The model, and how to generate with it.
+    """Load the model of an export, and build the request of the command line.
 
     Raises:
-        UserError: a damaged export, no such device, options out of bounds, text without a token.
+        UserError: a damaged export, no such device, options out of bounds, or text without a token.
     """
     from utils.inference.generator import Generator, Request, find_draft
     from utils.inference.prompts import banned_tokens, stop_strings
@@ -290,7 +290,7 @@ def load(args: argparse.Namespace, export: Path, settings: InferenceConfig) -> t
 
 
 def read_unknown(args: argparse.Namespace, generator: Generator) -> None:
-    """With --unknown-token, let that character stand for those that are not in the vocabulary."""
+    """With --unknown-token, read characters that are not in the vocabulary as that one."""
     if args.unknown_token is not None:
         from utils.config.settings import DataConfig
 
@@ -298,7 +298,7 @@ def read_unknown(args: argparse.Namespace, generator: Generator) -> None:
 
 
 def with_template(args: argparse.Namespace, generator: Generator, request: Request) -> tuple[str, Request]:
-    """--prompt and the request; with --mode qa the prompt in qa_template. Prints a note if the prompt is too long.
+    """Return --prompt, put into qa_template with --mode qa, and its request. Prints a note if the prompt is too long.
 
     Raises:
         UserError: text without a token.
@@ -315,10 +315,10 @@ def with_template(args: argparse.Namespace, generator: Generator, request: Reque
 
 
 def encodable(prompts: Sequence[FilePrompt], generator: Generator, mode: str) -> list[str]:
-    """The text to continue for each prompt of a file. Prints a note if prompts are too long.
+    """Return the text to continue for each prompt of a file. Prints a note if prompts are too long.
 
     Raises:
-        UserError: text without a token, with its file and line.
+        UserError: a prompt has text without a token; the message has its file and line.
     """
     from utils.inference.decode import start_tokens
 
@@ -335,7 +335,7 @@ def encodable(prompts: Sequence[FilePrompt], generator: Generator, mode: str) ->
 
 
 def print_stats(generator: Generator, request: Request) -> None:
-    """--stats, on stderr."""
+    """--stats: print the speed of generation on stderr."""
     from utils.terminal.words import fact_lines
 
     rows = generator.stats.rows(generator.model, cached=request.window == "sliding")

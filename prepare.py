@@ -1,19 +1,20 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Prepared datasets: texts are read, cleaned, split and tokenised once; training reads the tokens in place.
+"""Prepare datasets: read, clean, split and tokenize texts once; training then reads the tokens in place.
 
 python prepare.py notes/ --out notes --tokenizer bpe
 python prepare.py 'dumps/*.jsonl.zst' --field content --clean --out web --licence "CC BY 4.0"
 python prepare.py list                        # also: show NAME, verify NAME
 
-SOURCE is a text file (also .gz and .zst), a folder, a glob in quotes, a file of JSON lines or a Parquet file, pydocs or
-shakespeare, a data set that the package datasets saved, or OWNER/NAME on the Hugging Face hub. The same command goes
-on with a preparation that was interrupted.
+SOURCE is a text file (also .gz and .zst), a folder, a quoted glob, a JSON lines or Parquet file, pydocs or shakespeare,
+a dataset that the package datasets saved, or OWNER/NAME on the Hugging Face hub. To continue a preparation that was
+interrupted, run the same command again.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -36,24 +37,24 @@ if TYPE_CHECKING:  # arguments are parsed before numpy is imported
     from utils.terminal.console import Terminal
 
 COMMANDS = {
-    "list": "the datasets that there are",
-    "show": "one dataset: its size, what was removed, where it comes from",
-    "verify": "read every byte of a dataset and compare it with its checksums",
+    "list": "list the datasets",
+    "show": "show the size and the origin of a dataset, and what was removed from it",
+    "verify": "read every byte of a dataset, and compare it with its checksums",
 }
 SETTINGS = (
     *("tokenizer", "bpe_vocab_size", "special_tokens", "unknown_token"),
     *("val_fraction", "corpora_dir", "datasets_dir"),
 )
 CLEANING = "configs/cleaning.yaml"
-DRY_RUN = "dry_run"  # the name of a dataset that is not made
+DRY_RUN = "dry_run"  # the name of the dataset in a dry run without --out
 
 
 @script
 def main(argv: Sequence[str]) -> int:
     if argv and argv[0] in COMMANDS:
-        return answer(argv)
+        return run_command(argv)
     arguments = parse(argv)
-    return make(order_of(arguments), datasets_folder(arguments.load().config), arguments.own.json)
+    return make(preparation_options(arguments), arguments.own.json)
 
 
 def parse(argv: Sequence[str]) -> ExperimentArguments:
@@ -63,18 +64,18 @@ def parse(argv: Sequence[str]) -> ExperimentArguments:
     )
     add = parser.add_argument
     add("sources", metavar="SOURCE", nargs="+", help="what to read (above)")
-    add("--out", metavar="NAME", help="name of the dataset, in the folder of datasets; or a path")
+    add("--out", metavar="NAME", help="name of the dataset in the folder of datasets, or a path")
     add(
         "--field",
         metavar="NAME",
-        help="of JSON lines, or column of a table, that has the text (default: text); "
-        "given, .json files are JSON lines too",
+        help="field of JSON lines, or column of a table, that has the text (default: text); with this flag, .json "
+        "files are also read as JSON lines",
     )
     add(
         "--separator",
         metavar="TEXT",
         default="",
-        help="what stands between the documents of a text file, such as "
+        help="text between the documents of a text file, such as "
         r"'<|endoftext|>' or '\n\n' (default: each file is one document)",
     )
     add(
@@ -82,43 +83,44 @@ def parse(argv: Sequence[str]) -> ExperimentArguments:
         metavar="FILE",
         nargs="?",
         const=CLEANING,
-        help=f"clean the texts by the steps in a file (default: {CLEANING}); without it, nothing is changed or removed",
+        help=f"clean the texts by the steps in FILE ({CLEANING} if no file is named); without this flag, nothing is "
+        "changed or removed",
     )
     add(
         "--errors",
         choices=("strict", "replace", "skip"),
         default="strict",
-        help="what becomes of bytes that are not "
-        "UTF-8, and of NUL: an error, U+FFFD in their place, or the document is left out (default: strict)",
+        help="for NUL and bytes that are not UTF-8: report an error, replace them by U+FFFD, or skip the document "
+        "(default: strict)",
     )
     add(
         "--tolerate",
         type=int,
         default=0,
         metavar="N",
-        help="how many records that are not JSON, or lack the field, may be left out (default: 0)",
+        help="leave out up to N records that are not JSON or lack the field (default: 0)",
     )
     add(
         "--leaks",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="look for documents for validation that nearly equal one for training (default: on)",
+        help="look for validation documents that nearly equal a training document (default: on)",
     )
-    add("--workers", type=int, metavar="N", help="processes (default: one for each core); the dataset is the same")
-    add("--licence", "--license", metavar="TEXT", default="", help="of the texts, for CARD.md")
-    add("--origin", metavar="TEXT", default="", help="where the texts come from, for CARD.md")
-    add("--replace", action="store_true", help="replace a dataset of this name")
-    add("--dry-run", action="store_true", help="read and clean everything, show what would be removed, make nothing")
-    add("--json", action="store_true", help="print nothing but warnings, and the result as JSON")
+    add("--workers", type=int, metavar="N", help="number of processes (default: one per core); does not affect results")
+    add("--licence", "--license", metavar="TEXT", default="", help="licence of the texts, for CARD.md")
+    add("--origin", metavar="TEXT", default="", help="origin of the texts, for CARD.md")
+    add("--replace", action="store_true", help="replace an existing dataset of this name")
+    add("--dry-run", action="store_true", help="read and clean everything, show what would be removed, write nothing")
+    add("--json", action="store_true", help="print only warnings, and the result as JSON")
     return parse_experiment(argv, parser, sections=("data",), keys=SETTINGS)
 
 
-def answer(argv: Sequence[str]) -> int:
-    """list, show, verify."""
+def run_command(argv: Sequence[str]) -> int:
+    """Run the command list, show or verify."""
     name = argv[0]
     parser = Parser(prog=f"prepare.py {name}", description=f"{COMMANDS[name][0].upper()}{COMMANDS[name][1:]}.")
     if name != "list":
-        parser.add_argument("name", metavar="NAME", help="of a dataset, or its path")
+        parser.add_argument("name", metavar="NAME", help="name or path of a dataset")
     parser.add_argument("--datasets-dir", type=place, metavar="DIR", help="folder of datasets (default: as configured)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse(argv[1:])
@@ -128,15 +130,15 @@ def answer(argv: Sequence[str]) -> int:
     folder = PROJECT_ROOT / (args.datasets_dir or ConfigLoader(PROJECT_ROOT).load().config.data.datasets_dir)
     if name == "list":
         rows = commands.list_datasets(folder)
-        return shown(args.json, rows, lambda: commands.list_lines(rows, folder))
+        return print_answer(args.json, rows, lambda: commands.list_lines(rows, folder))
     dataset = commands.named_dataset(args.name, folder)
     if name == "show":
-        return shown(args.json, commands.show_dataset(dataset), lambda: commands.show_lines(dataset))
+        return print_answer(args.json, commands.show_dataset(dataset), lambda: commands.show_lines(dataset))
     lines = commands.verify_dataset(dataset)
-    return shown(args.json, {"name": dataset.name, "good": True, "found": lines}, lambda: lines)
+    return print_answer(args.json, {"name": dataset.name, "good": True, "found": lines}, lambda: lines)
 
 
-def shown(as_json: bool, data: Any, lines: Callable[[], Iterable[Any]]) -> int:
+def print_answer(as_json: bool, data: Any, lines: Callable[[], Iterable[Any]]) -> int:
     if as_json:
         print_json(data)
     else:
@@ -152,11 +154,11 @@ def datasets_folder(config: Config) -> Path:
     return PROJECT_ROOT / config.data.datasets_dir
 
 
-def order_of(arguments: ExperimentArguments) -> Preparation:
-    """What the command line asks for.
+def preparation_options(arguments: ExperimentArguments) -> Preparation:
+    """The preparation that the command line describes.
 
     Raises:
-        UserError: a mistake in it, or in the configuration.
+        UserError: there is a mistake in the command line or in the configuration.
     """
     args, config = arguments.own, arguments.load().config
     if args.out is None and not args.dry_run:
@@ -191,7 +193,7 @@ def order_of(arguments: ExperimentArguments) -> Preparation:
 
 
 def cleaning_file(name: str) -> Path:
-    """The file of --clean; without a value the one in configs/."""
+    """The file that --clean names; configs/cleaning.yaml of the project or, if it has none, of the code."""
     if name != CLEANING:
         return Path(expand_home(name))
     own = PROJECT_ROOT / CLEANING
@@ -199,21 +201,26 @@ def cleaning_file(name: str) -> Path:
 
 
 def target_of(name: str, folder: Path) -> Path:
-    """The folder that becomes the dataset.
+    """The folder of the dataset that --out names.
 
     Raises:
-        UserError: no folder can have this name.
+        UserError: the name is not valid, or it already names a corpus.
     """
+    from utils.corpora.sources import NAMES
+
     path = Path(expand_home(name))
     if not path.name or path.name.startswith(".") or "\0" in name:
         raise UserError(f"--out {name!r}: expected a name that does not begin with a dot, or a path")
     if len(os.fsencode(path.name)) > 200:
         raise UserError(f"--out {name[:20]}...: a name of {len(path.name)} characters is too long")
-    return Path(os.path.abspath(path)) if os.sep in name else folder / name
+    target = Path(os.path.abspath(path)) if os.sep in name else folder / name
+    if target.parent == folder and target.name in NAMES:
+        raise UserError(f"--out {name}: --dataset {target.name} means the registered corpus; choose another name")
+    return target
 
 
-def make(order: Preparation, folder: Path, as_json: bool) -> int:
-    """Prepare the dataset and print what became of the documents; folder: of datasets."""
+def make(options: Preparation, as_json: bool) -> int:
+    """Prepare the dataset and print the outcome."""
     from utils.preparation.commands import show_dataset
     from utils.preparation.order import Outcome
     from utils.preparation.pipeline import prepare
@@ -223,22 +230,22 @@ def make(order: Preparation, folder: Path, as_json: bool) -> int:
 
     try:
         with raise_on_signals():
-            made = prepare(order, terminal)
+            made = prepare(options, terminal)
     except KeyboardInterrupt:
-        if not order.dry_run:
-            terminal.print("what is done is kept; the same command goes on with it")
+        if not options.dry_run:
+            terminal.print("finished parts are kept; run the same command again to continue")
         raise
     if isinstance(made, Outcome):
-        print_dry_run(made, order, terminal)
+        print_dry_run(made, options, terminal)
     else:
-        print_result(made, folder, terminal)
+        print_result(made, terminal)
     if as_json:
-        print_json(made.summary(order) if isinstance(made, Outcome) else show_dataset(made))
+        print_json(made.summary(options) if isinstance(made, Outcome) else show_dataset(made))
     return 0
 
 
-def print_dry_run(outcome: Outcome, order: Preparation, terminal: Terminal) -> None:
-    summary = outcome.summary(order)
+def print_dry_run(outcome: Outcome, options: Preparation, terminal: Terminal) -> None:
+    summary = outcome.summary(options)
     terminal.print(f"{counted(summary['documents_read'], 'document')} read, {summary['documents_kept']:,} would stay")
     print_removed(summary, terminal)
     if outcome.cleaning is not None:
@@ -251,10 +258,11 @@ def print_removed(report: dict[str, Any], terminal: Terminal) -> None:
         terminal.print(f"left out, {reason}: {facts['count']:,}{examples}")
 
 
-def print_result(dataset: Dataset, folder: Path, terminal: Terminal) -> None:
-    """What the dataset has; folder: of datasets, where a name is enough."""
+def print_result(dataset: Dataset, terminal: Terminal) -> None:
+    """Print the contents of the dataset, and how to train on it."""
     from utils.files import read_json
-    from utils.preparation.report import LEAKS_WARNED, REPORT, leak_words
+    from utils.packing.prepared import MANY_LEAKS
+    from utils.preparation.report import REPORT, leak_words
 
     report = read_json(dataset.folder / REPORT)
     print_removed(report, terminal)
@@ -266,13 +274,14 @@ def print_result(dataset: Dataset, folder: Path, terminal: Terminal) -> None:
         words = f"{counted(facts['documents'], 'document')}, {facts['tokens']:,} tokens, {size(facts['bytes'])} of text"
         terminal.print(f"{name:<5} {words}")
     leaks = report["leaks"]
-    if leaks["share"] > LEAKS_WARNED:
+    if leaks["share"] > MANY_LEAKS:
         terminal.warn(f"{leak_words(leaks, report['splits']['val']['documents'])}: val/loss looks better than it is")
     elif leaks["looked_for"]:
         terminal.print(leak_words(leaks, report["splits"]["val"]["documents"]))
     terminal.print(f"{dataset.folder}: ready; its card is CARD.md")
+    folder = datasets_folder(ConfigLoader(PROJECT_ROOT).load().config)  # where train.py looks without further flags
     name = dataset.name if dataset.folder.parent == folder else str(dataset.folder)
-    terminal.print(f"python train.py --dataset {name}")
+    terminal.print(f"python train.py --dataset {shlex.quote(name)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Serve runs over HTTP: an API that clients of OpenAI speak, a page to try them, and the pages of all runs.
+"""Serve runs over HTTP: an OpenAI-compatible API, a playground, and the pages of all runs at /runs.
 
-python serve.py baseline                           # http://127.0.0.1:8000/ has the page, /v1 the API, /runs all runs
-python serve.py baseline wider --port 8080         # several runs, side by side on the page
+python serve.py baseline                           # a playground at http://127.0.0.1:8000/, the API at /v1
+python serve.py baseline wider --port 8080         # several runs, side by side in the playground
 WORKBENCH_API_KEY=... python serve.py baseline --host 0.0.0.0
 curl http://127.0.0.1:8000/v1/completions -H "Content-Type: application/json" \\
     -d '{"model": "baseline", "prompt": "The ", "max_tokens": 50, "seed": 1}'
@@ -42,14 +42,12 @@ def main(argv: Sequence[str]) -> int:
     from utils.web.app import exposure, run_server
 
     if note := exposure(args.host):
-        key_words = "asks for the API key" if key else f"asks for no key: {API_KEY} in the environment sets one"
+        key_words = "requires the API key" if key else f"requires no API key: {API_KEY} in the environment sets one"
         print(f"{note}; it {key_words}", file=sys.stderr)
     weights = args.quantize or args.weights
-    with one_thread():  # so that OpenMP has threads for that of the engine alone
+    with one_thread():  # so that OpenMP creates threads only for that of the engine
         runs = load_runs(words, exports, args.device, weights, config.inference, args.unknown_token)
-        app = serving_app(
-            runs, args.slots, args.queue, runs_dir, edit=args.edit, api_key=key, loopback=exposure(args.host) is None
-        )
+        app = serving_app(runs, args.slots, args.queue, runs_dir, edit=args.edit, api_key=key, loopback=note is None)
     run_server(app, args.host, args.port)
 
 

@@ -1,8 +1,8 @@
-"""Text <-> token ids: the tokenizer of characters, the list of all kinds, and how one is made, read and checked.
+"""Text <-> token ids: the character tokenizer, the registry of all kinds, and functions that build, load and check one.
 
-`Tokenizer` says what every kind can do. A kind is one class, here or in utils/tokenization/, one entry in `KINDS` and
-one word in the setting `tokenizer`; no other module names it. Tokens are not characters: only a tokenizer knows how
-many tokens a text has.
+`Tokenizer` is the interface of every kind. A kind is one class, here or in utils/tokenization/, one entry in `KINDS`
+and one value of the setting `tokenizer`; no other module names it. Tokens are not characters: only a tokenizer knows
+how many tokens a text has.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from utils.tokenization.specifications import character_specification
 from utils.tokenization.subwords import BpeTokenizer, Gpt2Tokenizer, HuggingFaceTokenizer
 from utils.tokenization.vocabularies import read_specification
 
-NUL = "\0"  # no text has it
+NUL = "\0"  # the end-of-text token of CharTokenizer: no text contains it
 
 
 class CharTokenizer(Tokenizer):
@@ -30,7 +30,7 @@ class CharTokenizer(Tokenizer):
 
     Args:
         vocabulary: the characters, each once; a token's id is its index.
-        unknown_token: the character that stands for all others; appended unless it is among them.
+        unknown_token: the character that replaces those outside the vocabulary; appended to it if it is not in it.
 
     Raises:
         TokenizerError: a token is not one character, or a character appears twice.
@@ -48,7 +48,7 @@ class CharTokenizer(Tokenizer):
         self.unknown_token = unknown_token
         code_points = _code_points("".join(self.vocabulary))
         unknown_id = -1 if unknown_token is None else self.vocabulary.index(unknown_token)
-        # (largest code point + 2,): code point -> id; the last place is for everything beyond
+        # (largest code point + 2,): code point -> id; the last element is for all larger code points
         self._ids = np.full(int(code_points.max(initial=0)) + 2, unknown_id, dtype=np.int32)
         self._ids[code_points] = ids = np.arange(len(self.vocabulary))
         if (self._ids[code_points] != ids).any():
@@ -65,7 +65,7 @@ class CharTokenizer(Tokenizer):
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
-        """`unknown` and `end_of_text` (NUL, which no text has), if there are such characters."""
+        """`unknown` and `end_of_text` (NUL, which no text contains), if the vocabulary has these characters."""
         roles = {"unknown": self.unknown_token, "end_of_text": NUL}
         return {role: self.vocabulary.index(c) for role, c in roles.items() if c is not None and c in self.vocabulary}
 
@@ -73,7 +73,7 @@ class CharTokenizer(Tokenizer):
         """Token ids of `text`, shape (len(text),), int64.
 
         Raises:
-            TokenizerError: a character without a token, with its position, if there is no unknown token.
+            TokenizerError: a character has no token and there is no unknown token; the error gives its position.
         """
         return joined(self.encode_parts(text))
 
@@ -161,7 +161,7 @@ def _code_points(text: str) -> np.ndarray:
 
 
 def _characters(texts: Iterable[str]) -> list[str]:
-    """The characters of `texts`, in the order of their code points."""
+    """The distinct characters of `texts`, in code-point order."""
     seen = np.zeros(0x110000, dtype=bool)
     for text in texts:
         for start in range(0, len(text), PART_CHARACTERS):
@@ -175,12 +175,12 @@ KINDS: dict[str, type[Tokenizer]] = {
 
 
 def tokenizer_class(config: DataConfig) -> type[Tokenizer]:
-    """The kind in the setting `tokenizer`, which may have a path after a colon."""
+    """The class that the setting `tokenizer` names; the setting may have a path after a colon."""
     return KINDS[config.tokenizer.partition(":")[0]]
 
 
 def check_tokenizer(config: DataConfig, tokenizer: Tokenizer, run: str, path: Path) -> None:
-    """Raises TokenizerError unless `config` asks for the tokenizer of a model that is trained further.
+    """Raises TokenizerError unless `config` fits the tokenizer of the model that is trained further.
 
     Args:
         run: the name of the model.
@@ -188,7 +188,7 @@ def check_tokenizer(config: DataConfig, tokenizer: Tokenizer, run: str, path: Pa
     """
     kind, _, file = config.tokenizer.partition(":")
     fits = kind == tokenizer.kind
-    if fits and file and os.path.exists(os.path.expanduser(file)):  # else the run's own copy is the only one
+    if fits and file and os.path.exists(os.path.expanduser(file)):  # otherwise the run's own copy is the only one left
         fits = build_tokenizer(config, ()).hash() == tokenizer.hash()
     theirs = f"the weights of {run} are of a model with tokenizer {tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
     if not fits:
@@ -210,10 +210,10 @@ def tokenizer_from_json(data: Any, name: str) -> Tokenizer:
 
     Args:
         data: parsed JSON.
-        name: where it comes from, for the error.
+        name: where it comes from, for the error message.
 
     Raises:
-        TokenizerError: damaged, or of a kind or version that this workbench does not have.
+        TokenizerError: `data` is damaged, or its kind or version is unknown to this workbench.
     """
     try:
         kind, version = data["type"], data["version"]
@@ -228,7 +228,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """Read the file that `Tokenizer.save` wrote.
 
     Raises:
-        TokenizerError: missing, damaged, or of a kind or version that this workbench does not have.
+        TokenizerError: the file is missing or damaged, or its kind or version is unknown to this workbench.
     """
     try:
         data = read_json(path)
@@ -240,13 +240,13 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def pretrained_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer.json of a published model.
+    """Load the tokenizer.json of a published model.
 
     Args:
-        vocab_size: the number of rows of the model, for ids.
+        vocab_size: the number of embedding rows of the model, which becomes the vocabulary size.
 
     Raises:
-        TokenizerError: damaged, or with more tokens than the model has rows.
+        TokenizerError: the file is damaged, or has more tokens than the model has embedding rows.
     """
     specification = read_specification(path)
     try:

@@ -161,7 +161,7 @@ def test_the_metric_that_is_asked_for_is_compared_with_a_warning(tmp_path: Path)
     found = compare(two_runs(tmp_path), "val/loss")
     assert (found.metric, found.note) == (
         "val/loss",
-        "the tokenizers differ, and val/loss is per token: val/bits_per_byte compares",
+        "the tokenizers differ, and val/loss is per token: only val/bits_per_byte is comparable",
     )
     assert compare(two_runs(tmp_path / "2", tokenizer="tokenizer")).note is None
     with pytest.raises(UserError, match="two runs with lr"):

@@ -121,7 +121,7 @@ def test_without_data_each_run_reads_all_of_its_own_validation_split(
     assert (found["tokens"], found["bytes"]) == (len(ids) - 1, expected.bytes)
     text.write_text(TEXT * 4, encoding="utf-8")
     assert evaluate.main(words) == 2
-    assert "its data is not what it was trained on" in error_of(capsys)
+    assert "its data has changed since it was trained" in error_of(capsys)
 
 
 def test_a_smaller_stride_gives_each_token_more_context(
@@ -182,7 +182,7 @@ def test_mistakes_are_one_line(
         (["chars", "--data", runs.parent / "short.txt"], "short.txt: a text of 1 tokens has nothing to predict"),
         (["chars", "--data", runs.parent / "gone.txt"], "gone.txt"),
         (["chars", "--data", bad, "--stride", "17"], "--stride must be from 1 to 16"),
-        (["chars", "--task", "arithmetic", "--data", bad], "--task has problems of its own"),
+        (["chars", "--task", "arithmetic", "--data", bad], "--task brings its own data"),
         (["chars", "--picture", "x.png"], "--picture is for --task"),
         ([runs.parent / "export"], "an export without its run has no data of its own"),
     ):

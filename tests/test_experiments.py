@@ -281,7 +281,9 @@ def test_plot_and_report(ask: Ask, tmp_path: Path) -> None:
         command = "report" if name.endswith("html") else "plot"
         ask(command, "slow", "fast", "--out", str(tmp_path / name))
         assert (tmp_path / name).stat().st_size > 1000
-    assert "--smooth must be" in ask("plot", "slow", "--smooth", "1", status=2)
+    for weight in ("1", "-0.1", "nan", "x"):
+        text = ask("plot", "slow", f"--smooth={weight}", status=2)
+        assert f"argument --smooth: expected a number >= 0 and < 1, got '{weight}'" in text
 
 
 # --------------------------------------------------------------------------------- edit, promote, prune, check

@@ -342,8 +342,8 @@ def test_a_batch_says_of_how_many_prompts_only_the_end_is_seen(
         ("p.jsonl", b'{"prompt": 3}', "p.jsonl:1: expected an object"),
         ("p.jsonl", b'"a"', "p.jsonl:1: expected an object"),
         ("p.txt", "ab\n\na€".encode(), "p.txt:3: character '€' (U+20AC) at position 1"),
-        ("p.txt", b"", "p.txt: no prompts in it"),
-        ("p.txt", b"\n\r\n", "p.txt: no prompts in it"),
+        ("p.txt", b"", "p.txt: no prompts found"),
+        ("p.txt", b"\n\r\n", "p.txt: no prompts found"),
     ],
 )
 def test_a_mistake_in_a_file_of_prompts(
@@ -730,7 +730,7 @@ def test_a_run_is_described(two_runs: Path, capsys: pytest.CaptureFixture[str]) 
         (["one", "two", "--show-info", "--html", "x.html"], "--html cannot go with --show-info"),
         (["one", "--show-info", "--quantize", "int8"], "--quantize cannot go with --show-info"),
         (["one", "two", "--prompt", "€"], "one/artifacts/export: character '€'"),
-        (["one", "--prompt", "-ab"], "one that begins with a dash is given as --FLAG=VALUE"),
+        (["one", "--prompt", "-ab"], "a value that begins with a dash is written --FLAG=VALUE"),
         (["one", "two", "--interactive"], "--interactive is for one RUN"),
         (["one", "--score", "missing.txt"], "missing.txt: cannot be read"),
     ],

@@ -126,7 +126,7 @@ def test_a_full_disk_under_the_log_of_what_was_printed_ends_no_run(
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert (result.returncode, result.stderr) == (0, "")
-    assert "warning: the log of what was printed is incomplete: No space left on device" in result.stdout
+    assert "warning: the log of the output is incomplete: No space left on device" in result.stdout
     assert read_record(only_run())["status"] == "completed"
 
 

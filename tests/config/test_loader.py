@@ -419,6 +419,11 @@ PYTHON_TAG = "tag:yaml.org,2002:python/name:"
         ),
         ("note: *nowhere\n", "bad.yaml:1: not valid YAML: found undefined alias 'nowhere'"),
         ("seed: 1\nnote: !!python/name:os.system\n", f"bad.yaml:2: refused the YAML tag '{PYTHON_TAG}os.system'"),
+        (
+            "train: &small {seed: 1}\nmodel:\n  <<: *small\n",
+            "bad.yaml:3: << is not supported: put what it merges into a file of its own (--config can be given several "
+            "times)",
+        ),
         ("1: 2\n", "bad.yaml:1: expected a name, not 1"),
         ("seed: 1\n? [a]\n: 2\n", "bad.yaml:2: expected a name, not ['a']"),
         ("note: &a [*a]\n", "bad.yaml:1: an alias of what it is in"),

@@ -308,7 +308,7 @@ MISTAKES = {
     "- emails:\n    mask: me@x.org\n": "expected a name in angle brackets, such as <EMAIL>, got 'me@x.org'",
     "- emails\n\n- emails\n": "cleaning.yaml:3: emails is listed twice (first in line 1)",
     "- exact_duplicates\n- emails\n": (
-        "cleaning.yaml:2: emails comes after exact_duplicates: steps that compare documents are the last ones"
+        "cleaning.yaml:2: emails comes after exact_duplicates: steps that compare documents must come last"
     ),
     "- exact_duplicates: 3\n": "cleaning.yaml:1: exact_duplicates: expected its thresholds by name, got 3",
     "- exact_duplicates:\n    threshold: 1\n": (

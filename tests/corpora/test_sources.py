@@ -48,13 +48,13 @@ def test_a_folder_says_what_is_read_what_is_skipped_and_how_it_is_cut(tmp_path: 
     read, cut, other = source.notes(0.3)
     assert read == (
         f"{tmp_path}: 5 files read (2 .py, 1 .md, 1 .html, 1 without a suffix), "
-        "5 files skipped, of other kinds (2 .c, 1 .js, 1 .rs, 1 .bin)"
+        "5 files of other kinds skipped (2 .c, 1 .js, 1 .rs, 1 .bin)"
     )
     assert cut == (
-        "the validation split is the last 30% of this text, in the order of paths: about from y.html on "
+        "the validation split is the last 30% of this text, whose files are sorted by path; it begins near y.html "
         "(1 .html, 1 without a suffix)"
     )
-    assert other == ("no file of the training split is without a suffix: val/loss is about another kind of text")
+    assert other == "only the validation split has files without a suffix: val/loss is about another kind of text"
     assert list(find_source(str(tmp_path / "a.py"), tmp_path).notes(0.3)) == []
     assert list(find_source("pydocs", tmp_path).notes(0.3)) == []
 
@@ -67,7 +67,7 @@ def test_what_a_folder_skips_is_printed(tmp_path: Path) -> None:
     for _ in range(2):  # also of a corpus that is encoded already
         load_corpus(DataConfig(dataset=str(tmp_path / "texts")), 8, tmp_path, report=said.append)
     assert said[:2] == said[2:]
-    assert "1 file read (1 .txt), 1 file skipped, of other kinds (1 .go)" in said[0]
+    assert "1 file read (1 .txt), 1 file of other kinds skipped (1 .go)" in said[0]
 
 
 def test_a_folder_is_its_text_files_in_path_order(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_bad_file_in_a_folder_is_named(tmp_path: Path) -> None:
         ("no/such/file.txt", "no such file or folder; expected pydocs, shakespeare, arithmetic, another dataset made"),
         ("x" * 300, "no such file or folder; expected pydocs, "),  # longer than a file name may be
         ("~no-such-user-here/text.txt", "no-such-user-here"),
-        ("arithmetic", "its problems are made for training"),
+        ("arithmetic", "training generates its problems"),
     ],
 )
 def test_an_unknown_dataset_is_an_error_that_lists_the_datasets(dataset: str, hint: str, tmp_path: Path) -> None:

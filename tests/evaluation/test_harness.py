@@ -144,7 +144,7 @@ def test_tasks_are_run_recorded_shown_and_compared(runs: Path, capsys: pytest.Ca
     folder = runs.parent / "data"
     folder.mkdir()
     assert evaluate.main(["small", "--task", "hellaswag", "--task-data", str(folder), *words]) == 2
-    assert f"{folder} has no data set Rowan/hellaswag: expected" in capsys.readouterr().err
+    assert f"{folder} has no dataset Rowan/hellaswag: expected" in capsys.readouterr().err
     (folder / "hellaswag").mkdir()
     question = {"ind": 1, "activity_label": "a", "ctx_a": "a cat", "ctx_b": "sat", "ctx": "a cat sat", "split": "val"}
     question |= {"endings": ["on", "off", "up", "in"], "label": "0", "source_id": "a", "split_type": "a"}
@@ -157,7 +157,7 @@ def test_tasks_are_run_recorded_shown_and_compared(runs: Path, capsys: pytest.Ca
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task", "arithmetic,hellaswag"], "arithmetic is a task of ours, which is evaluated by itself"),
+        (["--task", "arithmetic,hellaswag"], "arithmetic cannot be combined with other tasks"),
         (["--task", "hellaswag,"], "--task: expected names separated by commas, got 'hellaswag,'"),
         (["--few-shot", "2"], "--few-shot is for the tasks of lm-evaluation-harness"),
         (["--task", "arithmetic", "--limit", "2"], "--limit is for the tasks of lm-evaluation-harness"),

@@ -84,7 +84,7 @@ def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Loss], list[dict[str,
             (path / "artifacts").mkdir(exist_ok=True)
             return path, 0
 
-        monkeypatch.setattr(trials, "train_again", train)
+        monkeypatch.setattr(trials, "run_training", train)
         return commands
 
     return replace

@@ -472,7 +472,7 @@ def test_losses_of_different_tokens_are_compared_by_bits_per_byte(
         expected = (asked or "val/loss", None)
     elif asked is not None:
         bits = {"val/loss": "val/bits_per_byte", "train/loss": "train/bits_per_byte"}[asked]
-        expected = (asked, f"{differ}, and {asked} is per token: {bits} compares")
+        expected = (asked, f"{differ}, and {asked} is per token: only {bits} is comparable")
     elif logged:
         expected = (
             "val/bits_per_byte",

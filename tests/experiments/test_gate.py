@@ -63,7 +63,7 @@ class Training:
 def training(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Training]:
     def replace(loss: Losses, **outcome: Any) -> Training:
         found = Training(loss, **outcome)
-        monkeypatch.setattr(trials, "train_again", found)
+        monkeypatch.setattr(trials, "run_training", found)
         return found
 
     return replace
@@ -457,7 +457,7 @@ def test_an_interruption_says_that_the_same_command_goes_on(
     training(of_flags, status="interrupted", exit_status=130)
     assert experiments.main([*words, "--runs-dir", str(runs_dir)]) == 130
     out = capsys.readouterr().out
-    assert out.endswith("complete runs are kept; the same command goes on with the others\n")
+    assert out.endswith("complete runs are kept; the same command continues with the others\n")
     if words[0] == "noise":
         assert "training base with seed 4 (1 of 2, about 10 s each)" in out
 
@@ -467,7 +467,7 @@ def test_noise_prints_how_many_seeds_an_effect_needs(runs_dir: Path, capsys: pyt
     assert experiments.main(["noise", "base", "--seeds", "3", "--runs-dir", str(runs_dir), "--effect", "0.02"]) == 0
     out = capsys.readouterr().out
     assert "from seed to seed" in out
-    assert "Seeds of each that find an effect in 80% of cases" in out
+    assert "Pairs of seeds that find an effect in 80% of cases" in out
 
 
 @pytest.mark.parametrize(("status", "verdict"), [(1, "discard"), (2, "discard"), (-9, "unsure"), (137, "unsure")])
@@ -476,7 +476,7 @@ def test_a_candidate_that_made_no_run_is_tried_again(
 ) -> None:
     baseline_runs(runs_dir)
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "train_again", lambda *_: (None, status))
+        patch.setattr(trials, "run_training", lambda *_: (None, status))
         answer = ask(runs_dir, "learning_rate=3e-3")
     assert answer.verdict == verdict
     assert "made no run with seed 1" in answer.reason

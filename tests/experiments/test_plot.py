@@ -71,12 +71,6 @@ def test_a_damaged_log_is_reported_with_its_run(line: str, tmp_path: Path) -> No
         load_curves([run], "val/loss", "step", 0.0)
 
 
-@pytest.mark.parametrize("weight", [-0.1, 1.0, float("nan")])
-def test_a_bad_weight_is_a_mistake(weight: float, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a weight from 0 to below 1"):
-        load_curves([], "val/loss", "step", weight)
-
-
 def test_smoothing_is_a_moving_average_without_a_pull_to_zero() -> None:
     assert smoothed([3.0, 1.0, 2.0], 0.0) == [3.0, 1.0, 2.0]
     assert smoothed([5.0] * 4, 0.9) == pytest.approx([5.0] * 4)

@@ -242,7 +242,7 @@ def test_facts_of_a_run_are_said_in_words(tmp_path: Path) -> None:
     assert re.search(r"uncommitted changes\s*no", page)
     assert "Every setting has its default." in page
     (tmp_path / "run" / "meta" / "full_config.json").unlink()
-    assert "They are not known." in report([read_run(tmp_path / "run")], tmp_path)
+    assert "The settings are not known." in report([read_run(tmp_path / "run")], tmp_path)
 
 
 def test_without_curves_the_page_is_small(tmp_path: Path) -> None:

@@ -68,7 +68,8 @@ def test_a_run_that_has_ended_is_drawn_once(
     assert experiments.main(["watch", "run", "--runs-dir", str(tmp_path)]) == expected
     out = capsys.readouterr().out
     assert ("crashed" if status == "running" else status) in out
-    assert out.count("val/loss") == 2  # in the line and in the legend
+    assert out.count("val/loss") == 3  # in the line, above the picture and in the legend
+    assert "train/loss" not in out  # it was not logged
     assert experiments.main(["watch", "run", "--runs-dir", str(tmp_path), "--json"]) == expected
     assert json.loads(capsys.readouterr().out)["run"] == "run"
 

@@ -109,5 +109,5 @@ def test_automatic_weights_are_bfloat16_where_a_gpu_multiplies_them(monkeypatch:
 
 def test_int8_on_a_gpu_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
-    with pytest.raises(UserError, match="int8 weights are for CPUs: on a GPU torch's product of them is slower"):
+    with pytest.raises(UserError, match="on a GPU, torch's product of int8 weights is slower"):
         with_weights(model_of("gpt2"), "int8")

@@ -83,5 +83,5 @@ def test_a_text_without_tokens_is_one_line_that_names_the_setting(
 
     load(tmp_path, "none", "=")
     monkeypatch.setattr("utils.tokenization.byte_tokens.ByteTokenizer.encode", no_token)
-    with pytest.raises(DatasetError, match="loss_after '#' has characters that no document has"):
+    with pytest.raises(DatasetError, match="loss_after '#' has characters that no document contains"):
         load(tmp_path, "none", "#")

@@ -187,7 +187,7 @@ def test_a_group_has_the_same_colour_in_all_charts(page: Page) -> None:
             {"key": name, "name": name, "runs": ["run0"], "cursor": "0.2", "x": x, "y": x, "not_finite": 0}
             for name, x in (("a", [1, 2] if has_first else []), ("b", [1, 2]))
         ]
-        route.fulfill(json={"metric": "x", "label": "x", "direction": "none", "groups": groups})
+        route.fulfill(json={"metric": "x", "label": "x", "groups": groups})
 
     page.route("**/api/curves?*", answer)
     visit(page, "/runs?group=seed", "groups")
@@ -205,7 +205,7 @@ def test_a_group_has_the_same_colour_in_all_charts(page: Page) -> None:
 @pytest.mark.parametrize(("lost", "says"), [(3, "no value of val/loss is finite"), (0, "val/loss is not logged")])
 def test_a_chart_without_points_says_why(page: Page, lost: int, says: str) -> None:
     curve = {"run": "run0", "cursor": "0.0", "x": [], "y": [], "not_finite": lost}
-    answer = {"metric": "val/loss", "label": "val/loss", "direction": "down", "curves": [curve]}
+    answer = {"metric": "val/loss", "label": "val/loss", "curves": [curve]}
     page.route("**/api/curves?*", lambda route: route.fulfill(json=answer))
     visit(page, "/runs?run=run0", "empty")
     expect(page.locator("canvas").first).to_have_attribute("aria-label", f"val/loss: {says}")

@@ -135,7 +135,7 @@ def every_source(folder: Path) -> dict[str, list[Any]]:
         "parquet": [folder / "table.parquet"],
         "parquet, views": [folder / "view.parquet"],
         "parquet, a dictionary": [folder / "dictionary.parquet"],
-        "saved data set": [folder / "saved"],
+        "saved dataset": [folder / "saved"],
         "folder": [folder / "files"],
         "glob": [folder / "files" / "*.txt"],
         "separator": [folder / "separated.txt", "--separator", "<|endoftext|>"],
@@ -407,7 +407,7 @@ def test_a_preparation_that_is_killed_goes_on(tmp_path: Path) -> None:
             break
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
-    assert "going on with the parts" in done.stdout or "prepared already" in done.stdout
+    assert "continuing with the parts" in done.stdout or "already prepared" in done.stdout
     assert contents(target) == expected
     assert [path.name for path in target.parent.iterdir()] == ["mine"]
 
@@ -449,9 +449,9 @@ def test_the_same_command_again_has_nothing_to_do(tmp_path: Path, run: Run, caps
     assert run(source) == 0
     before = contents(tmp_path / "sets" / "mine")
     assert run(source) == 0
-    assert "prepared already" in capsys.readouterr().out
+    assert "already prepared" in capsys.readouterr().out
     assert run(source, "--tokenizer", "byte") == 2
-    assert "exists already, made from other files or with other settings" in error_of(capsys)
+    assert "already exists, made from other files or with other settings" in error_of(capsys)
     assert contents(tmp_path / "sets" / "mine") == before
     assert run(source, "--tokenizer", "byte", "--replace") == 0
     assert read_json(tmp_path / "sets" / "mine" / "tokenizer.json")["type"] == "byte"
@@ -464,7 +464,7 @@ def test_a_folder_that_is_no_dataset_is_never_replaced(
     (tmp_path / "sets" / "mine").mkdir(parents=True)
     (tmp_path / "sets" / "mine" / "letters.txt").write_text("dear")
     assert run(json_lines(tmp_path / "a.jsonl"), "--replace") == 2
-    assert "exists already and is no dataset" in error_of(capsys)
+    assert "already exists and is not a dataset" in error_of(capsys)
     assert contents(tmp_path / "sets" / "mine") == {"letters.txt": b"dear"}
 
 
@@ -508,6 +508,7 @@ def bad_sources(folder: Path) -> dict[str, tuple[list[Any], str]]:
         "not UTF-8": ([file("latin.txt", b"abc\nd\xe9f\n")], r"latin.txt:2: not UTF-8 text \(byte 5 is 0xe9\)"),
         "binary": ([file("b.txt", b"abc\n\0")], r"b.txt:2: a binary file \(NUL at byte 4\)"),
         "empty": ([file("e.txt", b" \n\t\n")], r"e.txt: no documents: 1 empty"),
+        "no lines": ([file("no.jsonl", b"")], r"no.jsonl: no documents$"),
         "not JSON": ([file("x.jsonl", b"\n".join([*lines[:90], b"{oops", *lines]))], r"x.jsonl:91: not JSON"),
         "not UTF-8 in JSON": ([file("y.jsonl", lines[0] + b'\n{"text": "\xff"}')], r"y.jsonl:2: not UTF-8 text"),
         "no field": ([good, "--field", "txt"], r"good.jsonl:1: no field 'txt': it has id, text; did you mean text\?"),
@@ -527,14 +528,14 @@ def bad_sources(folder: Path) -> dict[str, tuple[list[Any], str]]:
         "no text column": ([folder / "t.parquet", "--field", "n"], r"t.parquet: column 'n' is int64, expected text"),
         "no parquet": ([file("p.parquet", b"PAR1 no")], r"p.parquet: (damaged|cannot be read)"),
         "no file": ([folder / "nothing.txt"], r"nothing.txt: no such file or folder"),
-        "no glob": ([folder / "*.nothing"], r"\*.nothing: no file fits"),
+        "no glob": ([folder / "*.nothing"], r"\*.nothing: no file matches"),
         "empty folder": ([folder / "none"], r"none: no files in this folder that can be read"),
         "hub": (["someone/texts"], r"someone/texts: no such file or folder; .*pip install datasets"),
         "one tolerated": (
             [file("v.jsonl", b"\n".join([*lines[:50], b"1", *lines[:50], b"2"])), "--tolerate", "1"],
             r"v.jsonl:102: expected a JSON object, got a number; 1 tolerated",
         ),
-        "no end": (["good.jsonl", "--tokenizer", f"hf:{no_end_of_text(folder)}"], "has no token that ends a text"),
+        "no end": (["good.jsonl", "--tokenizer", f"hf:{no_end_of_text(folder)}"], "has no end-of-text token"),
         "no separator": ([good, "--separator", "\\x"], r"--separator '\\\\x'"),
     }
 
@@ -621,12 +622,30 @@ def test_a_long_record_is_read_in_pieces(
     ):
         (tmp_path / "bad.jsonl").write_text(line)
         with pytest.raises(pipeline.CorpusError, match=re.escape(expected)):
-            pipeline.prepare(order(tmp_path / "bad.jsonl", tmp_path), pipeline.Terminal(quiet=True))
+            pipeline.prepare(options(tmp_path / "bad.jsonl", tmp_path), pipeline.Terminal(quiet=True))
 
 
-def order(source: Path, folder: Path) -> pipeline.Preparation:
+def test_a_piece_of_a_long_document_may_have_no_tokens(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer such as BERT's drops white space, of which a document may have megabytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(encoding, "JOB_BYTES", 1500)
+    monkeypatch.setattr(encoding, "CUT_WINDOW", 500)
+    source = json_lines(tmp_path / "a.jsonl", ["a b " * 700 + " " * 6000 + "b " * 600, "a", "b"])
+    assert run(source, "--tokenizer", f"hf:{tmp_path / 'tokenizer.json'}") == 0
+    splits = dataset_of(tmp_path).splits
+    assert splits["train"].tokens + splits["val"].tokens == 2000 + 1 + 1 + 3
+
+
+def options(source: Path, folder: Path) -> pipeline.Preparation:
     words = [str(source), "--out", str(folder / "sets" / "other"), "--tokenizer", "byte"]
-    return prepare.order_of(prepare.parse(words))
+    return prepare.preparation_options(prepare.parse(words))
 
 
 def test_a_full_disk_is_one_line_and_the_parts_stay(
@@ -641,11 +660,11 @@ def test_a_full_disk_is_one_line_and_the_parts_stay(
         patch.setattr(shards.ShardWriter, "add_all", full)
         assert run(source) == 1
     assert re.search(
-        r"error: .*/\.mine\.preparing: No space left on device; what is done stays there", error_of(capsys)
+        r"error: .*/\.mine\.preparing: No space left on device; finished parts stay there", error_of(capsys)
     )
     assert not (tmp_path / "sets" / "mine").exists()
     assert run(source) == 0
-    assert "going on with the parts" in capsys.readouterr().out
+    assert "continuing with the parts" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------- what is shown
@@ -668,13 +687,23 @@ def test_list_show_and_verify(tmp_path: Path, run: Run, capsys: pytest.CaptureFi
     assert "Licence: CC0" in shown
     assert "Origin: a test" in shown
     assert prepare.main(["verify", "mine", *folder]) == 0
-    assert "all checksums are right" in capsys.readouterr().out
+    assert "all checksums match" in capsys.readouterr().out
     path = tmp_path / "sets" / "mine" / "train_00000.bin"
     path.write_bytes(b"\1" + path.read_bytes()[1:])
     assert prepare.main(["verify", "mine", *folder]) == 2
     assert "train_00000.bin: edited or damaged" in error_of(capsys)
     assert prepare.main(["show", "mein", *folder]) == 2
     assert re.search(r"no dataset mein in .*: there is mine, other; did you mean mine\?", error_of(capsys))
+
+
+def test_the_command_that_trains_finds_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name is enough only in the folder that train.py searches without further flags."""
+    words = [str(json_lines(tmp_path / "a.jsonl")), "--workers", "1", "--datasets-dir", str(tmp_path / "my sets")]
+    assert prepare.main([*words, "--out", "mine"]) == 0
+    assert capsys.readouterr().out.endswith(f"python train.py --dataset '{tmp_path / 'my sets' / 'mine'}'\n")
+    for name in ("shakespeare", "arithmetic"):  # --dataset means the corpus
+        assert prepare.main([*words, "--out", name]) == 2
+        assert f"--dataset {name} means the registered corpus" in error_of(capsys)
 
 
 def test_a_dry_run_makes_nothing(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,9 @@ from utils.profiling.memory import ActivationMeter, bytes_of, peak, reset_peak
 from utils.profiling.operators import operator_bytes, operator_flops
 from utils.profiling.picture import draw_profile, operator_slices, phase_slices
 from utils.profiling.record import OTHER_PHASE, Profile, read_profile
+from utils.profiling.tables import profile_tables
 from utils.terminal.cli import Parser
+from utils.terminal.console import Terminal
 from utils.training.step import COMMUNICATION, PHASES, Phase
 
 ALONE = [phase for phase in PHASES if phase != COMMUNICATION]  # the phases of one rank
@@ -355,7 +357,13 @@ def test_the_script_writes_profile_trace_and_picture(
     assert record["machine"]["threads"] == 1
     phases = {row["name"]: row for row in record["phases"]}
     assert list(phases) == [*ALONE, OTHER_PHASE]
-    assert [phases[name]["calls"] for name in ALONE] == [2.0, 2.0, 2.0, 1.0, 1.0]  # two micro-steps
+    assert [phases[name]["calls"] for name in ALONE] == [
+        2.0,
+        2.0,
+        2.0,
+        2.0,
+        1.0,
+    ]  # clipping and the update
     assert sum(phase["ms"] for phase in phases.values()) == pytest.approx(record["phases_ms"])
     memory = record["memory"]
     assert memory["weights"] == memory["gradients"] == 4 * record["parameters"]
@@ -544,6 +552,16 @@ def test_unknown_facts_are_neither_drawn_nor_printed(
     assert (tmp_path / "b.png").stat().st_size > 10_000
     assert profile_model.main(["--compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("device", "noted"), [("cuda", True), ("cpu", False)])
+def test_on_cuda_the_table_says_which_steps_were_launched_as_a_graph(
+    device: str, noted: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = record()
+    found["machine"]["device"], found["config"]["train"]["cuda_graph"] = device, True
+    Terminal().print(*profile_tables(Profile.model_validate(found), 3))
+    assert ("the undisturbed step is a CUDA graph" in capsys.readouterr().out) == noted
 
 
 def test_two_profiles_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

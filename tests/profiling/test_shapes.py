@@ -21,7 +21,8 @@ from utils.terminal.cli import PROJECT_ROOT
 from utils.terminal.console import Terminal
 from utils.training.setup import Setup, make_setup
 from utils.training.state import TrainState, build_state
-from utils.training.step import no_phase
+from utils.training.step import PhaseClock, no_phase
+from utils.training.step_graph import GraphUpdate
 
 QUIET = Terminal(quiet=True)
 
@@ -64,7 +65,7 @@ def test_a_shape_is_one_micro_step_whatever_shares_the_batch(
 
 def test_rates_follow_from_the_time_of_a_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     stepped: list[int] = []
-    monkeypatch.setattr(shapes, "training_step", lambda state: lambda phase: stepped.append(1))
+    monkeypatch.setattr(shapes, "training_step", lambda state, warn: lambda phase: stepped.append(1))
     monkeypatch.setattr(shapes, "time_steps", lambda step, device, steps: 2.0 if steps == 7 else None)
     timing = time_shape(setup, setup.config, steps=7, warmup=3, terminal=QUIET)
     assert len(stepped) == 1 + 3  # before the clock starts
@@ -78,9 +79,34 @@ def test_rates_follow_from_the_time_of_a_step(setup: Setup, monkeypatch: pytest.
 def test_the_timed_steps_train_the_model(setup: Setup) -> None:
     state = state_of(setup, 4)
     before = [p.clone() for p in state.model.parameters()]
-    measure.training_step(state)(no_phase)
+    measure.training_step(state, print)(no_phase)
     assert state.step == 1
     assert all(not torch.equal(old, new) for old, new in zip(before, state.model.parameters(), strict=True))
+
+
+def test_an_undisturbed_step_is_launched_as_training_does_and_one_in_phases_kernel_by_kernel(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[int] = []
+
+    def count_launches(work: Callable[[], object], device: torch.device) -> Callable[[], object]:
+        def launch() -> object:
+            launched.append(1)
+            return work()
+
+        return launch
+
+    monkeypatch.setattr(measure, "make_update", GraphUpdate)
+    monkeypatch.setattr("utils.training.step_graph.capture_graph", count_launches)
+    state = state_of(setup, 4)
+    step = measure.training_step(state, print)
+    step(no_phase)  # the first step is not recorded
+    assert not launched
+    measure.time_steps(step, state.device, 3)
+    assert len(launched) == 2 * 3  # the gradients and the optimizer of each step
+    step(PhaseClock(state.device))
+    assert len(launched) == 2 * 3
+    assert state.step == 5
 
 
 def test_activations_grow_with_the_batch(setup: Setup) -> None:

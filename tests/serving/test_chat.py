@@ -51,10 +51,12 @@ def test_a_conversation_is_written_as_the_template_says(tokenizer: HuggingFaceTo
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{{ raise_exception('roles must alternate') }}", "does not take them: roles must alternate"),
-        ("{{ messages[9].content.x }}", "does not take them: .*has no element 9"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does not take them: access to attribute '__class__'"),
-        ("{{ messages.append(1) }}", "does not take them: .*append"),
+        ("{{ raise_exception('roles must alternate') }}", "does not accept them: roles must alternate"),
+        ("{{ messages[9].content.x }}", "does not accept them: .*has no element 9"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does not accept them: access to attribute '__class__'"),
+        ("{{ messages.append(1) }}", "does not accept them: .*append"),
+        ("{{ 1 // 0 }}", "does not accept them: .*by zero"),
+        ("{% macro turn() %}{{ turn() }}{% endmacro %}{{ turn() }}", "does not accept them: maximum recursion depth"),
     ],
 )
 def test_what_a_template_may_not_do_is_one_error(tokenizer: HuggingFaceTokenizer, template: str, message: str) -> None:

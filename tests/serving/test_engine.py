@@ -195,8 +195,8 @@ def test_a_full_queue_takes_no_more_and_cancelling_makes_room(engine: Engine, re
     engine.submit("b", [(other := job("ab", 1))])
     engine.cancel("a", running)
     reader.wait([*waiting, other])
-    assert engine.lanes["a"].counters.cancelled == 3
-    assert engine.lanes["a"].counters.finished == 5
+    assert engine.queues["a"].counters.cancelled == 3
+    assert engine.queues["a"].counters.finished == 5
 
 
 def test_jobs_that_are_not_done_fail_when_the_engine_ends(engine: Engine, reader: Reader) -> None:
@@ -214,7 +214,7 @@ def test_a_failure_of_the_model_ends_its_texts_and_the_engine_goes_on(
 
     first, second = job("ab", 10**9), job("ab", 5)
     with monkeypatch.context() as patch:
-        patch.setattr(engine.lanes["a"].batch, "step", fail)
+        patch.setattr(engine.queues["a"].batch, "step", fail)
         engine.submit("a", [first])
         reader.wait([first])
     engine.submit("a", [second])
@@ -226,7 +226,7 @@ def test_a_failure_of_the_model_ends_its_texts_and_the_engine_goes_on(
 def test_a_prompt_that_fails_ends_no_other_text(
     engine: Engine, reader: Reader, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    batch, sound = engine.lanes["a"].batch, job("ab", 200)
+    batch, sound = engine.queues["a"].batch, job("ab", 200)
     join = batch.join
 
     def join_or_fail(newcomer: Job) -> list[Delivery]:
@@ -244,7 +244,7 @@ def test_a_prompt_that_fails_ends_no_other_text(
 
 def test_no_slot_is_lost_when_readers_go_at_random_times(engine: Engine, reader: Reader) -> None:
     chance = random.Random(0)
-    lane, jobs = engine.lanes["a"], []
+    queue, jobs = engine.queues["a"], []
     for index in range(200):
         each = job(chance.choice(PROMPTS), chance.randrange(1, 30), seed=index)
         while True:
@@ -260,5 +260,5 @@ def test_no_slot_is_lost_when_readers_go_at_random_times(engine: Engine, reader:
     last = [job("ab", 10) for _ in range(3)]
     engine.submit("a", last)
     reader.wait(last)
-    assert len(lane.batch) == len(lane.waiting) == 0
-    assert lane.counters.failed == 0
+    assert len(queue.batch) == len(queue.waiting) == 0
+    assert queue.counters.failed == 0

@@ -121,8 +121,8 @@ def test_the_last_of_repeated_flags_wins(root: Path) -> None:
         (["--batch", "8"], "unknown flag --batch"),  # no abbreviations: they would change meaning with a new setting
         (["large"], "unknown argument large"),
         (["n_layer=3"], "unknown argument n_layer=3; did you mean --n-layer?"),
-        (["--batch-size"], "argument --batch-size: expected one argument; one that begins with a dash is given as"),
-        (["--batch-size", "--seed", "1"], "argument --batch-size: expected one argument; one that"),
+        (["--batch-size"], "argument --batch-size: expected one argument; a value that begins with a dash is"),
+        (["--batch-size", "--seed", "1"], "argument --batch-size: expected one argument; a value"),
         (["--batch-size", "0"], "--batch-size: expected integer >= 1 or auto, got '0'"),
         (["--learning-rate", "nan"], "--learning-rate: expected number > 0 and <= 10, got 'nan'"),
         (["--run-tag", "a/b"], "--run-tag: a tag is 1 to 64 letters"),

@@ -16,8 +16,11 @@ from utils.terminal.completion import SHELLS, write_completions
 CASES = [
     ("train.py --lear", {"--learning-rate"}),
     ("train.py --tokenizer b", {"byte", "bpe"}),
+    ("train.py --batch-size ", {"auto"}),
     ("experiments.py sh", {"show"}),
     ("experiments.py show --runs-dir {runs} ba", {"baseline"}),
+    ("experiments.py explain --runs-dir {runs} warmup", {"warmup_iters"}),
+    ("experiments.py explain --runs-dir {runs} baseline warmup", {"warmup_iters"}),
 ]
 
 

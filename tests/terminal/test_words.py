@@ -41,7 +41,14 @@ def test_the_column_decides_how_a_value_is_written(column: str, value: Any, text
 
 @pytest.mark.parametrize(
     ("seconds", "exact", "rough"),
-    [(42, "42 s", "42 s"), (185, "3:05 min", "3:05 min"), (7800, "2:10:00 h", "2:10 h"), (1e6, "277:46:40 h", "12 d")],
+    [
+        (42, "42 s", "42 s"),
+        (59.7, "1:00 min", "1:00 min"),
+        (185, "3:05 min", "3:05 min"),
+        (3599.7, "1:00:00 h", "1:00 h"),
+        (7800, "2:10:00 h", "2:10 h"),
+        (1e6, "277:46:40 h", "12 d"),
+    ],
 )
 def test_durations(seconds: float, exact: str, rough: str) -> None:
     assert (words.duration(seconds), words.rough_duration(seconds)) == (exact, rough)

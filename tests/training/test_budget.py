@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 
 import train
+from utils.inference.evaluation import BatchLoss
 from utils.runs.find import list_run_paths
 from utils.runs.layout import CONFIG, CONFIG_SOURCES, METRICS_LOG
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record
-from utils.terminal.cli import timespan
+from utils.terminal.cli import Parser, timespan
+from utils.terminal.config_flags import parse_experiment
+from utils.terminal.console import Terminal
 from utils.training import budget
 from utils.training.budget import steps_within
+from utils.training.evaluate import prepare_evaluation
+from utils.training.setup import make_setup
+from utils.training.state import TrainState
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("5m", 300), ("1.5h", 5400), ("2d", 172800)])
@@ -71,6 +77,23 @@ def test_the_run_is_the_one_of_so_many_steps(
     assert read_record(other)["config_hash"] == record["config_hash"]
     logs = [read_metrics((path / METRICS_LOG).parent, "train/loss") for path in (run, other)]
     assert logs[0] == logs[1]
+
+
+def test_the_evaluation_that_is_measured_is_that_of_training(
+    tiny_argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[TrainState] = []
+
+    def prepare(state: TrainState) -> BatchLoss:
+        prepared.append(state)
+        return prepare_evaluation(state)
+
+    monkeypatch.setattr(budget, "prepare_evaluation", prepare)
+    setup = make_setup(parse_experiment(tiny_argv(), Parser(prog="train.py")).load(), tmp_path)
+    budget.measure(setup, 0.1, Terminal(quiet=True))
+    (state,) = prepared
+    assert state.eval_loss is not None
+    assert state.eval_loss.graph  # on CUDA; elsewhere it changes nothing
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_a_port_in_use_and_a_foreign_address_are_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(UserError, match=r"127\.0\.0\.1:\d+: cannot be served at: Address already in use; --port 0"):
+        with pytest.raises(UserError, match=r"cannot listen on 127\.0\.0\.1:\d+: Address already in use; --port 0"):
             bind("127.0.0.1", taken.getsockname()[1])
     for host in ("203.0.113.7", "no such host", "x" * 70):
         with pytest.raises(UserError, match=host[:10]):

@@ -100,6 +100,11 @@ def _construct_number(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> int | 
         return float(loader.construct_yaml_float(node))
 
 
+def _refuse_merge(loader: _UniqueKeyLoader, node: yaml.ScalarNode) -> None:
+    problem = "<< is not supported: put what it merges into a file of its own (--config can be given several times)"
+    raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
 def _construct_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
@@ -109,6 +114,7 @@ _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:seq", _construct_sequence)
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:timestamp", _construct_text)
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:int", _construct_number)
 _UniqueKeyLoader.add_constructor("tag:yaml.org,2002:float", _construct_number)
+_UniqueKeyLoader.add_constructor("tag:yaml.org,2002:merge", _refuse_merge)
 
 
 def _count(node: yaml.Node, counts: dict[int, int]) -> int:

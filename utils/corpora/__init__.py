@@ -1,1 +1,1 @@
-"""Texts: where they come from, how they are read and cleaned, and the format of prepared datasets."""
+"""Texts: their sources, how they are read and cleaned, and the format of prepared datasets."""

@@ -1,7 +1,7 @@
-"""Problems of arithmetic with one right answer: which ones there are, how they are written, which are held out.
+"""Arithmetic problems with one right answer: how they are generated, written and held out.
 
-Problems that the commutative law makes equal (3+4*5 and 5*4+3) are one problem in several forms. A problem is held out
-with all its forms, by the hash of what they have in common, so no form of it is ever trained on.
+Problems that the commutative law makes equal (3+4*5 and 5*4+3) are forms of one problem. Whether a problem is held out
+depends on a hash of its canonical form, so either all its forms are held out or none.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from utils.config.settings import ArithmeticConfig
 
 EQUALS = "="  # what follows it is the answer
-ENUMERATED = 4  # all forms are listed where they are at most this many times the problems that are asked for
-TRIES = 20  # draws for each problem that is asked for, where they are drawn
+ENUMERATED = 4  # enumerate all forms if they are at most this many times as many as the requested problems
+TRIES = 20  # otherwise, the largest number of random draws per requested problem
 SEED = "arithmetic"
 
 Term = tuple[str, tuple[int, ...], tuple[str, ...]]  # a summand: its sign, operands and the operators between them
@@ -24,14 +24,14 @@ Term = tuple[str, tuple[int, ...], tuple[str, ...]]  # a summand: its sign, oper
 
 @dataclass(frozen=True)
 class Problem:
-    """Operands with operators between them."""
+    """Operands and the operators between them."""
 
     operands: tuple[int, ...]
     operators: tuple[str, ...]
 
     @property
     def answer(self) -> int:
-        """Raises ZeroDivisionError where there is none."""
+        """The value of the expression. Raises ZeroDivisionError if it has none."""
         total = 0
         for sign, factors, operators in self._terms():
             value = factors[0]
@@ -42,17 +42,17 @@ class Problem:
 
     @property
     def digits(self) -> int:
-        """Of the longest operand."""
+        """The number of digits of the longest operand."""
         return max(len(str(abs(operand))) for operand in self.operands)
 
     @property
     def kind(self) -> str:
-        """The operators, each once; with their number of operands if there are more than two."""
+        """The distinct operators, followed by the number of operands if there are more than two."""
         operators = " ".join(dict.fromkeys(sorted(self.operators)))
         return operators if len(self.operands) == 2 else f"{operators} ({len(self.operands)} operands)"
 
     def canonical(self) -> tuple[Term, ...]:
-        """What all forms have in common: the sorted summands, each with the factors that begin it sorted."""
+        """The canonical form, which all forms share: sorted summands, each with its leading factors sorted."""
         terms = []
         for sign, factors, operators in self._terms():
             begin = _first_factors(operators)
@@ -60,7 +60,7 @@ class Problem:
         return tuple(sorted(terms))
 
     def forms(self) -> set[Problem]:
-        """This problem in all orders that the commutative law allows, of summands and of factors that begin one."""
+        """This problem in all orders of summands, and of their leading factors, that the commutative law allows."""
         found = set()
         for order in itertools.permutations(self._terms()):
             if order[0][0] == "+":
@@ -88,14 +88,14 @@ class Problem:
         return numbers[0] + "".join(rest) + EQUALS
 
     def solution(self, settings: ArithmeticConfig) -> str:
-        """The answer as text; reversed, its last digit comes first, after a sign: carries go in that order."""
+        """The answer as text. In the format `reversed`, the last digit follows the sign: the order of carries."""
         width = answer_width(settings) if settings.arithmetic_format != "plain" else 1
         number = _number(abs(self.answer), width)
         return ("-" if self.answer < 0 else "") + (number[::-1] if settings.arithmetic_format == "reversed" else number)
 
 
 def _orders(term: Term) -> Iterator[Term]:
-    """A summand with the factors that begin it in every order: a*b//c is b*a//c, but a//b*c has one order only."""
+    """A summand with its leading factors in every order: a*b//c equals b*a//c, but a//b*c has only one order."""
     sign, factors, operators = term
     begin = _first_factors(operators)
     for order in set(itertools.permutations(factors[:begin])):
@@ -103,7 +103,7 @@ def _orders(term: Term) -> Iterator[Term]:
 
 
 def _first_factors(operators: tuple[str, ...]) -> int:
-    """How many factors of a summand come before its first operator that is not a product."""
+    """The number of leading factors of a summand: those before its first operator other than *."""
     return next((index for index, operator in enumerate(operators) if operator != "*"), len(operators)) + 1
 
 
@@ -113,21 +113,21 @@ def _number(value: int, width: int) -> str:
 
 
 def answer_width(settings: ArithmeticConfig) -> int:
-    """Digits that no answer exceeds."""
+    """An upper bound on the number of digits of an answer."""
     largest, terms = 10**settings.arithmetic_digits - 1, settings.arithmetic_terms
     return len(str(largest**terms if "*" in settings.arithmetic_operators else largest * terms))
 
 
 @dataclass(frozen=True)
 class ProblemSet:
-    """The problems of some settings. train: in all their orders, if the settings say so. held_out: one form of each."""
+    """The problems for some settings. train: all forms of each problem, or one. held_out: one form of each problem."""
 
     train: Sequence[Problem]
     held_out: Sequence[Problem]
 
 
 def problem_set(settings: ArithmeticConfig) -> ProblemSet:
-    """The same problems for the same settings, everywhere."""
+    """Generate the problems; the same settings give the same problems on every machine."""
     train, held_out, seen = [], [], set()
     for problem in _candidates(settings):
         canonical = problem.canonical()
@@ -145,13 +145,13 @@ def problem_set(settings: ArithmeticConfig) -> ProblemSet:
 
 
 def _share(canonical: tuple[Term, ...]) -> float:
-    """A number from 0 to 1 that depends on the problem alone, so that other settings hold out the same problems."""
+    """A number from 0 to 1 that depends only on the problem, so that other settings hold out the same problems."""
     digest = hashlib.sha256(repr(canonical).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _candidates(settings: ArithmeticConfig) -> Iterator[Problem]:
-    """All problems that have an answer in random order, or endlessly many draws if there are too many."""
+    """All problems that have an answer, in random order; random draws, which may repeat, if there are too many."""
     randomness, wanted = random.Random(SEED), settings.arithmetic_problems
     largest = 10**settings.arithmetic_digits - 1
     numbers = range(-largest if settings.arithmetic_negatives else 0, largest + 1)
@@ -164,7 +164,7 @@ def _candidates(settings: ArithmeticConfig) -> Iterator[Problem]:
             for between in itertools.product(operators, repeat=length - 1)
             for operands in itertools.product(numbers, repeat=length)
         ]
-        keys = [randomness.random() for _ in problems]  # `shuffle` may differ between versions of Python
+        keys = [randomness.random() for _ in problems]  # the result of `shuffle` may differ between versions of Python
         order = sorted(range(len(problems)), key=keys.__getitem__)
         yield from (problems[index] for index in order if _has_answer(problems[index]))
         return
@@ -177,7 +177,7 @@ def _candidates(settings: ArithmeticConfig) -> Iterator[Problem]:
 
 
 def _draw(randomness: random.Random, settings: ArithmeticConfig) -> int:
-    """An operand: each number of digits is as likely as any other."""
+    """Draw an operand; all numbers of digits are equally likely."""
     digits = 1 + int(randomness.random() * settings.arithmetic_digits)
     least = 10 ** (digits - 1) if digits > 1 else 0
     value = least + int(randomness.random() * (10**digits - least))

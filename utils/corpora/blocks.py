@@ -1,4 +1,4 @@
-"""The bytes of a file block by block, decompressed if it ends in .gz or .zst."""
+"""The bytes of a file, block by block, decompressed if its name ends in .gz or .zst."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from utils.corpora.sources import CorpusError
 from utils.files import open_named
 from utils.terminal.words import one_line
 
 BLOCK = 1 << 20  # bytes of a file that are held at a time
-ZSTD_BLOCK = 1 << 14  # of these, compressed by zstd: a thousand times as many may come out
-ZSTD_WINDOW = 1 << 31  # bytes: of zstd --long=31, the most there is
+ZSTD_BLOCK = 1 << 14  # compressed bytes read at a time: they may decompress to a thousand times as many
+ZSTD_WINDOW = 1 << 31  # bytes: the window of zstd --long=31, the largest possible
 COMPRESSED = (".gz", ".zst")
 
 
 def named(path: Path | str) -> str:
-    """A path as an error names it: from the current folder, if it lies there."""
+    """A path as error messages show it: relative to the current folder if it is inside that folder."""
     folder = os.getcwd() + os.sep
     return one_line(str(path).removeprefix(folder))
 
@@ -28,11 +29,11 @@ def blocks(path: Path, start: int = 0, report: Callable[[int], None] = lambda co
     """The content of a file from byte `start` on.
 
     Args:
-        start: 0 for a compressed file.
-        report: called with the number of bytes on disk that were read since the last call.
+        start: must be 0 for a compressed file.
+        report: called with the number of bytes read from disk since the last call.
 
     Raises:
-        CorpusError: it cannot be read, or its compressed data is truncated or damaged.
+        CorpusError: the file cannot be read, or its compressed data is truncated or damaged.
     """
     kind = path.suffix.lower()
     done = start
@@ -59,13 +60,13 @@ def blocks(path: Path, start: int = 0, report: Callable[[int], None] = lambda co
         raise CorpusError(f"{named(path)}: cannot be read: {error.strerror or error}") from None
 
 
-def _gzip(raw: object) -> Iterator[bytes]:
-    with gzip.GzipFile(fileobj=raw) as file:  # type: ignore[call-overload]
+def _gzip(raw: BinaryIO) -> Iterator[bytes]:
+    with gzip.GzipFile(fileobj=raw) as file:
         while block := file.read(BLOCK):
             yield block
 
 
-def _zstd(path: Path, raw: object) -> Iterator[bytes]:
+def _zstd(path: Path, raw: BinaryIO) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:
@@ -73,7 +74,7 @@ def _zstd(path: Path, raw: object) -> Iterator[bytes]:
     decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW)
     frame, data = None, b""
     try:
-        while data or (data := raw.read(ZSTD_BLOCK)):  # type: ignore[attr-defined]
+        while data or (data := raw.read(ZSTD_BLOCK)):
             frame = frame or decompressor.decompressobj()
             if block := frame.decompress(data):
                 yield block

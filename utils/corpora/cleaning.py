@@ -1,7 +1,7 @@
-"""Cleaning: a pipeline of named steps that remove a document, or change its text, and count what they did.
+"""Cleaning: a pipeline of named steps that remove documents or change their text, and count what they did.
 
-A pipeline is a file such as configs/cleaning.yaml. `Pipeline.apply` runs the steps that look at one document alone;
-`exact_duplicates` and `near_duplicates` compare documents and are for `utils.preparation.duplicates`.
+A pipeline is described by a file such as configs/cleaning.yaml. `Pipeline.apply` runs the steps that need only one
+document; `exact_duplicates` and `near_duplicates` compare documents and are left to `utils.preparation.duplicates`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from utils.corpora.steps import COMPARING, STEPS, NearDuplicates, Step, example_
 from utils.errors import SHOWN, cut, nearest, shown
 from utils.terminal.words import counted, setting_text
 
-EXAMPLES = 3  # of each step, in a report
-SHOWN_VALUES = 5  # of a list of thresholds, in a report for people
+EXAMPLES = 3  # examples of each step in a report
+SHOWN_VALUES = 5  # the longest list of values that CARD.md shows in full
 
 
 @dataclass(frozen=True)
 class Cleaned:
-    """What a pipeline made of one document.
+    """The result of a pipeline for one document.
 
     text: the cleaned text; None if a step removed the document.
-    removed_by: name of the step that removed it.
-    counts: name of a step -> how many things (`Step.unit`) it removed or changed; no step that found nothing.
-    examples: name of a step -> one of these things, in one short line without addresses and secrets.
+    removed_by: name of the step that removed the document.
+    counts: name of a step -> how many things (`Step.unit`) it removed or changed; omits steps that found nothing.
+    examples: name of a step -> one of these things, as one short line without e-mail addresses and secrets.
     """
 
     text: str | None
@@ -41,22 +41,22 @@ class Cleaned:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Steps in order; can be pickled."""
+    """A sequence of steps. Can be pickled."""
 
     steps: Sequence[Step]
 
     @property
     def exact_duplicates(self) -> bool:
-        """Whether a document that equals an earlier one is removed."""
+        """Whether documents that equal an earlier one are removed."""
         return any(isinstance(step, COMPARING) for step in self.steps)
 
     @property
     def near_duplicates(self) -> float | None:
-        """The similarity from which a document repeats an earlier one and is removed; None: it stays."""
+        """The similarity to an earlier document from which a document is removed; None if near duplicates stay."""
         return next((step.threshold for step in self.steps if isinstance(step, NearDuplicates)), None)
 
     def apply(self, text: str) -> Cleaned:
-        """Clean one document: a pure function of its text. A document that a step leaves blank is removed."""
+        """Clean one document, as a pure function of its text. A document that a step leaves blank is removed."""
         counts: dict[str, int] = {}
         examples: dict[str, str] = {}
         for step in self.steps:
@@ -71,19 +71,20 @@ class Pipeline:
         return Cleaned(text, None, counts, examples)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """The steps in order, each with all its thresholds: what is recorded of a pipeline."""
+        """The steps in order, each with all its thresholds, for the record of a dataset."""
         return [{"step": step.name, "settings": step.model_dump(mode="json")} for step in self.steps]
 
 
 def load_pipeline(path: Path, name: str | None = None) -> Pipeline:
-    """The pipeline of a YAML or JSON file: a list of steps, each a name or a name with its thresholds.
+    """Load a pipeline from a YAML or JSON file: a list of steps, each a name or a name with its thresholds.
 
     Args:
         path: the file.
-        name: its name in messages; None: as the path is written.
+        name: its name in messages; by default the path.
 
     Raises:
-        ConfigError: it cannot be read, or has an unknown step or threshold; with file and line, and the nearest name.
+        ConfigError: the file cannot be read, or has an unknown step or threshold; the message gives file, line and the
+            nearest name.
         UserError: a package that a step needs is not installed.
     """
     name = name or str(path)
@@ -109,7 +110,7 @@ def load_pipeline(path: Path, name: str | None = None) -> Pipeline:
         steps.append(_step(STEPS[item], thresholds, name, line, lines.get(id(thresholds), {})))
         if len(steps) > 1 and isinstance(steps[-2], COMPARING) and not isinstance(steps[-1], COMPARING):
             raise ConfigError(
-                f"{name}:{line}: {item} comes after {steps[-2].name}: steps that compare documents are the last ones"
+                f"{name}:{line}: {item} comes after {steps[-2].name}: steps that compare documents must come last"
             )
     if NearDuplicates.name in first and importlib.util.find_spec("rensa") is None:
         raise ConfigError(
@@ -119,7 +120,7 @@ def load_pipeline(path: Path, name: str | None = None) -> Pipeline:
 
 
 def _step(kind: type[Step], thresholds: Any, name: str, line: int, lines: Mapping[str, int]) -> Step:
-    """A step with the thresholds of a file; raises ConfigError."""
+    """Make a step with the thresholds that a file gives. Raises ConfigError if one is unknown or invalid."""
     if not isinstance(thresholds, dict | None):
         raise ConfigError(f"{name}:{line}: {kind.name}: expected its thresholds by name, got {shown(thresholds)}")
     given = {key: None if value in ("none", "null") else value for key, value in (thresholds or {}).items()}
@@ -160,14 +161,14 @@ class CleaningReport:
         for step, count in cleaned.counts.items():
             self._counts[step] += count
             (self._removed if step == cleaned.removed_by else self._changed)[step] += 1
-            self._show(step, cleaned.examples[step])
+            self._add_example(step, cleaned.examples[step])
 
     def add_removed(self, step: str, text: str = "") -> None:
-        """Count a document, which was added before, as one that repeats an earlier one and is removed.
+        """Count a duplicate, which was added as kept before, as removed.
 
         Args:
-            step: exact_duplicates or near_duplicates; the other one, if the pipeline has only that.
-            text: the text of the document, for an example; it is needed for the first EXAMPLES of a step only.
+            step: exact_duplicates or near_duplicates; if the pipeline has only one of them, that one is counted.
+            text: the text of the document, for an example; needed only for the first EXAMPLES of a step.
         """
         comparing = [each.name for each in self._pipeline.steps if isinstance(each, COMPARING)]
         step = step if step in comparing else comparing[0]
@@ -175,9 +176,9 @@ class CleaningReport:
         self._removed[step] += 1
         self._counts[step] += 1
         if text:
-            self._show(step, example_text(text))
+            self._add_example(step, example_text(text))
 
-    def _show(self, step: str, example: str) -> None:
+    def _add_example(self, step: str, example: str) -> None:
         if len(self._examples[step]) < EXAMPLES and example not in self._examples[step]:
             self._examples[step].append(example)
 
@@ -196,7 +197,7 @@ class CleaningReport:
         ]
 
     def lines(self) -> list[str]:
-        """The same as a list in Markdown."""
+        """The same as a Markdown list."""
         lines = []
         for step in self.to_json():
             settings = ", ".join(_threshold(key, value) for key, value in step["settings"].items())
@@ -214,6 +215,6 @@ class CleaningReport:
 
 
 def _threshold(key: str, value: Any) -> str:
-    """A threshold as people read it; of a long list the length (dataset.json has all of it)."""
+    """A threshold as people read it; for a long list its length, since dataset.json has the list."""
     many = isinstance(value, list) and len(value) > SHOWN_VALUES
     return f"{len(value)} {key}" if many else f"{key} {setting_text(value)}"

@@ -1,15 +1,15 @@
-"""Prepared datasets: folders of token shards, made by prepare.py and read in place by training.
+"""Prepared datasets: folders of token shards, made by prepare.py and memory-mapped by training.
 
     datasets/NAME/
-        dataset.json           what the folder holds, written last: a folder without it is not a dataset
+        dataset.json           the contents of the folder; written last, so a folder without it is not a dataset
         tokenizer.json
         train_00000.bin ...    token ids, uint16 or uint32, little-endian; val_00000.bin ...
         train_00000.ends       where each document of the shard ends, in tokens from the shard's start, uint64
-        train_00000.origins    where each document comes from: index in `sources` and line or row, two uint32
-        verified.json          state of each shard when its checksum was last found right; may be missing
+        train_00000.origins    origin of each document: index in `sources` and line or row, two uint32
+        verified.json          state of each shard when its checksum was last verified; may be missing
         report.json, CARD.md   what was removed, with examples; for people
 
-A document begins with the end-of-text token and lies in one shard.
+Each document begins with the end-of-text token and lies in one shard.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from utils.files import open_regular, read_json, read_json_or_empty, write_json
 
 SCHEMA_VERSION = 1
 DATASET_JSON, TOKENIZER_JSON, VERIFIED_JSON = "dataset.json", "tokenizer.json", "verified.json"
-TYPES = {"uint16": 2, "uint32": 4}  # of token ids, with their bytes
+TYPES = {"uint16": 2, "uint32": 4}  # dtype of token ids -> bytes per id
 CHUNK = 1 << 20  # bytes that are written at a time
 
 
 class DatasetError(UserError):
-    """A folder that is not a whole prepared dataset."""
+    """A folder is not a complete prepared dataset."""
 
 
 @dataclass(frozen=True)
 class Shard:
     """One token file of a split.
 
-    crc32, sha256: of the token file. ends_crc32, origins_crc32: of the files beside it.
+    crc32, sha256: checksums of the token file. ends_crc32, origins_crc32: those of the files beside it.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The shards of `train` or `val`. bytes: of the documents' text in UTF-8."""
+    """The shards of `train` or `val`. bytes: size of the documents' text in UTF-8."""
 
     shards: Sequence[Shard]
     bytes: int
@@ -77,10 +77,10 @@ class Dataset:
     """A prepared dataset, as its dataset.json describes it.
 
     end_of_text: the token that each document begins with.
-    dtype: of token ids: uint16 or uint32.
-    sources: one entry for each file that was read, with its `path` at least.
-    leaks: indices, in the order of the shards, of the documents of `val` that nearly equal one of `train`.
-    facts: all else in dataset.json: how it was made.
+    dtype: dtype of the token ids: uint16 or uint32.
+    sources: one entry for each file that was read; has at least its `path`.
+    leaks: numbers, in the order of the shards, of the documents of `val` that nearly equal one of `train`.
+    facts: everything else in dataset.json, which tells how the dataset was made.
     """
 
     folder: Path
@@ -102,7 +102,7 @@ class Dataset:
 
     @property
     def hash(self) -> str:
-        """sha256 of what training reads: equal for equal tokens of equal documents, however the folder is named."""
+        """sha256 of everything that training reads; the name of the folder does not matter."""
         content = {
             name: [(shard.sha256, shard.ends_crc32) for shard in split.shards] for name, split in self.splits.items()
         }
@@ -114,7 +114,7 @@ class Dataset:
         return self.folder / f"{shard.name}.{suffix}"
 
     def files(self) -> Iterator[tuple[Path, int, int]]:
-        """Path, size in bytes and CRC-32 of each file of the shards."""
+        """Path, size in bytes and CRC-32 of each shard file."""
         for split in self.splits.values():
             for shard in split.shards:
                 yield self.path(shard), shard.tokens * TYPES[self.dtype], shard.crc32
@@ -125,16 +125,17 @@ class Dataset:
         """Write dataset.json, which makes the folder a dataset.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         content = {key: value for key, value in asdict(self).items() if key not in ("folder", "facts")}
         write_json(self.folder / DATASET_JSON, {"schema_version": SCHEMA_VERSION, **content, **self.facts})
 
     def verify(self, thorough: bool = False, look: Callable[[Path], None] = lambda path: None) -> None:
-        """Compare the shards with their checksums: those written to since they were last compared, or all.
+        """Compare shards with their checksums.
 
         Args:
-            look: called with each file whose checksum was compared and found right.
+            thorough: compare all shards; by default only those that were modified since they were last verified.
+            look: called with each file whose checksum was compared and is right.
 
         Raises:
             DatasetError: a shard is missing or was edited; the message names it.
@@ -156,7 +157,7 @@ class Dataset:
                 raise DatasetError(f"{path}: cannot be read: {error.strerror}") from None
             found[path.name] = state
         if found != known:
-            with contextlib.suppress(OSError):  # of a folder that is only readable, each start compares all
+            with contextlib.suppress(OSError):  # if the folder is read-only, each start compares all shards
                 write_json(self.folder / VERIFIED_JSON, found)
 
     def _verified(self) -> dict[str, str]:
@@ -168,31 +169,31 @@ def is_dataset(folder: Path) -> bool:
 
 
 def find_dataset(name: str, datasets_dir: Path) -> Path | None:
-    """The folder of a prepared dataset: `name` in datasets_dir, or at that path; None if neither is one.
+    """The folder of a prepared dataset: `name` in datasets_dir, or the path `name`; None if neither is a dataset.
 
     Raises:
-        DatasetError: nothing has this name but a folder in datasets_dir that is not finished.
+        DatasetError: the only thing with this name is a folder in datasets_dir that is not a dataset.
     """
     folder = datasets_dir / name
     if found := next((place for place in (folder, Path(name)) if is_dataset(place)), None):
         return found
     if os.path.isdir(folder) and not os.path.lexists(name):
-        raise DatasetError(f"{folder}: no {DATASET_JSON}: the dataset was not prepared to its end; prepare.py goes on")
+        raise DatasetError(f"{folder}: not a dataset: it has no {DATASET_JSON}")
     return None
 
 
 def dataset_names(datasets_dir: Path) -> list[str]:
-    """The datasets in a folder."""
+    """The names of the datasets in a folder, sorted."""
     with contextlib.suppress(OSError):
         return sorted(entry.name for entry in os.scandir(datasets_dir) if is_dataset(Path(entry)))
     return []
 
 
 def read_dataset(folder: Path) -> Dataset:
-    """The dataset in `folder`; its shards are not looked at (`Dataset.verify`).
+    """Read the dataset.json of `folder`. `Dataset.verify` checks the shards.
 
     Raises:
-        DatasetError: it is none, it is damaged, or a newer version of the workbench made it.
+        DatasetError: the folder is not a dataset, is damaged, or was made by a newer version of the workbench.
     """
     path = folder / DATASET_JSON
     try:
@@ -212,7 +213,7 @@ def read_dataset(folder: Path) -> Dataset:
         if content["dtype"] not in TYPES or not {"train", "val"} <= set(splits):
             raise ValueError("its dtype or its splits are unknown")
         if not _is_count(content["end_of_text"]):
-            raise ValueError("its end_of_text is no token")
+            raise ValueError("its end_of_text is not a token id")
         if not all(_is_count(leak) and leak < splits["val"].documents for leak in content["leaks"]):
             raise ValueError("its leaks are not among the documents of val")
         if not all(isinstance(source, dict) for source in content["sources"]):
@@ -242,22 +243,27 @@ class ShardWriter:
         """Append one document, or the last part of one.
 
         Args:
-            ids: its tokens, the end-of-text token first, in the type of the dataset.
+            ids: its tokens, in the dtype of the dataset; a document begins with the end-of-text token.
             source: index of its file in `Dataset.sources`.
-            record: its line or row there, from 1.
+            record: its line or row in that file, from 1.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the shard cannot be written.
         """
         self.add_part(ids)
         self._ends.append(self.tokens)
         self._origins.extend((source, record))
 
     def add_all(self, ids: memoryview, lengths: Iterable[int], origins: Iterable[int]) -> None:
-        """Append many documents: the tokens of all, the number of tokens of each, and source and record of each.
+        """Append many documents.
+
+        Args:
+            ids: the tokens of all documents.
+            lengths: the number of tokens of each document.
+            origins: source and record of each document, alternating.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: the shard cannot be written.
         """
         ends = itertools.accumulate(lengths, initial=self.tokens)
         next(ends)
@@ -266,10 +272,10 @@ class ShardWriter:
         self.add_part(ids)
 
     def add_part(self, ids: memoryview) -> None:
-        """Append the first tokens of a document, which `add` ends.
+        """Append tokens of a document whose last part `add` will append.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the shard cannot be written.
         """
         self._file.write(ids)
         self._crc32 = crc32(ids, self._crc32)
@@ -277,10 +283,10 @@ class ShardWriter:
         self.tokens += len(ids)
 
     def close(self) -> Shard:
-        """Finish the files, synced to disk.
+        """Write the remaining files, and sync all of them to disk.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: a file cannot be written.
         """
         with self._file as file:
             file.flush()
@@ -299,7 +305,7 @@ def checksum(path: Path) -> int:
     """CRC-32 of a file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with open_regular(path) as file:
         return file_crc32(file)

@@ -1,4 +1,4 @@
-"""The text in a JSON object, also in one of hundreds of megabytes, which is never in memory as a whole."""
+"""The text in a JSON object. An object of hundreds of megabytes is read without holding all of it in memory."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from utils.errors import nearest
 
 PIECE = 1 << 20  # bytes of a long text that are decoded at a time
 SHOWN_FIELDS = 8
-# Strings with the colon after a key, and brackets. Possessive: nothing is tried again, so no stack grows.
+# Strings, with the colon that follows a key, and brackets. Possessive quantifiers keep no backtracking stack.
 TOKEN = re.compile(rb'("[^"\\]*+(?:\\.[^"\\]*+)*+")(\s*+:)?+|[{}\[\]]', re.DOTALL)
-# Whole characters and escapes; both halves of a surrogate pair are one.
+# Complete characters and escapes; a surrogate pair of escapes is kept together.
 ESCAPES = re.compile(
     rb"(?:[^\\]++|\\u[dD][89abAB]..\\u....|\\u[dD][89abAB]..(?=[^\\]|\\[^u])|\\u(?![dD][89abAB])....|\\[^u])*+",
     re.DOTALL,
 )
-KEY = 1000  # bytes of a key that may be the field
+KEY = 1000  # a key of at least this many bytes is not compared with the field
 
 
 class RecordError(ValueError):
-    """A record without usable text; the message says why, and not where."""
+    """A record has no usable text. The message says why, but not where."""
 
 
 def text_of(line: bytes, field: str) -> str:
     """The string in `field` of a JSON object.
 
     Raises:
-        RecordError: it is not JSON, no object, or has no such field with a text.
-        UnicodeDecodeError: it is not UTF-8.
+        RecordError: the line is not JSON or not an object, or the field is missing or not a string.
+        UnicodeDecodeError: the line is not UTF-8.
     """
     import orjson
 
     try:
         value = orjson.loads(line)
-    except ValueError:  # or what only Python's own writer writes: NaN, half a surrogate pair
+    except ValueError:  # not JSON, or the extensions of Python's own writer: NaN, half a surrogate pair
         try:
             value = json.loads(line.decode())
         except UnicodeDecodeError:
@@ -49,7 +49,7 @@ def text_of(line: bytes, field: str) -> str:
 
 
 def checked_text(text: Any, fields: Any, field: str) -> str:
-    """`text`; raises RecordError if it is none. `fields` itself as the text says that the field is missing."""
+    """`text` if it is a string; raises RecordError otherwise. Pass `fields` as `text` if the field is missing."""
     if text is fields:
         raise RecordError(f"no field {field!r}: {fields_text(fields, field)}")
     if not isinstance(text, str):
@@ -58,7 +58,7 @@ def checked_text(text: Any, fields: Any, field: str) -> str:
 
 
 def fields_text(names: Any, field: str) -> str:
-    """Which fields there are instead."""
+    """The fields that a record has instead of `field`, in words."""
     names = list(map(str, names))
     more = ", ..." if len(names) > SHOWN_FIELDS else ""
     return f"it has {', '.join(names[:SHOWN_FIELDS]) or 'none'}{more}{nearest(field, names)}"
@@ -70,9 +70,10 @@ def kind_of(value: Any) -> str:
 
 
 def long_text_of(line: Any, field: str, replace: bool = False) -> Iterator[str]:
-    """As `text_of`, in pieces, of a line that is a memory map.
+    """Like `text_of`, but yield the string in pieces.
 
     Args:
+        line: a memory map of the line.
         replace: put U+FFFD in place of bytes that are not UTF-8.
     """
     start, end = _span(line, field)
@@ -81,7 +82,7 @@ def long_text_of(line: Any, field: str, replace: bool = False) -> Iterator[str]:
         stop = min(place + PIECE, end)
         found = ESCAPES.match(line, place, stop)
         reached = found.end() if found and stop < end else end
-        while place < reached < end and 0x80 <= line[reached] < 0xC0:  # in the middle of a character
+        while place < reached < end and 0x80 <= line[reached] < 0xC0:  # within a character
             reached -= 1
         reached = reached if reached > place else end
         try:
@@ -95,7 +96,7 @@ def long_text_of(line: Any, field: str, replace: bool = False) -> Iterator[str]:
 
 
 def _span(line: Any, field: str) -> tuple[int, int]:
-    """Where the text of the field begins and ends."""
+    """The bytes at which the text of the field begins and ends."""
     depth, key, span, names = 0, None, None, []
     first = re.match(rb"\s*+", line)
     assert first is not None
@@ -111,7 +112,7 @@ def _span(line: Any, field: str) -> tuple[int, int]:
             key = json.loads(found[1]) if found.end(1) - found.start(1) < KEY else None
             names.append(str(key))
             if key == field:
-                span = found.end(), found.end()  # a value that is no text, unless a text follows
+                span = found.end(), found.end()  # replaced if a string follows
             continue
         elif depth == 1 and key == field:
             span = found.start(1) + 1, found.end(1) - 1

@@ -1,4 +1,4 @@
-"""The language of a document, by py3langid: a naive Bayes classifier of byte n-grams that carries its model.
+"""The language of a document, by py3langid: a naive Bayes classifier of byte n-grams; its package includes the model.
 
 docs/LOG.md compares it with other packages.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from utils.corpora.filters import Document, text_of
 from utils.errors import UserError, nearest
 
-LOOKED_AT = 1000  # characters
+LOOKED_AT = 1000  # characters of a text that are classified
 
 
 @functools.cache
@@ -25,7 +25,7 @@ def _identifier() -> Any:
 
 
 def known_languages() -> Sequence[str]:
-    """The codes (ISO 639) of all languages that can be recognised."""
+    """The ISO 639 codes of all languages that can be recognised."""
     return sorted(_identifier().labels)
 
 
@@ -39,7 +39,7 @@ def check_languages(languages: tuple[str, ...]) -> None:
 
 
 def language_of(text: str) -> tuple[str, float]:
-    """The language of a text's first 1,000 characters, and how probable it is.
+    """The language of the first 1,000 characters of a text, and its probability.
 
     >>> language_of("Longtemps, je me suis couché de bonne heure.")[0]
     'fr'
@@ -49,18 +49,18 @@ def language_of(text: str) -> tuple[str, float]:
 
 
 def language_filter(document: Document, languages: str | Sequence[str] = "en", min_probability: float = 0.5) -> bool:
-    """Whether a document is in one of some languages.
+    """Whether a document is in one of the given languages.
 
     Args:
         document: a text, or a mapping with a `text`.
         languages: ISO 639 codes; `known_languages()` lists them.
-        min_probability: how sure the classifier must be.
+        min_probability: the lowest probability that the classifier must give.
 
     >>> language_filter("It is a truth universally acknowledged"), language_filter("Es war einmal ein König")
     (True, False)
 
     Raises:
-        UserError: an unknown language; or the package py3langid is not installed.
+        UserError: a language is unknown, or the package py3langid is not installed.
     """
     wanted = (languages,) if isinstance(languages, str) else tuple(languages)
     check_languages(wanted)

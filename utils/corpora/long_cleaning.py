@@ -1,4 +1,4 @@
-"""Cleaning a document that is too long for memory: its text changes piece by piece, and stays or goes as a whole."""
+"""Cleaning of a document that is too long for memory: it is changed piece by piece, and kept or removed as a whole."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from utils.corpora.steps import (
     example_text,
 )
 
-JUDGED = 1 << 22  # characters of the beginning, by which `language` and `repetition` judge a long document
+JUDGED = 1 << 22  # characters at the beginning of a long document that `language` and `repetition` judge it by
 
 
 class LongCleaning:
-    """A pipeline applied to one document in pieces, which end with a line where they can."""
+    """A pipeline that is applied to one document in pieces; wherever possible, a piece ends at a line break."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._steps = [(step.name, _in_pieces(step)) for step in pipeline.steps if not isinstance(step, COMPARING)]
 
     def add(self, piece: str) -> str:
-        """The next piece, cleaned."""
+        """Clean the next piece."""
         for _, step in self._steps:
             piece = step.add(piece)
         return piece
 
     def finish(self) -> Cleaned:
-        """What the pipeline made of the whole document, whose text is not kept: empty if the document stays."""
+        """The result for the whole document; the text of a document that is kept is left empty."""
         counts: dict[str, int] = {}
         examples: dict[str, str] = {}
         for name, step in self._steps:
@@ -47,7 +47,7 @@ class LongCleaning:
 
 
 class _InPieces(Protocol):
-    """A step that sees a document in pieces; returns each as the next step sees it, and in the end a `Result`."""
+    """A step that is given a document in pieces: `add` returns each for the next step, `finish` the `Result`."""
 
     def add(self, piece: str) -> str: ...
     def finish(self) -> Result: ...
@@ -63,7 +63,7 @@ def _in_pieces(step: Step) -> _InPieces:
 
 @dataclass
 class _Change:
-    """A step that changes a text, on each piece."""
+    """A step that changes the text, applied to each piece."""
 
     step: Step
     changes: int = 0
@@ -84,7 +84,7 @@ class _Change:
 
 @dataclass
 class _Beginning:
-    """A step that judges a document by its beginning."""
+    """A step that judges a document, applied to its beginning."""
 
     step: Step
     beginning: list[str] = field(default_factory=list)
@@ -102,10 +102,10 @@ class _Beginning:
 
 @dataclass
 class _StrippedLength:
-    """Characters of a text in pieces, without the white space around it."""
+    """The length of a text that comes in pieces, without the white space around it."""
 
     length: int = 0
-    blank: int = 0  # characters of white space since then
+    blank: int = 0  # characters of white space after them
 
     def add(self, piece: str) -> None:
         text = piece if self.length else piece.lstrip()
@@ -118,7 +118,7 @@ class _StrippedLength:
 
 @dataclass
 class _Length:
-    """`document_length`, by a running total."""
+    """`document_length` with a running total."""
 
     step: DocumentLength
     stripped: _StrippedLength = field(default_factory=_StrippedLength)
@@ -135,7 +135,7 @@ class _Length:
 
 @dataclass
 class _Paragraphs:
-    """`paragraph_length`, by a running count; the last line of a piece may go on in the next."""
+    """`paragraph_length` with a running count; the last line of a piece may continue in the next."""
 
     step: ParagraphLength
     count: int = 0

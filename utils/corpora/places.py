@@ -1,4 +1,4 @@
-"""Where the text and the tokenizer of a configuration are: paths that mean the same wherever they are read."""
+"""Absolute paths for the dataset and the tokenizer of a configuration."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from utils.corpora.sources import NAMES
 
 
 def with_absolute_paths(loaded: LoadedConfig, root: Path) -> LoadedConfig:
-    """`loaded` with absolute paths for its dataset and tokenizer: the recorded configuration means the same everywhere.
+    """`loaded` with absolute paths for its dataset and tokenizer, so that the recorded configuration is unambiguous.
 
-    A path in a file of configs/ starts from `root`, a path in a flag or in code from the current folder.
+    A path in a file of configs/ is relative to `root`, a path in a flag or in code to the current folder.
     """
     data = loaded.config.data
 
     def absolute(key: str, path: str) -> str:
-        """`path` as it is where there is nothing: then the error names what was written.
+        """The absolute form of `path`, or `path` itself if there is no such file, so that the error message names that.
 
-        What has this name in the current folder instead is not meant, and must not be found there later.
+        If a path relative to `root` is missing there but exists in the current folder, it is still made absolute, so
+        that the wrong file is not found later.
         """
         source = loaded.source(key)
         start = Path.cwd() if source.startswith("--") or source == "code" else root

@@ -1,6 +1,6 @@
-"""The documents of source files: how the files are cut into units of work, and the text of each document.
+"""The documents of source files: how the files are divided into units of work, and the text of each document.
 
-A document is a text file, a part of one between separators, the field of a JSON line, or a cell of a column.
+A document is a text file, a part of one between separators, a field of a JSON line, or a cell of a table column.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from utils.corpora.source_files import SourceFile
 from utils.corpora.sources import find_source
 from utils.terminal.words import one_line
 
-UNIT_BYTES = 1 << 25  # of the files that a worker reads at a time
+UNIT_BYTES = 1 << 25  # bytes of a unit of work
 UNIT_FILES = 10_000
 LONG_RECORD_BYTES = 1 << 24  # a longer one is read in pieces
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -36,10 +36,10 @@ Data = str | Iterator[str] | Iterator[bytes]
 class Reading:
     """How documents are read.
 
-    field: of a JSON line, or the column of a table.
-    separator: what stands between the documents of a text file; empty: the file is one document.
-    errors: what becomes of bytes that are no text: an error, U+FFFD in their place, or the document is left out.
-    json: whether a file whose name ends in .json has JSON lines, too.
+    field: the field of a JSON line, or the column of a table, that has the text.
+    separator: the text between the documents of a text file; empty if the whole file is one document.
+    errors: for bytes that are not text: raise an error, replace them by U+FFFD, or skip the document.
+    json: whether files whose name ends in .json have JSON lines as well.
     corpora_dir: folder of the registered corpora.
     """
 
@@ -52,11 +52,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one worker reads at a time: whole files, or a range of one.
+    """A unit of work, which one worker reads: whole files, or a range of one file.
 
-    files: each with its index among all.
-    bytes: of the files, or of the range; of a part of a table, in proportion to its text.
-    start, end: bytes of a file of records, or row groups of a table; end None: to its end.
+    files: the files, each with its index among all files.
+    bytes: size of the files or of the range; for part of a table, the share of the file that its text takes.
+    start, end: the range, in bytes of a file of records or row groups of a table; an end of None is that of the file.
     """
 
     files: Sequence[tuple[int, SourceFile]]
@@ -67,11 +67,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Document:
-    """One document as it is read.
+    """A document that was read.
 
-    record: its line, row or number, counted from the beginning of its unit, from 1; 1 for a whole file.
-    data: its text or, of a whole file or a long record, pieces; they must be used up before the next document is read.
-        A RecordError says why there is none.
+    source: index of its file among all files.
+    record: its line, row or number, counted from 1 at the start of its unit; 1 for a whole file.
+    data: its text; for a whole file or a long record, an iterator over pieces, which must be exhausted before the next
+        document is read; a RecordError if the record has no text.
     """
 
     source: int
@@ -80,9 +81,9 @@ class Document:
 
 
 class NotTextError(ValueError):
-    """A document that is no text. The message says what it has, and where in the document.
+    """A document is not text. The message says what was found, and where in the document.
 
-    lines: line breaks before that place.
+    lines: number of line breaks before that place.
     """
 
     def __init__(self, message: str, lines: int = 0) -> None:
@@ -94,7 +95,7 @@ class NotTextError(ValueError):
 
 
 def units(files: Sequence[SourceFile], reading: Reading) -> list[Unit]:
-    """All the work, in order; the same for the same files, whoever does it.
+    """Divide the files into units of work, in order. The units depend only on the files and on how they are read.
 
     Raises:
         CorpusError: a table cannot be read or has no such column.
@@ -116,7 +117,7 @@ def units(files: Sequence[SourceFile], reading: Reading) -> list[Unit]:
 
 
 def _ranges(file: SourceFile, reading: Reading) -> list[tuple[int, int | None, int]]:
-    """The ranges in which a large file can be read independently, each with its bytes."""
+    """The ranges of a file that can be read independently: start, end and size in bytes of each."""
     if file.kind == "arrow":
         tables.check_arrow(Path(file.path), reading.field)
     if file.kind == "parquet":
@@ -140,14 +141,14 @@ def _ranges(file: SourceFile, reading: Reading) -> list[tuple[int, int | None, i
 
 
 def separator_of(file: SourceFile, reading: Reading) -> bytes:
-    """What stands between the records of a file; empty if it is one document or a table."""
+    """The bytes between the records of a file; empty if the file is one document or a table."""
     if file.kind == "json_lines":
         return b"\n"
     return reading.separator.encode() if file.kind == "text" else b""
 
 
 def _overlaps_itself(separator: bytes) -> bool:
-    """Whether two occurrences can overlap, so that only reading from the beginning tells where records begin."""
+    """Whether two occurrences can overlap; records can then be found only by reading from the start of the file."""
     return any(separator.startswith(separator[place:]) for place in range(1, len(separator)))
 
 
@@ -158,10 +159,10 @@ class UnitReader:
     """Iterates over the documents of a unit.
 
     Args:
-        folder: for the temporary file of a record that is too long for memory.
-        report: called with the number of bytes that were read since the last call.
+        folder: folder for the temporary file of a record that is too long for memory.
+        report: called with the number of bytes read since the last call.
 
-    records: how many records were read, also those without text.
+    records: number of records read so far, including those without text.
 
     Raises (while iterating):
         CorpusError: a file cannot be read, or has changed.
@@ -238,10 +239,10 @@ def _separated(record: bytes | mmap.mmap) -> Iterator[bytes] | None:
 def records(
     path: Path, separator: bytes, start: int, end: int | None, folder: Path, report: Callable[[int], None]
 ) -> Iterator[bytes | mmap.mmap]:
-    """The records of a file that begin in a range of bytes; a long one as a memory map of a temporary file."""
+    """The records of a file that begin in a range of bytes; a long record is a memory map of a temporary file."""
     width = len(separator)
-    place = max(start - width, 0)  # of `rest` in the file
-    rest, skipping = b"", start > 0  # of a record that belongs to the range before
+    place = max(start - width, 0)  # offset of `rest` in the file
+    rest, skipping = b"", start > 0  # skip the end of a record that belongs to the previous range
     spilled: Any = None
     for block in blocks(path, place, report):
         if spilled is not None:
@@ -282,7 +283,7 @@ def records(
 
 
 def _end_of_spilled(file: Any, block: bytes, separator: bytes) -> int | None:
-    """Append a block to a record; where in it the record ends, if it does."""
+    """Append a block to the file of a record; returns the length of the record if it ends in this block, else None."""
     overlap = min(len(separator) - 1, file.tell())
     file.seek(-overlap, 2)
     before = file.read(overlap)
@@ -306,7 +307,7 @@ def pieces(data: Data, errors: Errors) -> Iterator[str]:
     """The text of a document, in pieces.
 
     Raises:
-        NotTextError: it has bytes that are not UTF-8, NUL, or half a surrogate pair; not with `errors` replace.
+        NotTextError: it has bytes that are not UTF-8, NUL, or half a surrogate pair, and `errors` is not replace.
         RecordError: its record has no text.
     """
     if isinstance(data, str):
@@ -323,7 +324,7 @@ def pieces(data: Data, errors: Errors) -> Iterator[str]:
 
 
 def checked(text: str, errors: Errors) -> str:
-    """A text that is a str already: see `pieces`."""
+    """A text that was already decoded, checked as by `pieces`."""
     if "\0" not in text and _is_unicode(text):
         return text
     if errors == "replace":
@@ -336,15 +337,15 @@ def checked(text: str, errors: Errors) -> str:
 
 
 def _is_unicode(text: str) -> bool:
-    try:  # ten times as fast as looking for surrogates
+    try:  # ten times as fast as a search for surrogates
         return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
         return False
 
 
 def _decoded(parts: Iterable[bytes], errors: Errors) -> Iterator[str]:
-    """The text of bytes in UTF-8, without a byte order mark."""
-    place = lines = 0  # of `rest`
+    """The text of UTF-8 bytes, without a byte order mark."""
+    place = lines = 0  # offset of `rest`, and line breaks before it
     rest = b""
     for part in itertools.chain(parts, [None]):
         data = rest + (part or b"")
@@ -368,11 +369,11 @@ def _decoded(parts: Iterable[bytes], errors: Errors) -> Iterator[str]:
 
 
 def where(file: SourceFile, reading: Reading, record: int, lines: int = 0, short: bool = False) -> str:
-    """The place of a document in words.
+    """The place of a document, in words.
 
     Args:
-        lines: line breaks before the place in a whole file.
-        short: for an error, from the current folder.
+        lines: number of line breaks before the place, if the document is a whole file.
+        short: name the file relative to the current folder, for an error message.
     """
     path = named(file.path) if short else one_line(file.path)
     if file.kind == "json_lines":

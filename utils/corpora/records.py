@@ -1,4 +1,4 @@
-"""Records next to token files: thanks to its record, an unchanged corpus is neither read nor hashed again."""
+"""Records next to token files, thanks to which an unchanged corpus is neither read nor hashed again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from utils.files import read_json, write_json
 class TokenRecord:
     """How a text was encoded.
 
-    stamp: state of the text's files at that time (`Source.stamp`).
+    stamp: state of the text's files when it was read (`Source.stamp`).
     corpus_hash: sha256 of the text.
-    tokenizer: its JSON form.
+    tokenizer: the JSON form of the tokenizer.
     n_tokens: number of tokens in the token file.
-    crc32: checksum of the token file; None in an older record, whose file is not trusted.
-    verified: state of the token file when its checksum was last found right (`file_state`).
-    byte_scale: bytes of the text per byte that its tokens stand for; None in an older record.
+    crc32: checksum of the token file; None in older records, whose files are not trusted.
+    verified: state of the token file when its checksum was last verified (`file_state`).
+    byte_scale: bytes of the text divided by the bytes that its tokens decode to; None in older records.
     """
 
     stamp: str
@@ -35,10 +35,10 @@ class TokenRecord:
 
 
 def file_state(path: Path) -> str:
-    """Equal while a file has not been written to.
+    """A text that changes whenever the file is modified.
 
     Raises:
-        OSError: it cannot be accessed.
+        OSError: the file cannot be accessed.
     """
     facts = path.stat()
     return f"{facts.st_ino} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
@@ -50,14 +50,14 @@ def record_path(folder: Path, source: str, tokenizer: str) -> Path:
     Args:
         folder: folder of the token files.
         source: name of the source.
-        tokenizer: its hash, or the settings to build it with.
+        tokenizer: hash of the tokenizer, or the settings to build it with.
     """
     key = hashlib.sha256(json.dumps([source, tokenizer]).encode()).hexdigest()
     return folder / f"{key[:16]}.json"
 
 
 def read_record(path: Path, stamp: str | None) -> TokenRecord | None:
-    """The record at `path`; None if it is missing, damaged, or of another state of the files than `stamp`."""
+    """The record at `path`; None if it is missing or damaged, or if its stamp is not `stamp`."""
     try:
         record = TokenRecord(**read_json(path))
     except (OSError, ValueError, TypeError):
@@ -70,6 +70,6 @@ def write_record(path: Path, record: TokenRecord) -> None:
     """Replace the record at `path`.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the record cannot be written.
     """
     write_json(path, asdict(record))

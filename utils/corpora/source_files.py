@@ -1,4 +1,4 @@
-"""The files that the sources of a dataset name: paths, folders, globs, registered corpora, Hugging Face data sets."""
+"""The files of a dataset's sources: paths, folders, globs, registered corpora, and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from utils.terminal.words import one_line
 
 Kind = Literal["text", "json_lines", "parquet", "arrow", "corpus"]
 KINDS: dict[str, Kind] = {".jsonl": "json_lines", ".ndjson": "json_lines", ".parquet": "parquet", ".arrow": "arrow"}
-SAVED = "dataset_dict.json"  # of a data set with splits that the package datasets saved,
-SAVED_SPLIT = "state.json"  # and of one without
+SAVED = "dataset_dict.json"  # marks a dataset with splits that the package datasets saved
+SAVED_SPLIT = "state.json"  # marks one without splits
 HUB_ID = re.compile(r"(?:hf:)?([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file that is read.
+    """A file to read.
 
-    path: absolute; the name of a registered corpus.
-    bytes, mtime_ns: its state when it was found.
+    path: the absolute path, or the name of a registered corpus.
+    bytes, mtime_ns: size and modification time when the file was found.
     """
 
     path: str
@@ -53,7 +53,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """What SOURCE... names. notes: what a person should know about it."""
+    """The files that the sources name. notes: lines for the user about how the sources were understood."""
 
     files: Sequence[SourceFile]
     notes: Sequence[str] = ()
@@ -63,7 +63,7 @@ def find_files(sources: Sequence[str], corpora_dir: Path, json_suffix: bool = Fa
     """The files of all sources, each once, in the order of the sources.
 
     Args:
-        json_suffix: whether .json, too, is a file of JSON lines.
+        json_suffix: whether files whose name ends in .json have JSON lines as well.
 
     Raises:
         CorpusError: a source is missing or has no file that can be read.
@@ -82,7 +82,7 @@ def state(path: Path) -> tuple[int, int]:
     """Size and mtime of a file.
 
     Raises:
-        OSError: it cannot be accessed.
+        OSError: the file cannot be accessed.
     """
     facts = path.stat()
     return facts.st_size, facts.st_mtime_ns
@@ -95,7 +95,7 @@ def _registered(source: Source) -> SourceFile:
 def _source_file(path: Path, kinds: dict[str, Kind]) -> SourceFile:
     kind = _kind(path, kinds)
     if kind in ("parquet", "arrow") and path.suffix.lower() in COMPRESSED:
-        raise CorpusError(f"{one_line(str(path))}: decompress it first: {kind} files are read at many places")
+        raise CorpusError(f"{one_line(str(path))}: decompress it first: {kind} files need random access")
     try:
         return SourceFile(os.path.abspath(path), kind, *state(path))
     except OSError as error:
@@ -103,7 +103,7 @@ def _source_file(path: Path, kinds: dict[str, Kind]) -> SourceFile:
 
 
 def _suffix(path: Path) -> str:
-    """The last suffix without that of the compression, in lower case."""
+    """The last suffix other than that of a compression, in lower case."""
     name = path.name.lower()
     return Path(name.removesuffix(path.suffix.lower()) if name.endswith(COMPRESSED) else name).suffix
 
@@ -125,7 +125,7 @@ def _paths(source: str, corpora_dir: Path, kinds: dict[str, Kind], notes: list[s
     elif glob.has_magic(source):
         paths = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if not os.path.isdir(name)]
         if not paths:
-            raise CorpusError(f"{one_line(source)}: no file fits")
+            raise CorpusError(f"{one_line(source)}: no file matches")
         yield from paths
     elif found := HUB_ID.fullmatch(source):
         yield from _downloaded(source, found[1], found[2])
@@ -137,12 +137,12 @@ def _paths(source: str, corpora_dir: Path, kinds: dict[str, Kind], notes: list[s
 
 
 def _folder(folder: Path, kinds: dict[str, Kind], notes: list[str]) -> list[Path]:
-    """The files below a folder that can be read; of a data set with splits, those for training."""
+    """The files below a folder that can be read; for a saved dataset with splits, those of its training split."""
     if (folder / SAVED).is_file() or (folder / SAVED_SPLIT).is_file():
         place = folder
         if (folder / SAVED).is_file() and (folder / "train").is_dir():
             place = folder / "train"
-            notes.append(f"{folder}: a saved data set with splits, of which only train is read")
+            notes.append(f"{folder}: a saved dataset with splits; only train is read")
         return _some([path for path in visible_files(place) if _suffix(path) == ".arrow" and _is_data(path)], folder)
     everything = visible_files(folder)
     chosen = [path for path in everything if _suffix(path) in kinds or _suffix(path) in TEXT_SUFFIXES]
@@ -153,12 +153,12 @@ def _folder(folder: Path, kinds: dict[str, Kind], notes: list[str]) -> list[Path
 
 
 def _is_data(path: Path) -> bool:
-    """Whether an Arrow file is part of a saved data set, and no cache that the package datasets put beside it."""
+    """Whether an Arrow file is part of a saved dataset, and not a cache file of the package datasets."""
     try:
         listed = read_json(path.parent / SAVED_SPLIT)["_data_files"]
         return path.name in [entry["filename"] for entry in listed]
     except (OSError, ValueError, LookupError, TypeError):
-        return True  # nothing says which files belong to it
+        return True  # the files of the dataset are not listed
 
 
 def _some(files: list[Path], folder: Path) -> list[Path]:
@@ -168,17 +168,17 @@ def _some(files: list[Path], folder: Path) -> list[Path]:
 
 
 def _downloaded(source: str, name: str, config: str | None) -> list[Path]:
-    """The files of a data set of the Hugging Face hub, which the package datasets downloads and keeps."""
+    """The files of a dataset on the Hugging Face hub, which the package datasets downloads to its cache."""
     try:
         load_dataset = importlib.import_module("datasets").load_dataset
-    except (ImportError, AttributeError):  # without the package, Python takes the folder of datasets for it
+    except (ImportError, AttributeError):  # AttributeError: the folder datasets/ was imported instead
         raise CorpusError(
-            f"{source}: no such file or folder; to download the Hugging Face data set of that name: "
+            f"{source}: no such file or folder; to download the Hugging Face dataset of that name: "
             "pip install datasets (or download its files and name their folder)"
         ) from None
     try:
         loaded = load_dataset(name, config, split="train")
-    except Exception as error:  # whatever the network, the hub and the package raise
+    except Exception as error:  # anything that the network, the hub and the package raise
         if is_out_of_memory(error):
             raise
         raise CorpusError(f"{source}: cannot be downloaded: {one_line(first_line(error))}") from None

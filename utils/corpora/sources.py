@@ -1,4 +1,4 @@
-"""Where the text of a dataset comes from: a registered corpus, a UTF-8 file, or a folder of them."""
+"""The sources of a text: a registered corpus, a UTF-8 file, or a folder of such files."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ TEXT_SUFFIXES = frozenset(
     (".txt", ".md", ".rst", ".py", ".csv", ".html", ".json", ".jsonl", ".tex", ".xml", ".log", "")
 )
 ARITHMETIC = "arithmetic"  # a dataset that is generated (utils/preparation/arithmetic.py)
-KINDS_SHOWN = 6  # suffixes
-SETTLED_NS = 2_000_000_000  # a younger file may change once more without another mtime (FAT counts in 2 s)
+KINDS_SHOWN = 6  # suffixes in a message
+SETTLED_NS = 2_000_000_000  # a younger file may change again without a new mtime (FAT has a resolution of 2 s)
 
 
 class CorpusError(UserError):
-    """A corpus that cannot be read or encoded, or is too short."""
+    """A corpus cannot be read or encoded, or is too short."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a dataset, and how its text is read.
+    """The files of a text, and how it is read.
 
     name: a registered name or an absolute path.
-    read: the whole text; raises CorpusError if it is unreadable, binary, not UTF-8 or empty.
-    skipped: files of a folder that are not read, because of their suffix.
+    read: returns the whole text; raises CorpusError if it is unreadable, binary, not UTF-8 or empty.
+    skipped: files of a folder that are not read because of their suffix.
     """
 
     name: str
@@ -55,25 +55,25 @@ class Source:
         return os.path.isdir(self.name)
 
     def files_text(self) -> str:
-        """Which files of a folder are read and which are not, in words."""
+        """How many files of a folder are read and skipped, in words."""
         words = f"{counted(len(self.files), 'file')} read ({_kinds_text(self.files)})"
         if self.skipped:
-            words += f", {counted(len(self.skipped), 'file')} skipped, of other kinds ({_kinds_text(self.skipped)})"
+            words += f", {counted(len(self.skipped), 'file')} of other kinds skipped ({_kinds_text(self.skipped)})"
         return words
 
     def split_files(self, val_fraction: float) -> tuple[Sequence[Path], Sequence[Path]]:
-        """The files of a folder in the training and in the validation split, by their sizes in bytes; one is in both.
+        """The files of the training and of the validation split, estimated by size; the file at the cut is in both.
 
         Raises:
-            OSError: a file is gone.
+            OSError: a file no longer exists.
         """
-        sizes = [path.stat().st_size + 1 for path in self.files]  # a line break follows
+        sizes = [path.stat().st_size + 1 for path in self.files]  # plus the line break that follows each file
         ends = list(itertools.accumulate(sizes))
         cut = min(bisect.bisect_right(ends, ends[-1] * (1 - val_fraction)), len(ends) - 1)
         return self.files[: cut + 1], self.files[cut:]
 
     def notes(self, val_fraction: float) -> Iterator[str]:
-        """What a person should know of a folder: the files that are read, and where the validation split begins."""
+        """Lines for the user about a folder: the files that are read, and where the validation split begins."""
         if not self.is_folder:
             return
         yield f"{self.name}: {self.files_text()}"
@@ -81,17 +81,18 @@ class Source:
             training, validation = self.split_files(val_fraction)
             first = os.path.relpath(validation[0], self.name)
             yield (
-                f"the validation split is the last {val_fraction:.0%} of this text, in the order of paths: about from "
-                f"{first} on ({_kinds_text(validation)})"
+                f"the validation split is the last {val_fraction:.0%} of this text, whose files are sorted by path; it "
+                f"begins near {first} ({_kinds_text(validation)})"
             )
             alone = [kind for kind in kinds(validation) if kind not in kinds(training)]
             if alone:
-                yield f"no file of the training split is {' or '.join(alone)}: val/loss is about another kind of text"
+                words = [f"{kind} files" if kind.startswith(".") else f"files {kind}" for kind in alone]
+                yield f"only the validation split has {' and '.join(words)}: val/loss is about another kind of text"
 
     def stamp(self) -> str | None:
-        """A digest of the path, inode, size, mtime and ctime of each file: equal while none has changed.
+        """A digest of the path, inode, size, mtime and ctime of each file, which changes when a file does.
 
-        None if a file is missing, or so young that a later change might not show.
+        None if a file is missing, or so young that a later change might go unnoticed.
         """
         try:
             facts = [(str(path), path.stat()) for path in self.files]
@@ -104,10 +105,10 @@ class Source:
 
 
 def find_source(dataset: str, corpora_dir: Path, prepared: Sequence[str] = ()) -> Source:
-    """The source of a registered corpus, a UTF-8 file, or a folder of them (in path order).
+    """The source for a registered corpus, a UTF-8 file, or a folder of such files (in path order).
 
     Args:
-        prepared: names of prepared datasets, for the error.
+        prepared: names of prepared datasets, for the error message.
 
     Raises:
         CorpusError: there is no such dataset, it cannot be accessed, or the folder has no text files.
@@ -115,13 +116,13 @@ def find_source(dataset: str, corpora_dir: Path, prepared: Sequence[str] = ()) -
     if dataset in CORPORA:
         return CORPORA[dataset](corpora_dir)
     if dataset == ARITHMETIC:
-        raise CorpusError(f"{ARITHMETIC} is not a text: its problems are made for training, by section {ARITHMETIC}")
+        raise CorpusError(f"{ARITHMETIC} is not a text: training generates its problems (section {ARITHMETIC})")
     path = Path(dataset)
     try:
         path.stat()
     except PermissionError as error:
         raise CorpusError(f"{dataset}: cannot be read: {error.strerror}") from None
-    except (OSError, ValueError):  # ValueError: a NUL
+    except (OSError, ValueError):  # ValueError: the path contains NUL
         raise CorpusError(
             f"unknown dataset {dataset}: no such file or folder; expected {', '.join([*NAMES, *prepared])}, another "
             f"dataset made by prepare.py, or the path of a text file or folder{nearest(dataset, [*NAMES, *prepared])}"
@@ -138,7 +139,7 @@ def find_source(dataset: str, corpora_dir: Path, prepared: Sequence[str] = ()) -
 
 
 def _pydocs(corpora_dir: Path) -> Source:
-    """The Python language reference inside CPython: no download; differs between Python releases."""
+    """The Python language reference, which is part of CPython: needs no download, but differs between releases."""
     spec = importlib.util.find_spec("pydoc_data.topics")
     assert spec is not None
     return Source("pydocs", [Path(spec.origin or "")], _read_pydocs)
@@ -151,7 +152,7 @@ def _read_pydocs() -> str:
 
 
 def _shakespeare(corpora_dir: Path) -> Source:
-    """Tiny Shakespeare: in $WORKBENCH_DATA or corpora/, else downloaded once; its sha256 is checked."""
+    """Tiny Shakespeare, from $WORKBENCH_DATA or corpora/, or downloaded once; its sha256 is checked."""
     folders = [Path(expand_home(folder)) for folder in (os.environ.get("WORKBENCH_DATA"),) if folder] + [corpora_dir]
     paths = [folder / "tinyshakespeare.txt" for folder in folders]
     path = next((path for path in paths if path.is_file()), paths[-1])
@@ -178,7 +179,7 @@ def _read_shakespeare(path: Path) -> str:
 
 
 def _checked_shakespeare(data: bytes, place: str) -> bytes:
-    """`data`; raises CorpusError unless it is the corpus, by its hash."""
+    """`data`; raises CorpusError unless its hash is that of Tiny Shakespeare."""
     digest = hashlib.sha256(data).hexdigest()
     if digest != SHAKESPEARE_SHA256:
         raise CorpusError(f"{place}: not Tiny Shakespeare: sha256 {digest[:12]}..., not {SHAKESPEARE_SHA256[:12]}...")
@@ -190,7 +191,7 @@ NAMES = (*CORPORA, ARITHMETIC)
 
 
 def kinds(files: Iterable[Path]) -> Counter[str]:
-    """How many files have each suffix, the most frequent first."""
+    """The number of files with each suffix, the most frequent first."""
     return Counter(dict(Counter(path.suffix.lower() or "without a suffix" for path in files).most_common()))
 
 
@@ -202,14 +203,14 @@ def _kinds_text(files: Iterable[Path]) -> str:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files by path, those in linked folders too, each folder once; hidden files and folders are left out."""
+    """All files below a folder, sorted by path. Follows links, visits each folder once, and skips hidden names."""
 
     def fail(error: OSError) -> None:
         raise CorpusError(f"{error.filename}: cannot be read: {error.strerror}")
 
     found: list[Path] = []
     seen: set[str] = set()
-    waiting = [folder]  # links come last: what they lead to may be in `folder` itself
+    waiting = [folder]  # links are followed last, because their targets may lie in `folder` itself
     while waiting:
         for place, folders, names in os.walk(waiting.pop(0), onerror=fail):
             if (real := os.path.realpath(place)) in seen:

@@ -1,6 +1,6 @@
-"""The steps of a cleaning pipeline, by name: what each looks for, and its thresholds.
+"""The steps of a cleaning pipeline: what each looks for, and its thresholds.
 
-A step is a pure function of one text, idempotent, and linear in the length of the text.
+A step is a pure function of one text; it is idempotent, and takes time linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ from utils.corpora.language import check_languages, language_of
 from utils.runs.secrets import PRIVATE_KEY, secrets_in
 from utils.terminal.words import counted, one_line
 
-WINDOW, SHOWN, BEFORE = 400, 120, 30  # characters that are searched for what must not be shown; of an example; of
-# what stands before its place
-MASK = r"^<\w{1,30}>$"  # what no step takes for an address, a secret or a word
+WINDOW = 400  # characters around a place that are searched for secrets and e-mail addresses before they are shown
+SHOWN = 120  # characters of an example
+BEFORE = 30  # characters of an example before the place that it shows
+MASK = r"^<\w{1,30}>$"  # no step takes such a text for an address, a secret or a word
 
 Share = Annotated[StrictFloat | StrictInt, Field(ge=0, le=1)]
 Count = Annotated[StrictInt, Field(ge=0)]
 
 
 class Result(NamedTuple):
-    """What a step made of a text.
+    """The result of a step for one text.
 
-    text: None if the document is removed.
-    changes: how many things it removed or changed; for a step that removes documents, 1.
-    example: one of them.
+    text: the new text; None if the document is removed.
+    changes: number of things removed or changed; 1 if the document is removed for its length, language and the like.
+    example: one of these things.
     """
 
     text: str | None
@@ -52,8 +53,8 @@ class Result(NamedTuple):
 class Step(BaseModel):
     """A step with its thresholds.
 
-    unit: what `Result.changes` counts.
-    expects: threshold -> what it must be, for messages.
+    unit: the thing that `Result.changes` counts.
+    expects: threshold -> description of its valid values, for error messages.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,25 +68,25 @@ class Step(BaseModel):
 
 # ------------------------------------------------------------------------------------------------ masks
 
-ADDRESS = re.compile(  # ASCII: text in Chinese may stand right beside an address
+ADDRESS = re.compile(  # ASCII, because Chinese text may directly touch an address
     r"(?<![\w.%+-])[\w%+-][\w.%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w-])",
     re.ASCII,
 )
 
 
 def email_spans(text: str) -> list[tuple[int, int]]:
-    """Where the e-mail addresses of a text are."""
+    """The spans of the e-mail addresses in a text."""
     return [match.span() for match in ADDRESS.finditer(text)] if "@" in text else []
 
 
 def secret_spans(text: str, mask: str = "<SECRET>") -> list[tuple[int, int]]:
-    """Where the secrets of a text are; what is masked is none."""
+    """The spans of the secrets in a text; masks are not secrets."""
     spans = sorted((secret.start, secret.end) for secret in secrets_in(text))
     return [span for span in spans if not text.startswith(mask, span[0])]
 
 
 def masked(text: str, spans: Iterable[tuple[int, int]], mask: str) -> tuple[str, int, int]:
-    """A text with a mask in place of each span (those that overlap are one), the number of masks, the first place."""
+    """The text with a mask for each span (overlapping spans count as one), the number of masks, the first position."""
     parts: list[str] = []
     done = count = first = 0
     for start, end in spans:
@@ -98,7 +99,7 @@ def masked(text: str, spans: Iterable[tuple[int, int]], mask: str) -> tuple[str,
 
 
 def example_text(text: str) -> str:
-    """An example as a report shows it: one line, cut, without addresses and secrets."""
+    """An example as a report shows it: one line of limited length, without e-mail addresses and secrets."""
     line = one_line(_without_secrets(text[: WINDOW + SHOWN]).strip(" \n\t"))
     return line if len(line) <= SHOWN else f"{line[: SHOWN - 3]}..."
 
@@ -110,7 +111,7 @@ def _without_secrets(text: str) -> str:
 
 
 def _after_secret(text: str, place: int) -> int:
-    """The end of the secret that a place of a text is in, or the place itself."""
+    """The end of the secret that a place lies in; the place itself if it lies in none."""
     first = max(place - WINDOW, 0)
     spans = [(first + start, first + end) for start, end in secret_spans(text[first : place + WINDOW])]
     if "PRIVATE KEY" in text:
@@ -119,7 +120,7 @@ def _after_secret(text: str, place: int) -> int:
 
 
 def _around(text: str, place: int) -> str:
-    """What stands around a place of a text; after the secret that it is in."""
+    """The text around a place or, if the place lies in a secret, around the end of the secret."""
     place = _after_secret(text, place)
     before = text[:place] if "PRIVATE KEY" in text else text[max(place - WINDOW, 0) : place]
     before = _without_secrets(PRIVATE_KEY.sub("<SECRET>", before)[-WINDOW:])
@@ -130,10 +131,10 @@ def _around(text: str, place: int) -> str:
 
 
 class UnicodeNormalization(Step):
-    """One form for equal characters: é is one code point in NFC, and the ligature ﬁ two letters in NFKC.
+    """Gives equal characters one form: é becomes one code point in NFC, and the ligature ﬁ two letters in NFKC.
 
-    Of more than 64 combining marks in a row the rest is dropped: nothing written has as many, and sorting them takes
-    the square of their number.
+    Only the first 64 of consecutive combining marks are kept: no real text has more, and sorting them takes quadratic
+    time.
     """
 
     name = "unicode_normalization"
@@ -166,7 +167,7 @@ def _many_marks() -> re.Pattern[str]:
 
 
 class ControlCharacters(Step):
-    """Removes characters that are not text: control characters, colours of terminals, zero-width spaces, directional
+    """Removes characters that are not text: control characters, terminal colours, zero-width spaces, directional
     overrides, tags, halves of surrogate pairs. Every kind of line break becomes a newline."""
 
     name = "control_characters"
@@ -190,7 +191,7 @@ class ControlCharacters(Step):
 
 
 class BoilerplateLines(Step):
-    """Removes short lines that a web page has besides its text."""
+    """Removes short lines with phrases that are typical of the boilerplate of web pages."""
 
     name = "boilerplate_lines"
     unit = "line"
@@ -227,7 +228,7 @@ class BoilerplateLines(Step):
 
 
 class Emails(Step):
-    """Puts a mask in place of each e-mail address."""
+    """Replaces each e-mail address by a mask."""
 
     name = "emails"
     unit = "replacement"
@@ -239,7 +240,7 @@ class Emails(Step):
 
 
 class Secrets(Step):
-    """Puts a mask in place of each private key, token and password that `utils.runs.secrets` finds."""
+    """Replaces each private key, token and password that `utils.runs.secrets` finds by a mask."""
 
     name = "secrets"
     unit = "replacement"
@@ -276,13 +277,13 @@ class DocumentLength(Step):
         return self.judge(len(text.strip()), text)
 
     def judge(self, length: int, text: str) -> Result:
-        """The same, for a text of which only the beginning may be at hand."""
+        """Judge a document by its length; `text` may be only its beginning."""
         good = self.min_characters <= length and (self.max_characters is None or length <= self.max_characters)
         return Result(text) if good else Result(None, 1, f"{counted(length, 'character')}: {text[:WINDOW]}")
 
 
 class ParagraphLength(Step):
-    """Removes a document with too few paragraphs (lines) of some length."""
+    """Removes a document with too few paragraphs (lines) of a minimum length."""
 
     name = "paragraph_length"
     expects = {"min_paragraphs": "an integer >= 0", "min_characters": "an integer >= 0"}
@@ -293,7 +294,7 @@ class ParagraphLength(Step):
         return self.judge(paragraph_length_filter(text, self.min_paragraphs, self.min_characters), text)
 
     def judge(self, good: bool, text: str) -> Result:
-        """The same, for a text of which only the beginning may be at hand."""
+        """The result if the document has enough paragraphs or not; `text` may be only its beginning."""
         return Result(text) if good else Result(None, 1, f"fewer than {self.min_paragraphs}: {text[:WINDOW]}")
 
 
@@ -315,13 +316,13 @@ class Repetition(Step):
         found = repetition(text, self.duplicate_lines, self.duplicate_paragraphs, ngrams)
         if found is None:
             return Result(text)
-        # Its words are shown in lower case and without punctuation, as which nothing tells a secret.
+        # The example has words in lower case without punctuation, in which a secret could not be recognised any more.
         shown = repetition(_without_secrets(text), self.duplicate_lines, self.duplicate_paragraphs, ngrams)
         return Result(None, 1, (shown or found.partition(":")[0])[:WINDOW])
 
 
 def _norwegian(languages: Any) -> Any:
-    """Norwegian again: YAML reads its code, no, as false."""
+    """Restore the code of Norwegian, no, which YAML reads as false."""
     return (
         ["no" if language is False else language for language in languages]
         if isinstance(languages, list)
@@ -335,7 +336,7 @@ def _known(languages: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class Language(Step):
-    """Removes a document that is not, or not clearly, in one of some languages, given by their ISO 639 codes."""
+    """Removes a document that is not clearly in one of the given languages (ISO 639 codes)."""
 
     name = "language"
     expects = {"languages": "a list of codes such as [en, de]", "min_probability": "a number from 0 to 1"}

@@ -1,4 +1,4 @@
-"""A column of text in Parquet files and in the Arrow files that the package datasets keeps."""
+"""The text column of Parquet files, and of the Arrow files that the package datasets writes."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from utils.corpora.json_lines import RecordError, fields_text
 from utils.corpora.sources import CorpusError
 from utils.terminal.words import one_line
 
-BATCH_BYTES = 1 << 22  # of a table that are decoded at a time
+BATCH_BYTES = 1 << 22  # bytes of a table that are decoded at a time
 PIECE = 1 << 20  # bytes of a long cell that are copied at a time
-LONG_CELL_BYTES = 1 << 24  # a longer one is read in pieces
-MAGIC = b"ARROW1"  # an Arrow file with an index of its batches; without it, a stream of them
+LONG_CELL_BYTES = 1 << 24  # a longer cell is read in pieces
+MAGIC = b"ARROW1"  # starts an Arrow file with an index of its batches; other files are streams of batches
 
-Report = Callable[[int], None]  # called with the number of bytes that were read since the last call
+Report = Callable[[int], None]  # called with the number of bytes read since the last call
 Cell = str | Iterator[bytes] | RecordError
 
 
 def row_groups(path: Path, field: str) -> list[tuple[int, int]]:
-    """Bytes and rows of each row group of a Parquet file, of the column `field`.
+    """For each row group of a Parquet file, the bytes of the column `field` and the number of rows.
 
     Raises:
-        CorpusError: it cannot be read, or has no such column of text.
+        CorpusError: the file cannot be read, or has no such column of text.
     """
     with _reading(path):
         file = _parquet(path)
@@ -41,7 +41,7 @@ def row_groups(path: Path, field: str) -> list[tuple[int, int]]:
 
 
 def check_arrow(path: Path, field: str) -> None:
-    """Raises CorpusError unless an Arrow file can be read and has the column `field` with text."""
+    """Raises CorpusError unless an Arrow file can be read and has a text column `field`."""
     with _reading(path):
         _check(path, _arrow(path).schema, field)
 
@@ -49,7 +49,7 @@ def check_arrow(path: Path, field: str) -> None:
 def parquet_cells(
     path: Path, field: str, first: int, last: int | None, report: Callable[[int], None]
 ) -> Iterator[Cell]:
-    """The text of each row of the row groups from `first` up to `last`."""
+    """The text of each row in the row groups from `first` up to, not including, `last`."""
     with _reading(path):
         file = _parquet(path)
         for number in range(first, file.num_row_groups if last is None else last):
@@ -85,7 +85,7 @@ def _text(buffer: Any) -> Cell:
     try:
         return data.decode()
     except UnicodeDecodeError:
-        return iter([data])  # reported as any other bytes that are no text
+        return iter([data])  # reported like any other bytes that are not text
 
 
 def _parts(buffer: Any) -> Iterator[bytes]:
@@ -94,13 +94,13 @@ def _parts(buffer: Any) -> Iterator[bytes]:
 
 
 def _check(path: Path, schema: Any, field: str) -> None:
-    """Raises CorpusError unless the table has a column `field` of text."""
+    """Raises CorpusError unless the table has a text column `field`."""
     pyarrow = _package("pyarrow", path)
     if field not in schema.names:
         words = str(fields_text(schema.names, field)).replace("it has", "its columns are", 1)
         raise CorpusError(f"{named(path)}: no column {field!r}: {words} (--field NAME)")
     kind = schema.field(field).type
-    of_values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # a dictionary has each text once
+    of_values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind  # dictionary-encoded text
     if of_values not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
         raise CorpusError(f"{named(path)}: column {field!r} is {kind}, expected text (string)")
 
@@ -128,10 +128,10 @@ def _package(name: str, path: Path) -> Any:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turns what pyarrow raises into a CorpusError."""
+    """Turn the exceptions of pyarrow into a CorpusError."""
     try:
         yield
-    except OSError as error:  # pyarrow raises its own for damaged data, too
+    except OSError as error:  # also raised by pyarrow for damaged data
         raise CorpusError(f"{named(path)}: cannot be read: {one_line(error.strerror or str(error))}") from None
     except (ValueError, LookupError) as error:
         if isinstance(error, CorpusError):

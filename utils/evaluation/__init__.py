@@ -1,1 +1,1 @@
-"""The package behind evaluate.py: losses of whole texts, and tasks with a right answer."""
+"""The package behind evaluate.py: scores of whole texts, and tasks with right answers."""

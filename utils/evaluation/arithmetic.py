@@ -1,4 +1,4 @@
-"""The task arithmetic: the held-out problems of a run, answered greedily, by operator and number of digits."""
+"""The task arithmetic: a run's greedy answers to its held-out problems, by operator and number of digits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from tokenizer import TokenizerError
+from tokenizer import NUL, TokenizerError
 from utils.config.settings import ArithmeticConfig
 from utils.corpora.arithmetic import Problem
 from utils.corpora.datasets import read_dataset
@@ -19,17 +19,17 @@ from utils.corpora.sources import ARITHMETIC
 from utils.errors import UserError
 from utils.evaluation.weights import Trained
 from utils.inference.exact_match import Question, greedy_answers
-from utils.preparation.arithmetic import END_OF_TEXT, arithmetic_dataset
+from utils.preparation.arithmetic import arithmetic_dataset
 from utils.terminal.tables import plain_table
 from utils.terminal.words import counted, one_line
 
-WRONG_SHOWN = 8  # wrong answers of a run
-END = "end"  # the end of an answer, in the confusion of characters
+WRONG_SHOWN = 8  # wrong answers of a run that are recorded
+END = "end"  # stands for the end of an answer in the confusion matrix
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A held-out problem, as text, and what the model answered."""
+    """A held-out problem, its right answer, and the model's answer."""
 
     problem: Problem
     prompt: str
@@ -45,7 +45,7 @@ def own_problems(trained: Trained, corpora_dir: Path) -> tuple[ArithmeticConfig,
     """The settings of the problems that a run was trained on, and the hash of its dataset.
 
     Raises:
-        UserError: it was trained on something else, or on problems that this version no longer makes.
+        UserError: the run was trained on something else, or on problems that this version no longer generates.
     """
     known = trained.settings()
     if known.get("dataset") != ARITHMETIC:
@@ -53,7 +53,7 @@ def own_problems(trained: Trained, corpora_dir: Path) -> tuple[ArithmeticConfig,
     fields = ArithmeticConfig.model_fields.keys() & known.keys()
     settings = ArithmeticConfig.model_validate({key: known[key] for key in fields})
     found = read_dataset(arithmetic_dataset(settings, corpora_dir)).hash
-    trained.check_corpus(found, "which problems were held out is not known")
+    trained.check_corpus(found, "it is not known which problems were held out")
     return settings, found
 
 
@@ -63,21 +63,21 @@ def answer_problems(
     problems: Sequence[Problem],
     watch: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
-    """What a model answers to problems.
+    """The answers of a model to problems.
 
     Args:
-        settings: how they are written.
+        settings: how the problems are written.
         watch: called with the number of problems that were just answered.
 
     Raises:
-        UserError: the model has no token for a character of the problems, or its context is too short for one.
+        UserError: the model has no token for a character of a problem, or a problem does not fit into its context.
     """
     tokenizer = trained.tokenizer
     texts = [(problem.prompt(settings), problem.solution(settings)) for problem in problems]
     block_size, end = trained.model.config.block_size, tokenizer.end_of_text
     try:
         questions = [
-            Question(tokenizer.encode(END_OF_TEXT + prompt), [*tokenizer.encode(solution), end or 0])
+            Question(tokenizer.encode(NUL + prompt), [*tokenizer.encode(solution), end or 0])
             for prompt, solution in texts
         ]
     except TokenizerError as error:
@@ -96,13 +96,13 @@ def answer_problems(
 
 
 def _text(trained: Trained, given: Sequence[int]) -> str:
-    """The answer up to its end; one that does not end has a further character."""
+    """The text of an answer up to its end; "..." is appended if it does not end."""
     text = trained.tokenizer.decode(given)
-    return text.partition(END_OF_TEXT)[0] if END_OF_TEXT in text else text + "..."
+    return text.partition(NUL)[0] if NUL in text else text + "..."
 
 
 def task_record(answers: Sequence[Answer]) -> dict[str, Any]:
-    """The results of the task: the share of right answers, of all and by operator and digits, and wrong ones."""
+    """The record of the results: accuracy, right answers by operator and digits, and the first wrong answers."""
     counts: dict[str, dict[str, list[int]]] = {}
     for answer in answers:
         cell = counts.setdefault(answer.problem.kind, {}).setdefault(str(answer.problem.digits), [0, 0])
@@ -122,7 +122,7 @@ def task_record(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def task_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    """For each run a table of right answers by operator and number of digits, and some wrong ones."""
+    """For each run, a table of right answers by operator and number of digits, and some wrong answers."""
     for name, record in zip(names, records, strict=True):
         right = round(record["accuracy"] * record["problems"])
         yield Text.assemble(
@@ -153,7 +153,7 @@ def _cell(right: int, count: int) -> str:
 
 
 def confusion(answers: Sequence[Answer]) -> Counter[tuple[str, str]]:
-    """How often each character of a right answer was given as each other one, by their places in the answer."""
+    """The confusion matrix of characters: (right, given) at the same position of an answer -> how often."""
     found: Counter[tuple[str, str]] = Counter()
     for answer in answers:
         given = [*answer.given.removesuffix("..."), END]

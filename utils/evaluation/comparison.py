@@ -16,14 +16,14 @@ from utils.inference.quantization import weight_bytes
 from utils.terminal.tables import plain_table
 from utils.terminal.words import one_line, size
 
-ROUNDS = 3  # in which the models take turns, because machines have better and worse seconds
+ROUNDS = 3  # rounds in which the models take turns, because the speed of a machine varies over time
 
 
 class Speed(NamedTuple):
-    """What a model costs. Both speeds are of one sequence, in tokens a second.
+    """The size and speed of a model. Both speeds are for one sequence, in tokens per second.
 
-    prefill: of a prompt of a whole context.
-    decode: of new tokens, after half a context.
+    prefill: for a prompt that fills the context.
+    decode: for new tokens after a prompt of half the context.
     """
 
     parameters: int
@@ -33,10 +33,10 @@ class Speed(NamedTuple):
 
 
 def measure_speeds(models: Sequence[Trained], measure: Callable[[Any], tuple[float, float]]) -> list[Speed]:
-    """The speed of each model, as the median of rounds in which they take turns.
+    """Measure each model. A speed is the median of several rounds in which the models take turns.
 
     Args:
-        measure: returns the tokens a second of prefill and decode of a LanguageModel.
+        measure: returns the speeds of prefill and decode of a LanguageModel, in tokens per second.
     """
     found = [[measure(trained.model) for trained in models] for _ in range(ROUNDS)]
     return [
@@ -50,7 +50,7 @@ def measure_speeds(models: Sequence[Trained], measure: Callable[[Any], tuple[flo
 
 
 class _Row(NamedTuple):
-    """One quantity of all runs. higher: whether more is better; None: neither."""
+    """A row of the table: one quantity for all runs. higher: whether higher is better; None if neither is."""
 
     label: str
     values: Sequence[float | None]
@@ -64,7 +64,7 @@ def comparison_table(
     """A column for each run and a row for each quantity, the best value in bold.
 
     Args:
-        records: the evaluations of each run, the same texts or tasks in the same order.
+        records: the evaluations of each run, with the same texts or tasks in the same order.
     """
     table = plain_table([""])
     for name in names:

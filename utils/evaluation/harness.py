@@ -1,8 +1,8 @@
 """A run as a model of lm-evaluation-harness [Gao et al. 2024], the package lm_eval.
 
-What is scored, cut and generated is what the package's own class for transformers (HFLM) does with the same weights, so
-that results compare with published ones. It is faster, because continuations of the same context share its keys and
-values, and only continuations get logits.
+It scores, truncates and generates as the package's own class for transformers (HFLM) does with the same weights, so its
+results compare with published ones. It is faster, because continuations of the same context share its keys and values,
+and logits are computed only for continuations.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from utils.nn.lean import lean
 from utils.terminal.progress import CompletionProgress
 
 BATCH_SIZE = 32  # sequences in one pass
-GENERATED = 256  # tokens of an answer, where a task does not say; HFLM has the same
+GENERATED = 256  # tokens of an answer if the task does not say, as in HFLM
 SEED = 1337
 
 
 @dataclass
 class _Stem:
-    """Tokens that one or several continuations begin from.
+    """The context that one or more continuations share.
 
-    tokens: of the context; of a context with only one continuation, all but the last token of both.
+    tokens: those of the context; if there is only one continuation, also its tokens, except for the last.
     """
 
     tokens: list[int]
@@ -46,7 +46,7 @@ class _Stem:
 
     @property
     def branches(self) -> list[_Scored]:
-        """The continuations that need a pass of their own after the stem."""
+        """The continuations that need a further forward pass after the stem."""
         return [] if len(self.members) == 1 else [one for one in self.members if len(one.targets) > 1]
 
     @property
@@ -56,7 +56,7 @@ class _Stem:
 
 @dataclass
 class _Scored:
-    """A continuation that is being scored: its tokens, and what is known of it so far."""
+    """A continuation that is being scored: its tokens, and the result so far."""
 
     targets: list[int]
     logprob: float = 0.0
@@ -71,7 +71,7 @@ class HarnessModel(TemplateLM):
     """The model of a run, for the tasks of lm-evaluation-harness.
 
     Args:
-        batch_size: sequences in one pass; results differ by rounding only (1e-4 nats in float32).
+        batch_size: sequences in one pass; affects results only by rounding (1e-4 nats in float32).
     """
 
     def __init__(self, trained: Trained, batch_size: int = BATCH_SIZE) -> None:
@@ -80,14 +80,14 @@ class HarnessModel(TemplateLM):
         self.model, self._lean = trained.model, lean(trained.model)
         self.max_length = self.model.config.block_size
         self._device = next(self.model.parameters()).device
-        # HFLM lets an answer have 256 tokens, and refuses a shorter context.
+        # HFLM allows answers of 256 tokens, and refuses a shorter context.
         self.max_gen_toks = GENERATED if self.max_length > GENERATED else max(self.max_length // 2, 1)
         end = trained.tokenizer.end_of_text
         self._prefix = start_tokens(trained.tokenizer, "")[-1] if end is None else end
 
     @property
     def eot_token_id(self) -> int:
-        """What stands before a text without a context: the end-of-text token; without one, a line break or token 0."""
+        """The context of a text that has none: the end-of-text token; if there is none, a line break or token 0."""
         return self._prefix
 
     @property
@@ -95,7 +95,7 @@ class HarnessModel(TemplateLM):
         return f"{self.trained.tokenizer.kind}-{self.trained.tokenizer.hash()[:16]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text, without a token before it.
+        """Token ids of a text, without a special token before it.
 
         Raises:
             UserError: part of the text has no token.
@@ -106,7 +106,7 @@ class HarnessModel(TemplateLM):
             raise UserError(f"{self.trained.name} cannot read this task: {error}") from None
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text, in nats: disjoint windows, each token once."""
+        """The log-probability of each whole text, in nats; disjoint windows predict each token once."""
         windows = []
         for number, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -118,11 +118,11 @@ class HarnessModel(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        """The log-probability of each continuation, and whether it is what greedy decoding gives.
+        """The log-probability of each continuation, and whether greedy decoding gives it.
 
         Args:
-            requests: (anything, tokens of the context, tokens of the continuation). What exceeds the context of the
-                model is cut from the left.
+            requests: (anything, tokens of the context, tokens of the continuation). If both are too long for the model,
+                they are truncated from the left.
         """
         stems: dict[tuple[int, ...], _Stem] = {}
         scored = []
@@ -148,7 +148,7 @@ class HarnessModel(TemplateLM):
         return [(one.logprob, one.greedy) for one in scored]
 
     def _batches(self, stems: list[_Stem]) -> Iterator[list[_Stem]]:
-        """Stems of similar length, the longest first. Padded branches still fit into the context."""
+        """Batches of stems of similar length, the longest first, such that padded branches fit into the context."""
         batch: list[_Stem] = []
         longest = 0
         for stem in sorted(stems, key=lambda stem: (-len(stem.tokens), -stem.longest_branch)):
@@ -164,29 +164,34 @@ class HarnessModel(TemplateLM):
 
     @torch.inference_mode()
     def _score(self, batch: list[_Stem]) -> None:
-        """Score the continuations of some stems."""
+        """Score the continuations of a batch of stems."""
         idx, lengths = padded([stem.tokens for stem in batch], self._device)  # (B, T)
         has_branches = any(stem.branches for stem in batch)
         cache = new_cache(self.model, len(batch), idx.size(1)) if has_branches else None
         hidden = self._lean.hidden(idx, cache, lengths if cache is not None else None)  # (B, T, C)
-        places = []  # row, first of the hidden states that give the targets, continuation, targets
+        places = []  # row, position of the first hidden state that predicts a target, continuation, targets
         for row, (stem, length) in enumerate(zip(batch, lengths, strict=True)):
             for one in stem.members:
                 targets = one.targets if len(stem.members) == 1 else one.targets[:1]
                 places.append((row, length - len(targets), one, targets))
-        self._judge(hidden, places)
+        self._add_logprobs(hidden, places)
         if cache is not None:
             pairs = [(row, one) for row, stem in enumerate(batch) for one in stem.branches]
-            pairs.sort(key=lambda pair: len(pair[1].targets))  # so that little is padding
+            pairs.sort(key=lambda pair: len(pair[1].targets))  # so that there is little padding
             for first in range(0, len(pairs), self.batch_size):
                 part = pairs[first : first + self.batch_size]
                 idx, _ = padded([one.targets[:-1] for _, one in part], self._device)
                 branch = branched(self.model, cache, [row for row, _ in part], idx.size(1))
                 hidden = self._lean.hidden(idx, branch)
-                self._judge(hidden, [(row, 0, one, one.targets[1:]) for row, (_, one) in enumerate(part)])
+                self._add_logprobs(hidden, [(row, 0, one, one.targets[1:]) for row, (_, one) in enumerate(part)])
 
-    def _judge(self, hidden: torch.Tensor, places: Sequence[tuple[int, int, _Scored, Sequence[int]]]) -> None:
-        """Add the targets' log-probabilities, given the input of the head, hidden (B, T, C), from their places on."""
+    def _add_logprobs(self, hidden: torch.Tensor, places: Sequence[tuple[int, int, _Scored, Sequence[int]]]) -> None:
+        """Add the log-probabilities of targets to their continuations.
+
+        Args:
+            hidden: (B, T, C), the input of the output head.
+            places: row and position of the hidden state that predicts the first target, continuation, targets.
+        """
         device = hidden.device
         rows = torch.tensor([row for row, _, _, targets in places for _ in targets], device=device)
         columns = torch.tensor(
@@ -208,7 +213,7 @@ class HarnessModel(TemplateLM):
             begin = end
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text after each context, up to a stop string or the end-of-text token; greedy unless a task samples."""
+        """The text generated after each context, up to a stop string or end-of-text; greedy unless the task samples."""
         found = [""] * len(requests)
         groups: dict[str, list[tuple[list[int], int]]] = {}
         for number, request in enumerate(requests):
@@ -229,11 +234,11 @@ class HarnessModel(TemplateLM):
     def _generate(
         self, contexts: Sequence[list[int]], settings: dict[str, Any], numbers: Sequence[int]
     ) -> tuple[list[str], int]:
-        """The texts after some contexts, and the number of tokens in all of them.
+        """The texts generated after the contexts, and their total number of tokens.
 
         Args:
-            settings: of the task, as `normalize_gen_kwargs` returns them.
-            numbers: of the requests, for the random streams of a task that samples.
+            settings: settings of the task, as `normalize_gen_kwargs` returns them.
+            numbers: numbers of the requests, which seed the sampling.
         """
         tokenizer, count = self.trained.tokenizer, int(settings["max_gen_toks"])
         if not 0 < count < self.max_length:
@@ -264,7 +269,7 @@ class HarnessModel(TemplateLM):
 
 
 def branched(model: LanguageModel, cache: KVCache, rows: Sequence[int], more: int) -> KVCache:
-    """A cache that continues these rows of `cache`, one of them several times, with room for `more` tokens of each."""
+    """A new cache with copies of these rows of `cache`, which may repeat, and room for `more` tokens in each."""
     lengths = [cache.lengths[row] for row in rows]
     longest = max(lengths)
     branch = new_cache(model, len(rows), longest + more)

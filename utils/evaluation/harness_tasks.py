@@ -1,4 +1,4 @@
-"""The tasks of lm-evaluation-harness: finding them and their data, running them, and what is recorded and printed."""
+"""The tasks of lm-evaluation-harness: finding them and their data, running them, recording and printing the results."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from utils.evaluation.weights import Trained
 from utils.terminal.tables import plain_table
 from utils.terminal.words import counted, one_line
 
-TINY_TASKS = Path(__file__).with_name("tiny_tasks")  # three of our own, of one kind each
-FORMATS = {"arrow", "csv", "json", "parquet", "text"}  # a task that names one of these brings its own files
-SEED, FEW_SHOT_SEED = 0, 1234  # of lm_eval: they choose the examples of few-shot questions
-COUNTS = ("sample_len", "sample_count")  # among the results of a task: no metrics
-ACCURACIES = ("acc", "exact_match", "em")  # what counts as the accuracy of a task, the first that it has
+TINY_TASKS = Path(__file__).with_name("tiny_tasks")  # three tasks of the workbench, each of a different kind
+FORMATS = {"arrow", "csv", "json", "parquet", "text"}  # a task whose dataset is one of these brings its own files
+SEED, FEW_SHOT_SEED = 0, 1234  # the defaults of lm_eval, which choose the few-shot examples
+COUNTS = ("sample_len", "sample_count")  # results of a task that are not metrics
+ACCURACIES = ("acc", "exact_match", "em")  # the first of these that a task has is recorded as its accuracy
 
 
 def require_harness() -> None:
-    """Make the package lm_eval quiet, before it is imported.
+    """Check that the package lm_eval is installed, and silence it before it is imported.
 
     Raises:
         UserError: it is not installed.
@@ -55,12 +55,12 @@ class HarnessTasks:
     """Tasks and groups of tasks by name.
 
     Args:
-        names: as lm-evaluation-harness knows them, or `tiny_choice`, `tiny_text` and `tiny_answer`, which ship here.
-        folder: where data sets are looked for: FOLDER/ORGANISATION/NAME or FOLDER/NAME. None: in the cache of the
-            Hugging Face hub, then on the hub.
+        names: names of lm-evaluation-harness, or `tiny_choice`, `tiny_text` and `tiny_answer` of the workbench.
+        folder: the folder from which datasets are read, as FOLDER/ORGANISATION/NAME or FOLDER/NAME; None to use the
+            cache of the Hugging Face hub, and then the hub.
 
     Raises:
-        UserError: an unknown name.
+        UserError: a name is unknown.
     """
 
     def __init__(self, names: Sequence[str], folder: Path | None = None) -> None:
@@ -82,8 +82,8 @@ class HarnessTasks:
         """Evaluate a model on all tasks; returns a record for each task and group (utils/runs/evaluations.py).
 
         Args:
-            few_shot: examples before each question; None: as many as the task says.
-            limit: evaluate the first N documents of each task only.
+            few_shot: number of examples before each question; None for that of the task.
+            limit: evaluate only the first `limit` documents of each task.
 
         Raises:
             UserError: the data of a task cannot be read or has too few examples, or the model cannot read or answer it.
@@ -99,16 +99,16 @@ class HarnessTasks:
                 configure(task, few_shot)
             random.seed(SEED)
             np.random.seed(FEW_SHOT_SEED)
-            found = evaluate(model, loaded, limit=limit, bootstrap_iters=0)  # no errors by bootstrap: they take minutes
+            found = evaluate(model, loaded, limit=limit, bootstrap_iters=0)  # bootstrapped errors would take minutes
         assert found is not None
         settings = {"batch_size": batch_size, "limit": limit, "seconds": round(time.perf_counter() - began, 3)}
         return [task_record(trained, name, found, settings) for name in found["results"]]
 
     def _load(self) -> list[Any]:
-        """The tasks with their data, and groups of them.
+        """Load the tasks and groups, with their data.
 
         Raises:
-            UserError: their data cannot be read.
+            UserError: the data of a task cannot be loaded.
         """
         loaded: list[Any] = []
         for name in self.names:
@@ -116,10 +116,10 @@ class HarnessTasks:
                 built = self._manager._load_spec(name)
             except UserError:
                 raise
-            except Exception as error:  # of the hub, of a file, of the task
+            except Exception as error:  # from the hub, from a file, or from the code of the task
                 if is_out_of_memory(error):
                     raise
-                hint = "" if self._folder else "; --task-data DIR reads data sets from a folder"
+                hint = "" if self._folder else "; --task-data DIR reads the data from a folder"
                 raise UserError(f"{name}: its data cannot be loaded: {first_line(error)}{hint}") from None
             loaded += built if isinstance(built, list) else [built]
         return loaded
@@ -127,7 +127,7 @@ class HarnessTasks:
 
 @functools.cache
 def task_manager(everything: bool) -> Any:
-    """lm_eval's TaskManager of our own tasks; of `everything`: also of the package's, which takes seconds to index."""
+    """lm_eval's TaskManager for the workbench's tasks and, with `everything`, the package's: indexing takes seconds."""
     require_harness()
     from lm_eval.tasks import TaskManager
 
@@ -136,7 +136,7 @@ def task_manager(everything: bool) -> Any:
 
 @contextlib.contextmanager
 def local_data(folder: Path | None) -> Iterator[None]:
-    """Inside the block, the package datasets reads the data sets of tasks from a folder, and of our own tasks."""
+    """Inside the block, the package datasets reads the data of tasks from `folder`, if given, and from TINY_TASKS."""
     import datasets
 
     original = datasets.load_dataset
@@ -153,7 +153,7 @@ def local_data(folder: Path | None) -> Iterator[None]:
         if folder is None:
             return original(path=path, name=name, **options)
         raise UserError(
-            f"{folder} has no data set {path}: expected {folder / path} (hf download --repo-type dataset {path} "
+            f"{folder} has no dataset {path}: expected {folder / path} (hf download --repo-type dataset {path} "
             f"--local-dir {folder / path})"
         )
 
@@ -166,7 +166,7 @@ def local_data(folder: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def package_evaluate() -> Iterator[None]:
-    """Inside the block, `import evaluate` finds the package of metrics that tasks expect, and not our evaluate.py."""
+    """Inside the block, `import evaluate` imports the metrics package that tasks expect, and not evaluate.py."""
     ours, path = sys.modules.pop("evaluate", None), sys.path
     sys.path = [place for place in path if not (Path(place) / "evaluate.py").is_file()]
     try:
@@ -183,7 +183,7 @@ def package_evaluate() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Inside the block, lm_eval shows no bars of its own: evaluate.py shows one."""
+    """Inside the block, lm_eval shows no progress bars, because evaluate.py shows one."""
     modules = [importlib.import_module(f"lm_eval.api.{name}") for name in ("model", "task")]
     before = [module.tqdm for module in modules]
     for module in modules:
@@ -196,15 +196,15 @@ def quiet_bars() -> Iterator[None]:
 
 
 def configure(task: Any, few_shot: int | None) -> None:
-    """Set the examples before each question, as lm_eval's own command does: a task that says 0 keeps it.
+    """Set the number of examples before each question, as lm_eval's command does: a task that specifies 0 keeps it.
 
     Raises:
-        UserError: the task does not have so many.
+        UserError: the task has fewer examples.
     """
     own = task.get_config("num_fewshot")
     if few_shot is not None and own != 0:
         task.set_config(key="num_fewshot", value=few_shot)
-        if few_shot and task.OUTPUT_TYPE != "loglikelihood_rolling":  # of a text, which has no examples
+        if few_shot and task.OUTPUT_TYPE != "loglikelihood_rolling":  # a text has no examples
             own_question = task.fewshot_cfg.split is not None and task.fewshot_cfg.split == task.config.test_split
             if few_shot > (examples := len(task.fewshot_docs()) - own_question):
                 raise UserError(
@@ -216,10 +216,10 @@ def configure(task: Any, few_shot: int | None) -> None:
 
 
 def task_hash(name: str, found: Mapping[str, Any]) -> str:
-    """sha256 of the documents, prompts and targets of a task, as lm_eval computes it; of a group, of its tasks' hashes.
+    """sha256 of the documents, prompts and targets of a task, as in lm_eval; for a group, of the hashes of its tasks.
 
     Args:
-        found: what lm_eval's `evaluate` returns.
+        found: the result of lm_eval's `evaluate`.
     """
     if name in found["samples"]:
         parts = [s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in found["samples"][name]]
@@ -229,11 +229,11 @@ def task_hash(name: str, found: Mapping[str, Any]) -> str:
 
 
 def task_record(trained: Trained, name: str, found: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What is recorded of one task or group.
+    """The record of the results of one task or group.
 
     Args:
-        found: what lm_eval's `evaluate` returns.
-        settings: how it was evaluated.
+        found: the result of lm_eval's `evaluate`.
+        settings: how the task was evaluated; added to the record.
     """
     metrics, errors, directions = {}, {}, {}
     known_directions = found["higher_is_better"].get(name) or {}
@@ -273,7 +273,7 @@ def tasks_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> 
     """A table with a row for each metric of a task and a column for each run, the best value in bold.
 
     Args:
-        names: of the runs, one for each record.
+        names: the name of the run of each record.
     """
     runs = list(dict.fromkeys(names))
     by_task: dict[str, dict[str, Mapping[str, Any]]] = {}
@@ -299,13 +299,13 @@ def tasks_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> 
             table.add_row(*(head if place == 0 else ("", metric, "", "")), *cells)
     yield table
     if any(len({record["data_hash"] for record in of_runs.values()}) > 1 for of_runs in by_task.values()):
-        yield Text("The runs were evaluated on different documents: their results do not compare.", style="yellow")
+        yield Text("The runs were evaluated on different documents: their results are not comparable.", style="yellow")
 
 
 def error_of_mean(values: Sequence[Any], mean: float) -> float | None:
-    """The standard error of a metric that is the mean of one number for each document, as lm_eval computes it.
+    """The standard error of a metric that is the mean of a number per document, as lm_eval computes it.
 
-    None for another metric, and for fewer than two documents.
+    None for any other metric, and for fewer than two documents.
     """
     numbers = [float(value) for value in values if isinstance(value, int | float)]
     if len(numbers) < max(2, len(values)) or not math.isclose(statistics.fmean(numbers), mean, abs_tol=1e-9):
@@ -314,11 +314,11 @@ def error_of_mean(values: Sequence[Any], mean: float) -> float | None:
 
 
 def recorded_error(metric: str, record: Mapping[str, Any]) -> float:
-    """The standard error of a metric in the record of a task; 0 where it is not known."""
+    """The standard error of a metric in the record of a task; 0 if it is not known."""
     return float((record.get("errors") or {}).get(metric, 0.0))
 
 
 def is_higher_better(metric: str, record: Mapping[str, Any]) -> bool | None:
-    """As the task says; None where it does not, or neither direction is better."""
+    """Whether higher is better, according to the task; None if it does not say, or if neither is better."""
     direction = (record.get("higher_is_better") or {}).get(metric)
     return None if direction is None else bool(direction)

@@ -1,4 +1,4 @@
-"""The picture of the task arithmetic: which characters are taken for which, and accuracy by operator and digits."""
+"""The picture of the task arithmetic: confusion matrix of characters, and accuracy by operator and digits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def arithmetic_picture(name: str, answers: Sequence[Answer], record: Mapping[str, Any], kind: str = "png") -> bytes:
-    """The picture of the answers of a run, as a PNG or SVG file.
+    """Draw the picture of a run's answers; returns the content of a PNG or SVG file.
 
     Args:
-        record: of `task_record`.
+        record: the result of `task_record`.
     """
     with new_figure(11, 5, dpi=110) as figure:
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -29,7 +29,7 @@ def arithmetic_picture(name: str, answers: Sequence[Answer], record: Mapping[str
 
 
 def _draw_confusion(axes: Axes, answers: Sequence[Answer]) -> None:
-    """The share of each character of the right answers that was given as each character."""
+    """Draw the confusion matrix; colours show which fraction of each right character was given as each character."""
     counts = confusion(answers)
     order = [*(c for c in "0123456789-" if any(c in pair for pair in counts)), END]
     table = np.array([[counts[expected, given] for given in order] for expected in order], dtype=float)
@@ -45,7 +45,7 @@ def _draw_confusion(axes: Axes, answers: Sequence[Answer]) -> None:
 
 
 def _draw_accuracy(axes: Axes, by: Mapping[str, Mapping[str, Sequence[int]]]) -> None:
-    """The share of right answers of each operator by the digits of the longest operand."""
+    """Draw the fraction of right answers for each operator and each number of digits of the longest operand."""
     digits = sorted({int(number) for cells in by.values() for number in cells})
     shares = np.full((len(by), len(digits)), np.nan)
     for row, cells in enumerate(by.values()):

@@ -1,4 +1,4 @@
-"""What evaluate.py prints and records of the scores of a text."""
+"""The records and tables of evaluate.py for the scores of a text."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from utils.runs.run import utc_now
 from utils.terminal.tables import plain_table
 from utils.terminal.words import one_line
 
-SAME_BYTES = 256  # a text's first token, which is not predicted, has fewer
-OTHER_TEXTS = "The runs were evaluated on different texts: their results do not compare."
-OTHER_SPLITS = "The validation splits begin at different places of the text, because their tokens differ."
+SAME_BYTES = 256  # the same text may differ by fewer bytes, those of its first token, which is not predicted
+OTHER_TEXTS = "The runs were evaluated on different texts: their results are not comparable."
+OTHER_SPLITS = "The validation splits begin at different places of the text, because the tokenizers differ."
 OTHER_TOKENIZERS = "The tokenizers differ: compare bits per byte. Loss and perplexity are per token."
 
 
 def evaluation_record(trained: Trained, data: str, data_hash: str) -> dict[str, Any]:
-    """What every evaluation of a model has (utils/runs/evaluations.py); its results follow."""
+    """The fields that the record of every evaluation begins with (utils/runs/evaluations.py)."""
     return {
         "time": utc_now(),
         "step": trained.step,
@@ -35,10 +35,10 @@ def evaluation_record(trained: Trained, data: str, data_hash: str) -> dict[str, 
 
 
 def score_record(score: Score, without: Score | None, block_size: int, stride: int) -> dict[str, Any]:
-    """The results of a score, and the windows that it was made with.
+    """The fields of a record for a score, and for the windows with which it was computed.
 
     Args:
-        without: the score without leaked documents; None: there are none.
+        without: the score without leaked documents; None if there are none.
     """
     leaks = {}
     if without is not None:
@@ -57,19 +57,18 @@ def score_record(score: Score, without: Score | None, block_size: int, stride: i
 
 
 def comparison_notes(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What a person should know before comparing the results of several runs."""
+    """Warnings for users who compare the results of several runs."""
+    sizes = [record["bytes"] for record in records if "bytes" in record]
     if len({record["data_hash"] for record in records}) > 1:
         yield OTHER_TEXTS
-    elif (sizes := [record["bytes"] for record in records if "bytes" in record]) and max(sizes) - min(
-        sizes
-    ) >= SAME_BYTES:
+    elif sizes and max(sizes) - min(sizes) >= SAME_BYTES:
         yield OTHER_SPLITS
     if len({record["tokenizer_hash"] for record in records}) > 1:
         yield OTHER_TOKENIZERS
 
 
 def scores_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Iterator[RenderableType]:
-    """A table with a row for each run, the best one in bold if they compare."""
+    """A table with a row for each run; the best value is bold if the runs are comparable."""
     data = dict.fromkeys(record["data"] for record in records)
     yield Text(", ".join(map(one_line, data)), style="bold")
     notes = list(comparison_notes(records))
@@ -96,7 +95,7 @@ def scores_screen(names: Sequence[str], records: Sequence[Mapping[str, Any]]) ->
 
 
 def window_lines(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The windows of all runs, or those of each where they differ."""
+    """The windows of all runs, or, if they differ, of each run."""
     windows = [f"{record['block_size']:,} tokens, advancing by {record['stride']:,}" for record in records]
     if len(set(windows)) == 1:
         yield f"each token is predicted once, in windows of {windows[0]}"

@@ -1,4 +1,4 @@
-"""What is scored: a text, or the validation split of a prepared dataset or of the corpus a run was trained on."""
+"""The data that is scored: a text, or the validation split of a prepared dataset or of the corpus of a run."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ from utils.packing.prepared import Prepared, verify_shards
 from utils.preparation.arithmetic import with_problems
 from utils.runs.find import moved_path
 
-TOKENS_AT_ONCE = 1 << 22  # whose bytes are counted
+TOKENS_AT_ONCE = 1 << 22  # tokens whose bytes are counted at a time
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is scored, in the tokens of one model.
+    """The data, in the tokens of one model.
 
-    ids: (n,), which may be memory-mapped.
-    bytes: of the text that all but the first stand for.
-    has_documents: whether the end-of-text token begins each document.
-    leaked: whether the token at each place is in a document that nearly equals one of training; None: none is.
+    ids: (n,), may be memory-mapped.
+    bytes: bytes of text that all tokens but the first stand for.
+    has_documents: whether each document begins with the end-of-text token.
+    leaked: tells whether the token at each place is in a document that nearly equals a training document; None if there
+        is no such document.
     """
 
     ids: np.ndarray | Joined
@@ -44,7 +45,7 @@ class Tokens:
 
 
 class Data(Protocol):
-    """What is evaluated. hash: of its content."""
+    """The data of an evaluation. hash: hash of its content."""
 
     @property
     def name(self) -> str: ...
@@ -53,7 +54,7 @@ class Data(Protocol):
     def hash(self) -> str: ...
 
     def tokens(self, trained: Trained) -> Tokens:
-        """Those of a model's tokenizer.
+        """The data in the tokens of a model.
 
         Raises:
             UserError: part of the text has no token; the message names the place.
@@ -63,7 +64,7 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """A whole text, which any tokenizer can read. hash: its sha256."""
+    """A whole text, for a model with any tokenizer. hash: its sha256."""
 
     name: str
     text: str
@@ -81,8 +82,8 @@ class Text:
 
 
 @dataclass(frozen=True)
-class EndOfCorpus:
-    """The validation split of a text, in the tokens of its corpus."""
+class ValidationText:
+    """The validation split of a text, in the tokens of the corpus."""
 
     name: str
     corpus: Corpus
@@ -98,7 +99,7 @@ class EndOfCorpus:
 
 @dataclass(frozen=True)
 class ValidationDocuments:
-    """The validation split of a prepared dataset: its tokens, or its text for a model with another tokenizer."""
+    """The validation split of a prepared dataset: its tokens, or, for a model with another tokenizer, its text."""
 
     name: str
     prepared: Prepared
@@ -110,8 +111,8 @@ class ValidationDocuments:
     def tokens(self, trained: Trained) -> Tokens:
         documents, leaks, tokenizer = self.prepared.documents["val"], self.prepared.leaks, trained.tokenizer
         if tokenizer.hash() == self.prepared.dataset.tokenizer_hash:
-            n_bytes = self.prepared.dataset.splits["val"].bytes  # the first token begins a document: it has none
-            return Tokens(documents.tokens, n_bytes, True, leaks.have if len(leaks) else None)
+            n_bytes = self.prepared.dataset.splits["val"].bytes  # the first token, end-of-text, has none of them
+            return Tokens(documents.tokens, n_bytes, True, leaks.contain if len(leaks) else None)
         parts, n_bytes = [], 0
         for number, (start, length) in enumerate(zip(*documents.bounds(np.arange(len(documents))), strict=True)):
             text = self.prepared.tokenizer.decode(np.asarray(documents.tokens[start + 1 : start + length]))
@@ -129,15 +130,16 @@ class ValidationDocuments:
 
 
 def _bytes_of(ids: np.ndarray | Joined, byte_counts: np.ndarray) -> int:
-    """Bytes of all tokens but the first."""
+    """Bytes of text that all tokens but the first stand for."""
     parts = (np.asarray(ids[start : start + TOKENS_AT_ONCE]) for start in range(1, len(ids), TOKENS_AT_ONCE))
     return round(sum(float(byte_counts[part].sum()) for part in parts))
 
 
 def named_data(data: str, config: DataConfig, root: Path) -> Data:
-    """A registered corpus, a prepared dataset, a file or a folder.
+    """The data that --data names: a registered corpus, a prepared dataset, a file or a folder.
 
     Args:
+        config: gives the folders of corpora and datasets.
         root: the folder of the project.
 
     Raises:
@@ -158,12 +160,12 @@ def own_data(trained: Trained, config: DataConfig, root: Path, report: Callable[
     """The validation split of the corpus that a run was trained on.
 
     Args:
-        config: has the folders.
+        config: gives the folders of corpora and datasets.
         root: the folder of the project.
         report: prints one line to the user.
 
     Raises:
-        UserError: it is not known, cannot be read, or is no longer the text that the run was trained on.
+        UserError: the corpus is not known, cannot be read, or has changed since the run was trained.
     """
     settings = trained.settings()
     known = {
@@ -181,18 +183,18 @@ def own_data(trained: Trained, config: DataConfig, root: Path, report: Callable[
     name = f"val of {dataset if dataset in NAMES else Path(dataset).name}"
     if data.loss_after is not None:
         report(f"{trained.name}: here every token counts, not only what follows {data.loss_after!r} in a document")
-    return EndOfCorpus(name, corpus) if corpus.prepared is None else ValidationDocuments(name, corpus.prepared)
+    return ValidationText(name, corpus) if corpus.prepared is None else ValidationDocuments(name, corpus.prepared)
 
 
 class WithoutLeaks:
-    """The loss over the tokens that are in no leaked document."""
+    """The score over the tokens that are not in leaked documents."""
 
     def __init__(self, tokens: Tokens, byte_counts: np.ndarray) -> None:
         self._tokens, self._byte_counts = tokens, byte_counts
-        self.total, self.count, self.bytes, self.all_bytes = 0.0, 0, 0, 0  # all_bytes: with leaked documents
+        self.total, self.count, self.bytes, self.all_bytes = 0.0, 0, 0, 0  # all_bytes: of all tokens
 
     def add(self, first: int, losses: np.ndarray) -> None:
-        """Losses of the tokens from the place `first` on."""
+        """Add the losses of the tokens from place `first` on."""
         assert self._tokens.leaked is not None
         kept = ~self._tokens.leaked(np.arange(first, first + len(losses)))
         counts = self._byte_counts[np.asarray(self._tokens.ids[first : first + len(losses)])]
@@ -202,7 +204,7 @@ class WithoutLeaks:
         self.all_bytes += int(counts.sum())
 
     def score(self) -> Score:
-        """Its bytes are scaled as those of all tokens are, where the tokenizer does not keep the text."""
+        """The score. If the tokenizer is not lossless, its bytes are scaled like those of all tokens."""
         n_bytes = round(self.bytes * (self._tokens.bytes / max(self.all_bytes, 1)))
         return Score(self.total / max(self.count, 1), self.count, max(n_bytes, 1), 0.0)
 
@@ -210,13 +212,13 @@ class WithoutLeaks:
 def score_data(
     trained: Trained, tokens: Tokens, stride: int | None, watch: Callable[[int], None]
 ) -> tuple[Score, Score | None]:
-    """How well a model predicts tokens, each once; and without leaked documents, if there are any.
+    """Score tokens, predicting each once. The second score leaves out leaked documents; None if there are none.
 
     Args:
         watch: called with the number of tokens that were just scored.
 
     Raises:
-        UserError: fewer than two tokens.
+        UserError: there are fewer than two tokens.
     """
     without = None if tokens.leaked is None else WithoutLeaks(tokens, trained.tokenizer.byte_counts())
 

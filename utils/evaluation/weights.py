@@ -1,4 +1,4 @@
-"""The model of a run: its export, or a checkpoint while there is none."""
+"""Loads the model of a run: its export, or a checkpoint if it has none yet."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from utils.runs.run import read_record
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in eval mode, and where it comes from.
+    """A trained model in eval mode, and its origin.
 
     run: the run directory; None for an export that was copied without it.
-    name: of the run, for people.
-    step: updates that the weights have seen, where that is known.
-    weights: float32, bfloat16 or int8.
-    document_token: `LanguageModel.document_token` in training, with which each text began.
+    name: name of the run, for messages.
+    step: number of updates of the weights, if known.
+    weights: precision of the weights: float32, bfloat16 or int8.
+    document_token: `LanguageModel.document_token` in training, the token that each text began with.
     """
 
     model: LanguageModel
@@ -46,10 +46,10 @@ class Trained:
     document_token: int | None = None
 
     def settings(self) -> dict[str, Any]:
-        """The settings of the run by leaf name.
+        """The settings of the run, by leaf name.
 
         Raises:
-            UserError: there are none, or they cannot be read.
+            UserError: the export has no run, or the settings cannot be read.
         """
         if self.run is None:
             raise UserError(f"{self.name}: an export without its run has no data of its own")
@@ -59,12 +59,12 @@ class Trained:
             raise UserError(f"{self.name}: its settings cannot be read: {error}") from None
 
     def check_corpus(self, corpus_hash: str, remedy: str) -> None:
-        """Raises UserError unless the run was trained on the corpus of this hash."""
+        """Raises UserError if the run is known to have been trained on a corpus with another hash."""
         record = read_record(self.run) if self.run is not None else {}
         recorded = (record.get("resolved") or {}).get("corpus_hash")
         if recorded not in (None, corpus_hash):
             found = f"sha256 {corpus_hash[:12]}..., not {str(recorded)[:12]}..."
-            raise UserError(f"{self.name}: its data is not what it was trained on any more ({found}); {remedy}")
+            raise UserError(f"{self.name}: its data has changed since it was trained ({found}); {remedy}")
 
 
 def load_trained(
@@ -75,14 +75,14 @@ def load_trained(
     checkpoint: str | None = None,
     report: Callable[[str], None] = lambda message: None,
 ) -> Trained:
-    """The model of the run that `name` names, or the export at that path.
+    """Load the model of the run `name`, or the export at the path `name`.
 
     Args:
-        checkpoint: `latest`, `best` or a step; None: the export, or the newest checkpoint of a run without one.
+        checkpoint: `latest`, `best` or a step; None for the export or, if the run has none, the newest checkpoint.
         report: prints one line to the user.
 
     Raises:
-        UserError: no such run, export or checkpoint, or it is damaged.
+        UserError: there is no such run, export or checkpoint, or it is damaged.
     """
     place = Path(expand_home(name))
     if name and is_export(place):
@@ -107,7 +107,7 @@ def load_trained(
         model = LanguageModel(ModelConfig.model_validate(chosen.state["model"]), tokenizer.vocab_size)
         model.load_state_dict(chosen.weights)
         model, step, title = model.to(device).eval(), chosen.step, run.name
-        with contextlib.suppress(OSError, ValueError, RecursionError):  # without its settings, as by default
+        with contextlib.suppress(OSError, ValueError, RecursionError):  # without settings, assume the default
             packed = read_settings(run).get("packing", "random") != "random"
         document_token = tokenizer.end_of_text if packed else None
     return Trained(

@@ -1,4 +1,4 @@
-"""The curves of a group of seeds as one: their mean, and a band of one standard deviation around it."""
+"""The curves of a group of seeds summarised as their mean and a band of one standard deviation around it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from utils.experiments.curve import Axis, Curve
 
-POINTS = 400  # of a band
+POINTS = 400  # about so many places of a band
 
 
 @dataclass(frozen=True)
 class Band:
-    """At each of `places`, the mean over the runs of a group, and it plus and minus the standard deviation."""
+    """The mean over the runs of a group at each of `places`, and the mean minus and plus the standard deviation."""
 
     places: list[float]
     mean: list[float]
@@ -23,7 +23,7 @@ class Band:
 
 
 def band(curves: Sequence[Curve], axis: Axis) -> Band:
-    """The band of these curves on an axis, at places of the first one that all of them have reached."""
+    """The band of these curves on an axis, at those places of the first curve that lie within all of them."""
     found = Band([], [], [], [])
     if len(curves) < 2 or not all(curve.values for curve in curves):
         return found

@@ -1,9 +1,9 @@
 """Bisection: which commit, or which settings together, make the difference between two experiments?
 
-Settings and code that differ are changes of the good experiment; delta debugging finds the smallest set of them that
-makes it behave as the bad one. If the code is in it, a binary search finds the first commit. What each trial behaves as
-is decided by bits (does it log the same numbers as the good one?) or by the loss (a sequential test against the middle
-between the two).
+The settings and the code that differ are treated as changes of the good experiment; delta debugging finds the smallest
+set of changes that makes it behave like the bad one. If the code is in the set, a binary search finds the first bad
+commit. A trial is judged by bits (does it log the same numbers as the good one?) or by the loss (a sequential test
+against the midpoint between the two).
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from utils.runs.index import IndexedRun
 from utils.terminal.words import printable, setting_text
 
 Oracle = Literal["bits", "loss"]
-BISECT_SEEDS = 3  # of each trial, for the loss
-CODE = "code"  # the name of the change that is the code
+BISECT_SEEDS = 3  # for each trial, if it is judged by the loss
+CODE = "code"  # the change from the good code to the bad code; all others are named after a setting
 
 
 @dataclass(frozen=True)
 class Bisection:
-    """What makes the difference.
+    """What makes the difference between two experiments.
 
-    settings: name -> (good value, bad value); code: whether the code is needed, too.
-    commit: the first that is bad, with its subject; None if the code makes no difference, or none can be named.
+    settings: name -> (good value, bad value); code: whether the code is needed too.
+    commit: the first bad commit, with its subject; None if the code makes no difference, or no commit can be named.
     doubtful: commits before it that could not be judged.
     trials: number of variants that were judged.
+    trained: number of runs that were trained; seconds: how long the bisection took.
     problem: why nothing was found.
-    environment: what differs in it; it is not tried.
+    environment: facts that differ in the environment, which is not varied.
     """
 
     good: str
@@ -75,13 +76,13 @@ def bisect(
     """Find the commit or the settings that make the difference between two experiments, training what is missing.
 
     Args:
-        oracle: by default bits where no setting differs, else the loss.
-        metric: for the loss.
-        seeds: of each trial, for the loss; with fewer than three, the nearer of the two counts.
-        settings: of both, where neither is a run.
+        oracle: how trials are judged; by default by bits if no setting differs, and by the loss otherwise.
+        metric: the metric that the loss oracle compares.
+        seeds: seeds of each trial for the loss; with fewer than three, the nearer of the two experiments wins.
+        settings: settings of both, if neither is a run.
 
     Raises:
-        UserError: the two cannot be compared, or do not differ.
+        UserError: the two cannot be compared.
     """
     with raise_on_signals(), tempfile.TemporaryDirectory(prefix="bisect-") as folder:
         subjects = Subjects(root, runs_dir, Path(folder), trusted)
@@ -93,7 +94,7 @@ def bisect(
 
 
 class Bisector:
-    """One bisection: the changes between two experiments, and what variants of the good one behave as."""
+    """One bisection: the changes between two experiments, and the trials of variants of the good one."""
 
     def __init__(self, subjects: Subjects, trials: Trials, good: Experiment, bad: Experiment) -> None:
         self.subjects, self.trials, self.good, self.bad = subjects, trials, good, bad
@@ -110,12 +111,12 @@ class Bisector:
         facts["environment"] = environment
         if not self.changes:
             return Bisection(**facts, problem="no setting and no code differs")
-        self.trials.one_text = chosen == "loss"  # else another text is one of the differences that are looked for
+        self.trials.one_text = chosen == "loss"  # by bits, another text counts as a difference
         judge = Bits(self, seeds=1) if chosen == "bits" else Losses(self, metric, seeds)
         try:
             problem = judge.prepare()
             if problem is None and judge.outcome(self.variant(self.changes)) != "bad":
-                problem = "the good one with all settings and the code of the bad one does not behave as the bad one"
+                problem = "with all settings and the code of the bad one, the good one does not behave like the bad one"
             if problem is not None:
                 return Bisection(**facts, **self._cost(), problem=problem)
             needed = smallest_set(self.changes, lambda some: judge.outcome(self.variant(some)))
@@ -132,7 +133,7 @@ class Bisector:
         return {"trials": self.count, "trained": trained, "seconds": seconds}
 
     def variant(self, changes: Sequence[str], code: Code | None = None) -> Experiment | None:
-        """The good experiment with some of the changes; None if its configuration is not valid."""
+        """The good experiment with some of the changes; None if the configuration is not valid."""
         settings = {key: self.settings[key][1] for key in changes if key != CODE}
         if code is None:
             code = self.bad.source if CODE in changes else self.good.source
@@ -145,7 +146,7 @@ class Bisector:
             return None
 
     def _first_commit(self, settings: list[str], judge: Judge) -> tuple[str | None, list[str]]:
-        """The first bad commit between the two, and those before it that could not be judged."""
+        """The first bad commit between the two, and the commits before it that could not be judged."""
         codes = self._codes()
         if codes is None:
             return None, []
@@ -153,7 +154,10 @@ class Bisector:
         return codes[bad].name, [code.name for code in codes[good + 1 : bad]]
 
     def _codes(self) -> list[Code] | None:
-        """The code of the good one, of each commit on the way, and of the bad one; None if there is no way."""
+        """The good code, the code of each commit in between, and the bad code, in order.
+
+        None if git does not know one of them, or the good commit is not an ancestor of the bad one.
+        """
         good, bad = self.good.source, self.bad.source
         if good.commit is None or bad.commit is None:
             return None
@@ -161,7 +165,7 @@ class Bisector:
             status, *_ = repo.git.merge_base(
                 good.commit, bad.commit, is_ancestor=True, with_extended_output=True, with_exceptions=False
             )
-            if status != 0:  # 1: not an ancestor; above: one of them is not here
+            if status != 0:  # 1: not an ancestor; higher: a commit is missing here
                 return None
             listing = repo.git.log("--first-parent", "--reverse", "--format=%H %s", f"{good.commit}..{bad.commit}")
         commits = [Code(line.split(" ", 1)[0], b"", f"{line[:12]} {line[41:]}") for line in listing.splitlines()]
@@ -170,7 +174,7 @@ class Bisector:
 
 
 class Judge:
-    """Says what a variant behaves as."""
+    """Decides whether a variant behaves like the good or like the bad experiment."""
 
     def __init__(self, bisector: Bisector, seeds: int) -> None:
         self.trials, self.bisector = bisector.trials, bisector
@@ -180,14 +184,14 @@ class Judge:
         self.seeds = [next(order) for _ in range(seeds)]
 
     def prepare(self) -> str | None:
-        """Train the good and the bad one. Returns why they cannot be told apart, if they cannot."""
+        """Train the good and the bad experiment; returns why they cannot be told apart, None if they can."""
         raise NotImplementedError
 
     def judge(self, variant: Experiment) -> Outcome:
         raise NotImplementedError
 
     def outcome(self, variant: Experiment | None) -> Outcome:
-        """What a variant behaves as; unresolved if it cannot be trained, or no one can say."""
+        """How a variant behaves; "unresolved" if it cannot be trained or the test cannot decide."""
         self.bisector.count += 1
         if variant is None:
             return "unresolved"
@@ -220,7 +224,7 @@ class Bits(Judge):
         again = self.trials.train(good, self.seeds[0])
         logs = compare_logs(first.path, again.path)
         if not logs.identical:
-            return f"the good one does not repeat here: {logs.difference or logs.problem}"
+            return f"the good one is not repeatable here: {logs.difference or logs.problem}"
         if compare_logs(first.path, self.run(bad, self.seeds[0]).path).identical:
             return "both log the same numbers"
         return None
@@ -231,7 +235,7 @@ class Bits(Judge):
 
 
 class Losses(Judge):
-    """A variant is good or bad if its metric is on that side of the middle between the two, by a sequential test."""
+    """A variant is good or bad by the side of the midpoint on which its metric lies, by a sequential test."""
 
     def __init__(self, bisector: Bisector, metric: str | None, seeds: int) -> None:
         super().__init__(bisector, seeds)
@@ -250,7 +254,7 @@ class Losses(Judge):
         return None
 
     def _distance(self, variant: Experiment, seed: int) -> float:
-        """The metric of a variant minus that of the good one."""
+        """The metric of a variant minus that of the good experiment, with the same seed."""
         assert self.metric is not None
         found, expected = (last_value(self.run(one, seed), self.metric) for one in (variant, self.bisector.good))
         return found - expected

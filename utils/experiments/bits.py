@@ -1,4 +1,4 @@
-"""Comparing the logs of two runs bit by bit."""
+"""Bitwise comparison of the logs of two runs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from utils.runs.layout import LOGS
 from utils.runs.log import HISTOGRAMS_FILE, LOG_FILES, METRICS_FILE, SAMPLES_FILE, RunLogError, read_records
 from utils.runs.metrics import NOT_METRICS, is_reproducible
 
-# What a line that our writer did not write may raise.
+# What reading a line may raise that our writer did not write.
 DAMAGED_LOG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The first number that two logs do not have in common."""
+    """The first number that differs between two logs."""
 
     step: int
     name: str
@@ -55,10 +55,10 @@ class LogComparison:
 def compare_logs(before: Path, after: Path, first: int = 0, first_text: int = 0) -> LogComparison:
     """Compare, bit by bit, what two run directories logged at the same steps, from step `first` on.
 
-    Metrics that depend on the machine (times, speeds, system metrics: not Metric.reproducible) do not count.
+    Metrics that depend on the machine (times, speeds, system metrics: not Metric.reproducible) are ignored.
 
     Args:
-        first_text: sample texts count from this step on: a resume may have changed their prompt and their length.
+        first_text: the step from which sample texts are compared: a resume may have changed their prompt and length.
     """
     try:
         return _compare(before, after, first, first_text)
@@ -84,11 +84,11 @@ def _compare(before: Path, after: Path, first: int, first_text: int) -> LogCompa
     return LogComparison(steps if first_one is None else min(steps, first_one.step - first), first_one)
 
 
-Numbers = dict[str, Any]  # name -> what a log says of one step
+Numbers = dict[str, Any]  # name -> the value that a log has for one step
 
 
 def _numbers(path: Path, log_file: str, first: int) -> Iterator[tuple[int, Numbers]]:
-    """The step and the numbers of each step in a log; non-finite numbers are strings there, so NaN equals NaN."""
+    """Yield each step in a log with its numbers; the log has non-finite numbers as strings, so NaN equals NaN."""
     records = (record for record in read_records(path) if record["step"] >= first)
     for step, of_step in itertools.groupby(records, key=lambda record: record["step"]):
         numbers: Numbers = {}
@@ -106,7 +106,7 @@ def _numbers(path: Path, log_file: str, first: int) -> Iterator[tuple[int, Numbe
 def _same_steps(
     left: Iterator[tuple[int, Numbers]], right: Iterator[tuple[int, Numbers]]
 ) -> Iterator[tuple[int, Numbers, Numbers]]:
-    """Step and both numbers of each step that both logs have; in each of them steps only grow."""
+    """Yield each step that both logs have, with the numbers of both; the steps of each log must increase."""
     one, other = next(left, None), next(right, None)
     while one and other:
         if one[0] == other[0]:

@@ -1,14 +1,16 @@
-"""What the commands of experiments.py share: the flags that name runs, and the runs that they name."""
+"""Flags that the commands of experiments.py share, and the runs that those flags name."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils.errors import UserError
+from utils.errors import UserError, shown
+from utils.experiments.curve import AXES
 from utils.runs.find import resolve_run, resolve_runs
 from utils.runs.run import RunError
 from utils.terminal.cli import PROJECT_ROOT
@@ -24,47 +26,64 @@ RUN_HELP = "path, id, tag, NAME@vN, part of an id, or latest"
 RUN = flag("run", metavar="RUN", help=RUN_HELP)
 RUNS = flag("runs", metavar="RUN", nargs="+", help=RUN_HELP)
 WHERE = flag("--where", metavar="SQL", help="condition: \"status = 'completed' and learning_rate > 1e-3\"")
-ALL_RUNS = (  # several runs, of which a tag, a sweep or a condition can name many at once
+ALL_RUNS = (  # a tag, a sweep or a condition can each name many runs
     flag(
         "runs",
         metavar="RUN",
         nargs="*",
         help="path, id, tag or sweep (all runs), NAME@vN, part of an id, latest",
     ),
-    flag("--where", metavar="SQL", help="of the named runs, or of all, those that fulfil a condition, as for list"),
+    flag("--where", metavar="SQL", help="only the runs (of those named, or of all) that fulfil a condition; see list"),
 )
 METRIC = flag("--metric", default="val/loss", metavar="NAME", help="name in the log (default: val/loss)")
+COMPARED_METRIC = flag(
+    "--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte if the tokenizers differ)"
+)
+
+
+def weight(text: str) -> float:
+    """Argument type for the weight of the past in a moving average: at least 0 and below 1."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < 1:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number >= 0 and < 1, got {shown(text)}")
+
+
+CURVE = (
+    flag("--x", choices=AXES, default="step", help="the axis (default: step)"),
+    flag("--smooth", type=weight, default=0.0, metavar="X", help="weight of the past, 0 to 1 (default: 0)"),
+)
 
 
 def runs_folder(args: argparse.Namespace) -> Path:
-    """The folder of the runs: --runs-dir, or as configured."""
+    """The folder of the runs: --runs-dir, or the configured one."""
     if args.runs_dir:
         return PROJECT_ROOT / args.runs_dir
-    from utils.config.loader import ConfigLoader  # a third of a second, which --help does not need
+    from utils.config.loader import ConfigLoader  # takes a third of a second, and --help does not need it
 
     return PROJECT_ROOT / ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
 
 
 def run_path(args: argparse.Namespace) -> Path:
-    """The run directory that RUN names.
+    """The run directory that RUN names, as an absolute path.
 
     Raises:
         RunError: there is no such run.
     """
-    return Path(os.path.abspath(resolve_run(args.run, runs_folder(args))))  # `.` has no name
+    return Path(os.path.abspath(resolve_run(args.run, runs_folder(args))))  # the path `.` would have no name
 
 
 def named_run(text: str, runs_dir: Path) -> IndexedRun:
-    """What is known about the run that RUN names; of a tag, about its newest run.
+    """The run that RUN names; for a tag, its newest run.
 
     Raises:
-        UserError: there is no such run, or a folder of that name that is not a run, with the reason.
+        UserError: there is no such run, or the folder of that name is not a run; the message says why.
     """
     return _named(text, runs_dir, lambda text, runs_dir: [resolve_run(text, runs_dir)])[0]
 
 
 def _named(text: str, runs_dir: Path, resolve: Callable[[str, Path], list[Path]] = resolve_runs) -> list[IndexedRun]:
-    """What is known about each run that RUN names."""
+    """The runs that `resolve` finds for RUN."""
     from utils.runs.index import read_run
 
     try:
@@ -76,7 +95,7 @@ def _named(text: str, runs_dir: Path, resolve: Callable[[str, Path], list[Path]]
 
 
 def named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]:
-    """The runs that are named, each once; of a tag, its newest run.
+    """The named runs, each once; for a tag, its newest run.
 
     Raises:
         UserError: there is no such run, or fewer than `least`.
@@ -91,7 +110,7 @@ def named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]:
 
 
 def all_named_runs(args: argparse.Namespace, least: int = 1) -> list[IndexedRun]:
-    """The runs that the flags ALL_RUNS name, each once: all of a tag or a sweep, those that fulfil a condition.
+    """The runs that the flags ALL_RUNS name, each once: all of a tag or a sweep, and those that fulfil a condition.
 
     Raises:
         UserError: there is no such run, or fewer than `least`; or the condition is not valid SQL.

@@ -1,4 +1,4 @@
-"""Which runs are better, and is it more than noise? A test between groups of seeds, and values at equal places."""
+"""Which runs are better, and by more than noise? A test between groups of seeds, and values at equal places."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from utils.terminal.words import HASH_LENGTH, setting_text
 SEEDS_NEEDED = 3  # in each group, for a verdict
 LEVEL = 0.05  # probability of a false alarm in one verdict
 UNCOMMITTED = "uncommitted code"
-FILES_SHOWN = 3  # of those in which the code of two groups differs
-FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the place that all runs have reached: there their values are compared
+FILES_SHOWN = 3  # how many of the files are named in which the code of two groups differs
+FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the last place that all runs have reached; values are compared there
 Rows = list[tuple[float, list[float | None]]]  # (place, one value for each group)
 Verdict = Literal["better", "worse", "different", "within noise", "not finite", "too few seeds"]
 
@@ -43,9 +43,9 @@ Verdict = Literal["better", "worse", "different", "within noise", "not finite", 
 class SeedGroup:
     """Runs that differ only in their seed.
 
-    paths: their folders, in the same order: copies of a run have its id.
+    paths: their folders, in the same order; an id alone is ambiguous, because a copy of a run has the same id.
     finals: the last value of the metric, from one complete run for each seed.
-    mean, deviation: of these values; None where there are too few.
+    mean, deviation: of these values; None if there are too few.
     interval: 95% confidence interval of the mean, by Student's t.
     """
 
@@ -60,10 +60,10 @@ class SeedGroup:
 
 @dataclass(frozen=True)
 class PairVerdict:
-    """The first group against the second.
+    """The verdict on the first group against the second.
 
-    difference: of the means; None where a group has no value.
-    p: of Welch's t-test; None where there was no test.
+    difference: of the means; None if a group has no value.
+    p: of Welch's t-test; None if no test was made.
     """
 
     first: str
@@ -77,13 +77,13 @@ class PairVerdict:
 class Comparison:
     """Groups of runs, a verdict for each pair, and their values at equal places.
 
-    at: axis -> rows of (place, one value for each group: the mean over its runs, None where one is not that far). Of
-        a group with complete runs, the first of each seed counts. An axis that a run has not left 0 of has no rows.
+    at: axis -> rows of (place, one value for each group: the mean over its runs, or None if a run begins after it). If
+        a group has complete runs, the first one of each seed counts. An axis is missing if a run is still at 0 on it.
     interpolated: the axes with places at which a run was not evaluated.
-    left_out: "run: reason" of each run, or last value, that does not count.
-    splits: in words, what sets each group but the first apart from the one that differs least from it.
+    left_out: "run: reason" for each run, or last value, that is left out.
+    splits: for each group but the first, how it differs from the earlier group that is most like it, in words.
     note: what the tokenizers of the runs mean for the metric, if they differ.
-    lower_is_better: None where neither direction is better.
+    lower_is_better: None if neither direction is better.
     """
 
     metric: str
@@ -101,7 +101,7 @@ def compare(runs: Sequence[IndexedRun], metric_name: str | None = None) -> Compa
     """Group runs by experiment, judge each pair of groups, and compare the metric at equal steps, tokens and time.
 
     Args:
-        metric_name: by default val/loss, or bits per byte where the tokenizers differ.
+        metric_name: by default val/loss, or bits per byte if the tokenizers differ.
 
     Raises:
         UserError: fewer than two runs have logged the metric.
@@ -142,17 +142,17 @@ def compare(runs: Sequence[IndexedRun], metric_name: str | None = None) -> Compa
 
 
 def comparable_metric(runs: Sequence[IndexedRun], name: str | None) -> tuple[str, str | None]:
-    """The metric to compare runs by, and a note if their tokenizers differ: then a loss per token does not compare.
+    """The metric to compare runs by, and a note if their tokenizers differ: losses per token are then not comparable.
 
     Args:
-        name: the metric that was asked for; it is used in any case.
+        name: the requested metric, which is used in any case; None: choose one.
     """
     loss = name or "val/loss"
     if loss not in BITS_PER_BYTE or not tokenizers_differ(runs):
         return loss, None
     bits = BITS_PER_BYTE[loss]
     if name is not None:
-        return loss, f"the tokenizers differ, and {loss} is per token: {bits} compares"
+        return loss, f"the tokenizers differ, and {loss} is per token: only {bits} is comparable"
     lacking = [run.id for run in runs if "val/loss" in run.summary() and bits not in run.summary()]
     if lacking:
         return loss, f"the tokenizers differ, and {loss} is per token, but {lacking[0]} has not logged {bits}"
@@ -160,7 +160,7 @@ def comparable_metric(runs: Sequence[IndexedRun], name: str | None) -> tuple[str
 
 
 def metric_direction(name: str, runs: Sequence[IndexedRun]) -> str:
-    """The direction in which the metric is better, as the runs have registered it."""
+    """The direction in which the metric is better ("lower", "higher" or "none"), as the runs have registered it."""
     for run in runs:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             for facts in read_json(run.path / METRIC_REGISTRY, run.path):
@@ -173,7 +173,7 @@ def judge(first: SeedGroup, second: SeedGroup, lower_is_better: bool | None = Tr
     """Judge whether the first group is better than the second, by Welch's t-test [Welch 1947] at the 5% level.
 
     Args:
-        lower_is_better: None where neither direction is better.
+        lower_is_better: None if neither direction is better.
     """
     if min(len(first.finals), len(second.finals)) < SEEDS_NEEDED:
         difference = None if first.mean is None or second.mean is None else first.mean - second.mean
@@ -183,13 +183,13 @@ def judge(first: SeedGroup, second: SeedGroup, lower_is_better: bool | None = Tr
     difference = first.mean - second.mean
     if not math.isfinite(difference):
         return PairVerdict(first.name, second.name, "not finite", difference, None)
-    if first.deviation == second.deviation == 0:  # nothing varies, so the test is not defined
+    if first.deviation == second.deviation == 0:  # without variation the test is not defined
         p = 1.0 if difference == 0 else 0.0
     else:
         from scipy.stats import ttest_ind
 
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # from a group where nothing varies
+            warnings.simplefilter("ignore", RuntimeWarning)  # from a group without variation
             p = float(ttest_ind(first.finals, second.finals, equal_var=False).pvalue)
     verdict: Verdict = "within noise"
     if p < LEVEL:
@@ -212,10 +212,10 @@ def identity(run: IndexedRun) -> dict[str, Any]:
 
 
 def _splits(names: Sequence[str], firsts: Sequence[IndexedRun]) -> list[str]:
-    """What sets each group but the first apart from the earlier one that differs least from it.
+    """For each group but the first, how it differs from the earlier group that is most like it, in words.
 
     Args:
-        firsts: a run of each group.
+        firsts: one run of each group.
     """
     facts = [identity(run) for run in firsts]
     lines = []
@@ -231,13 +231,13 @@ def _splits(names: Sequence[str], firsts: Sequence[IndexedRun]) -> list[str]:
 
 
 def _causes(keys: Sequence[str], first: IndexedRun, second: IndexedRun) -> Sequence[str]:
-    """Of the facts that differ, those that were chosen; what was derived from them only where nothing else differs."""
+    """Of the facts that differ, those that the user chose; derived facts count only if nothing else differs."""
     derived = {key for key in DERIVED if all(run.settings.get(key, "") is None for run in (first, second))}
     return [key for key in keys if key not in derived] or keys
 
 
 def _difference(key: str, before: Any, after: Any, first: IndexedRun, second: IndexedRun) -> str:
-    """One fact that two groups differ in, in words."""
+    """One fact in which two groups differ, in words."""
     if key == UNCOMMITTED:
         files = differing_files(uncommitted_code(first), uncommitted_code(second))
         more = f" and {len(files) - FILES_SHOWN} more" if len(files) > FILES_SHOWN else ""
@@ -254,7 +254,7 @@ def _fact_text(key: str, value: Any) -> str:
 
 
 def _names(groups: Sequence[Sequence[IndexedRun]]) -> list[str]:
-    """A short name for each group: the tag of its first run that counts, and what sets it apart if tags are equal."""
+    """A short name for each group: the tag of its first run that counts; settings that differ too if tags are equal."""
     firsts = [members[0] for members in groups]
     names = [_tag_of(members) for members in groups]
     if len(set(names)) < len(names):
@@ -270,7 +270,7 @@ def _tag_of(members: Sequence[IndexedRun]) -> str:
 
 
 def _first_of_each_seed(members: Sequence[IndexedRun]) -> list[IndexedRun]:
-    """The first complete run of each seed: a repetition adds no information."""
+    """The first complete run of each seed; a repetition adds no information."""
     of_seed = {repr(run.settings.get("seed")): run for run in reversed(members) if run.status == "completed"}
     return list(reversed(of_seed.values()))
 
@@ -291,9 +291,10 @@ def _group(name: str, members: Sequence[IndexedRun], curves: dict[Path, Curve]) 
 
 
 def _at_equal(groups: Sequence[Sequence[IndexedRun]], curves: dict[Path, Curve]) -> dict[str, Rows]:
-    """The metric of each group at FRACTIONS of the place that all runs have reached, on each axis.
+    """The metric of each group on each axis, at FRACTIONS of the last place that all runs have reached.
 
-    Of a group with complete runs, the first of each seed counts: a run that crashed early would end the tables there.
+    If a group has complete runs, only the first one of each seed counts: a run that crashed early would otherwise end
+    the tables early.
     """
     counted = [_first_of_each_seed(group) or group for group in groups]
     of_groups = [[curves[run.path] for run in group] for group in counted]
@@ -303,7 +304,7 @@ def _at_equal(groups: Sequence[Sequence[IndexedRun]], curves: dict[Path, Curve])
         reached = min(curve.places(axis)[-1] for curve in every)
         if reached == 0:
             continue
-        # Places where all runs were evaluated, if there are any: there nothing is interpolated.
+        # Prefer places at which all runs were evaluated: nothing is interpolated there.
         shared = sorted(set.intersection(*(set(curve.places(axis)) for curve in every)) - {0})
         places = {fraction * reached for fraction in FRACTIONS}
         if len(shared) > 1:
@@ -318,7 +319,7 @@ def _at_equal(groups: Sequence[Sequence[IndexedRun]], curves: dict[Path, Curve])
 
 
 def _are_evaluated(places: Sequence[float], curves: dict[Path, Curve], axis: Axis) -> bool:
-    """Whether all curves that are that far have a value of their own at each of these places."""
+    """Whether every curve has a logged value at each of these places that it reaches."""
     of_curves = [curve.places(axis) for curve in curves.values()]
     return all(place in of_curve for of_curve in of_curves for place in places if place <= of_curve[-1])
 

@@ -1,4 +1,4 @@
-"""What experiments.py prints about differences: diff, compare and explain."""
+"""The screens of experiments.py about differences: diff, compare and explain."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ KINDS: dict[str, str] = {
 
 
 def diff_screen(diff: RunDiff) -> Iterator[RenderableType]:
-    """What differs, likely causes first, then the results."""
+    """What differs between runs, likely causes first, and then their results."""
     letters = [chr(ord("A") + i) for i in range(len(diff.runs))]
     for letter, run in zip(letters, diff.runs, strict=True):
         yield Text.assemble((f"{letter}  ", "bold"), run)
@@ -75,7 +75,7 @@ def _diff_text(name: str, value: Any) -> str:
 
 
 def _against_first(name: str, value: Any, first: Any, index: int) -> Text:
-    """A result of run number `index`; for a loss also its distance to that of the first run."""
+    """A result of run number `index`; for a loss, also its difference from that of the first run."""
     text = Text(column_text(name, value) or "-")
     if index and isinstance(value, float) and isinstance(first, float) and name.endswith(("loss", "bits_per_byte")):
         delta = value - first
@@ -84,7 +84,7 @@ def _against_first(name: str, value: Any, first: Any, index: int) -> Text:
 
 
 def comparison_screen(comparison: Comparison) -> Iterator[RenderableType]:
-    """Groups of runs, verdicts, and the metric at equal steps, tokens and time."""
+    """The groups of runs, the verdicts, and the metric at equal steps, tokens and time."""
     if comparison.note:
         yield Group(Text.assemble(("! ", "yellow"), comparison.note), "")
     groups = plain_table(left=["group"], right=["runs", "mean", "std", "95% of the mean"])
@@ -121,7 +121,7 @@ def title_at(comparison: Comparison, axis: str) -> str:
 
 
 def verdict_words(pair: PairVerdict) -> tuple[str, str]:
-    """The verdict on two groups, and what it rests on."""
+    """The verdict on two groups, and the evidence for it."""
     word: str = "too few seeds to say" if pair.verdict == "too few seeds" else pair.verdict
     if pair.difference is not None and pair.verdict in ("better", "worse", "different"):
         word += f" by {loss_text(abs(pair.difference))}"
@@ -131,7 +131,7 @@ def verdict_words(pair: PairVerdict) -> tuple[str, str]:
 
 
 def group_cells(group: SeedGroup) -> list[str]:
-    """Runs, mean, standard deviation and interval of a group, as text."""
+    """The number of runs, mean, standard deviation and interval of a group, as text."""
     counted, runs = len(group.finals), len(group.runs)
     interval = f"{loss_text(group.interval[0])} to {loss_text(group.interval[1])}" if group.interval else ""
     number = f"{counted} of {runs}" if counted < runs else f"{runs}"
@@ -139,13 +139,14 @@ def group_cells(group: SeedGroup) -> list[str]:
 
 
 def place_text(axis: str, place: float) -> str:
+    """A place on an axis as text."""
     if axis != "time":
         return f"{place:,.0f}"
     return f"{place:.1f} s" if place < 60 else rough_duration(place)
 
 
 def explanation_screen(found: Explanation) -> Iterator[RenderableType]:
-    """One setting, with every layer that it shadows."""
+    """One setting with its meaning, and the value in every layer that it shadows."""
     resolved = f"  (resolved to {setting_text(found.resolved)})" if found.resolved is not None else ""
     rows = [
         ("value", f"{setting_text(found.value)}{resolved}"),

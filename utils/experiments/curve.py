@@ -1,4 +1,4 @@
-"""One metric of one run over its training, by step, tokens and time."""
+"""One metric of one run over the course of training, by step, tokens and time."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ AXES: tuple[Axis, ...] = get_args(Axis)
 
 @dataclass(frozen=True)
 class Curve:
-    """Values of a metric in the order of the log, and the place of each on every axis.
+    """The values of a metric in the order of the log, and the place of each on every axis.
 
-    tokens: tokens that the run was trained on by then.
-    time: seconds since the first record, without pauses between sessions.
+    tokens: the tokens that the run had been trained on.
+    time: seconds since the first record, without the pauses between sessions.
     """
 
     step: list[float] = field(default_factory=list)
@@ -42,12 +42,12 @@ class Curve:
         if left < 0 or left == len(places) - 1:
             return self.values[left] if left >= 0 else None
         share = (place - places[left]) / (places[left + 1] - places[left])
-        # A value that was logged is returned as it is: infinity times zero would be NaN.
+        # A logged value is returned unchanged: infinity times zero would be NaN.
         return self.values[left] + share * (self.values[left + 1] - self.values[left]) if share else self.values[left]
 
 
 def read_curve(run: Path, metric: str) -> Curve:
-    """One metric of the run directory `run`; empty if it was never logged.
+    """Read one metric of the run directory `run`; the curve is empty if it was never logged.
 
     Raises:
         UserError: the log is damaged.
@@ -63,7 +63,7 @@ def read_curve(run: Path, metric: str) -> Curve:
 def _read_curve(run: Path, metric: str) -> Curve:
     curve = Curve()
     elapsed, previous = 0.0, None
-    from utils.runs.index import read_run  # pydantic: a third of a second, which --help does not need
+    from utils.runs.index import read_run  # imports pydantic: a third of a second, which --help does not need
 
     sessions = resume_times(read_run(run).record)
     for record in read_records(run / METRICS_LOG):

@@ -1,4 +1,4 @@
-"""Finding what makes the difference: the first of a sequence, and the smallest set of changes."""
+"""Searches for what makes a difference: the first bad item of a sequence, and the smallest set of changes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Change = TypeVar("Change")
 
 
 def smallest_set(changes: Sequence[Change], test: Callable[[Sequence[Change]], Outcome]) -> list[Change]:
-    """A set of changes that is bad, and is not without any one of them: delta debugging [Zeller, Hildebrandt 2002].
+    """Find a bad set of changes of which each is needed: delta debugging [Zeller, Hildebrandt 2002].
 
     A. Zeller, R. Hildebrandt, "Simplifying and isolating failure-inducing input", IEEE Trans. Softw. Eng. 28 (2002):
-    the algorithm ddmin. It takes at most a square number of tests, about twice the logarithm for one change alone.
+    the algorithm ddmin. The number of tests is at most quadratic, and about 2 log2(n) if a single change is to blame.
 
     Args:
-        changes: all together are bad, and none of them are good.
-        test: of a subset, in the order of `changes`; a subset is tested once.
+        changes: all of them together are bad, and none of them is good.
+        test: tests a subset, given in the order of `changes`; each subset is tested once.
     """
     known: dict[tuple[int, ...], bool] = {}
 
@@ -45,13 +45,13 @@ def smallest_set(changes: Sequence[Change], test: Callable[[Sequence[Change]], O
 
 
 def first_bad(count: int, test: Callable[[int], Outcome]) -> tuple[int, int]:
-    """Binary search for the first bad one of 0 to count - 1, of which 0 is good and the last is bad.
+    """Binary search for the first bad index from 0 to count - 1; the first index is good and the last is bad.
 
-    One that cannot be tested is passed over: the nearest one that can be is tested instead.
+    In place of an index that cannot be tested, the nearest one that can be is tested.
 
     Returns:
-        The last that is known to be good, and the first that is known to be bad: neighbours, unless none between them
-        can be tested.
+        The last index known to be good and the first known to be bad. They are neighbours, unless none of the indices
+        between them can be tested.
     """
     good, bad = 0, count - 1
     unresolved: set[int] = set()

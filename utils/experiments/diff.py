@@ -1,4 +1,4 @@
-"""What differs between runs, likely causes first, and from which step on."""
+"""What differs between runs, likely causes first, and from which step on their logs differ."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from utils.terminal.words import one_line
 COMMIT = re.compile(r"[0-9a-f]{7,64}")
 COMMITS_SHOWN = 20
 PATCH_LINES_SHOWN = 60
-FACTS_SHOWN = 12  # lines about the environment
+FACTS_SHOWN = 12  # about the environment
 CORPUS = ("corpus_hash", "tokenizer_hash", "vocab_size", "train_tokens", "val_tokens")
 HARDWARE = ("processor", "torch")
-FIRST_FACTS = ("torch", "processor", "cpu", "numpy", "python")  # of the environment: they can change the numbers
+FIRST_FACTS = ("torch", "processor", "cpu", "numpy", "python")  # shown first, because they can change the numbers
 RESULTS = ("status", "steps", "val_loss", "last_val_loss", "train_loss", "duration")
 RESULT_NAMES = {"val_loss": "best val loss", "train_loss": "last train loss", "bits_per_byte": "best bits per byte"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One fact with its value in each run, None where a run does not have it."""
+    """One fact with its value in each run; None for a run that does not have it."""
 
     name: str
     values: list[Any]
-    sources: list[str] = field(default_factory=list)  # of settings: where each value was set
+    sources: list[str] = field(default_factory=list)  # where each value was set; empty unless it is a setting
 
 
 def result_name(column: str) -> str:
-    """The name of a result for people."""
+    """The name of a result as people read it."""
     return RESULT_NAMES.get(column, column.replace("_", " "))
 
 
@@ -51,9 +51,9 @@ class RunDiff:
     """What differs between runs.
 
     sections: title -> facts that differ, likely causes first.
-    commits: the log between the first two commits that differ.
-    patch: lines of a diff between the patches of the first two runs that differ.
-    curves: (run, the comparison of its log with that of the first run) for each run but the first.
+    commits: the git log between the first two commits that differ.
+    patch: the lines of a diff between the first two patches that differ.
+    curves: (run, comparison of its log with that of the first run) for each run but the first.
     """
 
     runs: list[str]
@@ -68,7 +68,7 @@ def diff(runs: Sequence[IndexedRun], root: Path) -> RunDiff:
     """Compare runs.
 
     Args:
-        root: the project folder, whose git repository knows the commits.
+        root: the project folder, whose git repository has the commits.
 
     Raises:
         UserError: a run cannot be read.
@@ -78,7 +78,7 @@ def diff(runs: Sequence[IndexedRun], root: Path) -> RunDiff:
             raise UserError(f"{run.id}: {run.problem}")
     sources = [settings_with_sources(run) for run in runs]
     sections = {
-        "Where it began": _differing({"weights": _origin_text(run)} for run in runs),
+        "First weights": _differing({"weights": _origin_text(run)} for run in runs),
         "Settings that change the numbers": _settings(runs, sources, TRAJECTORY),
         "Code": _differing(_code(run) for run in runs),
         "Corpus and tokenizer": _differing(_resolved(run, CORPUS) for run in runs),
@@ -110,7 +110,7 @@ def _settings(runs: Sequence[IndexedRun], sources: Sequence[Mapping[str, str]], 
 
 
 def _differing(facts: Iterator[dict[str, Any]]) -> list[Row]:
-    """Facts that are not the same in all runs; None in a run that does not have them."""
+    """The facts that are not the same in all runs; None for a run that does not have one."""
     of_runs = list(facts)
     names = dict.fromkeys(name for of_run in of_runs for name in of_run)
     rows = (Row(name, [of_run.get(name) for of_run in of_runs]) for name in names)
@@ -141,7 +141,7 @@ def _code(run: IndexedRun) -> dict[str, Any]:
         f"{(commit or 'no commit')[:10]} from step {step:,}" for step, commit, _ in later_code(run.path, run.record)
     ]
     facts = {"commit": commit, "branch": (run.record.get("git") or {}).get("branch"), "patch (sha256)": patch}
-    return {**facts, "changed on the way": ", ".join(later) or None}
+    return {**facts, "changed during the run": ", ".join(later) or None}
 
 
 def environment_of(run: IndexedRun) -> dict[str, str]:
@@ -163,7 +163,7 @@ def parse_environment(text: str) -> dict[str, str]:
 
 
 def commits_between(runs: Sequence[IndexedRun], root: Path) -> list[str]:
-    """`git log --oneline` between the first two commits of the runs that differ; [] where git does not know them."""
+    """`git log --oneline` between the first two commits of the runs that differ; [] if git does not know them."""
     commits = [commit for commit in (code_identity(run)[0] for run in runs) if commit and COMMIT.fullmatch(commit)]
     other = next((commit for commit in commits if commit != commits[0]), None)
     if other is None:
@@ -181,7 +181,7 @@ def commits_between(runs: Sequence[IndexedRun], root: Path) -> list[str]:
 
 
 def uncommitted_code(run: IndexedRun) -> dict[str, list[str]]:
-    """The changed lines of each file in the patch of a run that its training could read."""
+    """The changed lines of each file in the patch of a run, without the files that training could not read."""
     try:
         files = patched_files(read_bytes(run.path / PATCH, run.path))
     except OSError:
@@ -196,7 +196,7 @@ def differing_files(first: Mapping[str, list[str]], second: Mapping[str, list[st
 
 
 def patch_difference(runs: Sequence[IndexedRun]) -> list[str]:
-    """A diff between the uncommitted code of the first two runs that differ in it; [] if there are none."""
+    """A diff between the uncommitted code of the first run and of the next one that differs in it; [] if none does."""
     first, *others = map(uncommitted_code, runs)
     other = next((files for files in others if files != first), first)
     lines: list[str] = []

@@ -20,11 +20,11 @@ DEFAULTS = {key: value for section in Config().model_dump(mode="json").values() 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One setting.
+    """One setting: its value, where that comes from, and what the setting means.
 
-    value, source: the value that applies, and where it was set (file:line, a flag, or "default").
-    resolved: the value that none or "auto" resolved to; None where it does not differ, or without a run.
-    shadowed: (value, source) of every layer below, the nearest one first.
+    value, source: the value in effect, and where it was set (file:line, a flag, or "default").
+    resolved: the value that none or "auto" resolved to; None if it is the same, or without a run.
+    shadowed: (value, source) of every lower layer, the nearest one first.
     """
 
     key: str
@@ -51,10 +51,10 @@ def explain(key: str, loaded: LoadedConfig) -> Explanation:
 
 
 def explain_of_run(key: str, run: IndexedRun) -> Explanation:
-    """Explain a setting as it was when the run was started or last resumed.
+    """Explain a setting with the value that it had when the run was started or last resumed.
 
     Raises:
-        UserError: the run did not record it, or its record is damaged.
+        UserError: the run did not record it, or the record is damaged.
     """
     path = run.path / CONFIG_SOURCES
     try:
@@ -103,7 +103,7 @@ def _explanation(key: str, facts: Mapping[str, Any], resolved: Any) -> Explanati
 
 
 def settings_with_sources(run: IndexedRun) -> dict[str, str]:
-    """Where each setting of a run was set; empty where that cannot be read."""
+    """Where each setting of a run was set; empty if that cannot be read."""
     path = run.path / CONFIG_SOURCES
     try:
         recorded = read_json(path, run.path)

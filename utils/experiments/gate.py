@@ -1,8 +1,7 @@
 """The gate: is a candidate better than a baseline, or was it the seed?
 
-Both are trained with the same seeds, so with the same batches in the same order, and the differences are judged after
-each seed by a sequential test (utils/experiments/sequential.py). Every verdict goes into a ledger, and nothing is tried
-twice.
+Both are trained with the same seeds, and so with the same batches in the same order. After each seed, a sequential test
+(utils/experiments/sequential.py) judges the differences. Every verdict goes into a ledger, and nothing is tried twice.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from utils.runs.metrics import registered_metrics
 
 Verdict = Literal["keep", "discard", "unsure"]
 EXIT_STATUS: dict[Verdict, int] = {"keep": 0, "discard": 1, "unsure": 3}
-SAME_AGAIN = 2  # pairs with the same numbers in their logs, after which no more are trained
+SAME_AGAIN = 2  # after so many pairs with identical logs, no more are trained
 BUDGET = "budget"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One seed: the runs and their values of the metric."""
+    """The two runs of one seed, and their values of the metric."""
 
     seed: int
     candidate: str
@@ -44,14 +43,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class GateAnswer:
-    """A verdict, and what it rests on.
+    """A verdict, and the evidence for it.
 
-    reason: in words.
+    reason: why, in words.
     effect: mean improvement of the candidate over the baseline, positive if it is better; None without a pair.
-    interval: of the effect; the intervals of all looks hold together with 95%. None before three pairs.
-    seconds: of this call; trained: runs that it trained.
-    before: when the verdict was reached, if that was in an earlier call.
-    compared: number of verdicts in the ledger, this one included.
+    interval: confidence interval of the effect; those of all looks hold together with 95%. None before three pairs.
+    seconds: duration of this call; trained: number of runs that it trained.
+    before: when the verdict was reached, if an earlier call reached it.
+    compared: number of verdicts in the ledger, including this one.
     """
 
     verdict: Verdict
@@ -87,11 +86,11 @@ def gate(
     """Compare a candidate with a baseline, training what is missing.
 
     Args:
-        metric: val/loss by default, or bits per byte where the tokenizers differ.
+        metric: val/loss by default, or bits per byte if the tokenizers differ.
         min_effect: the improvement that the candidate must exceed.
-        max_seeds: pairs at most; fixed by the first call for the same two.
-        budget: seconds of wall time at most.
-        settings: of both, where neither is a run.
+        max_seeds: the most pairs; if the same question was asked before, its number applies instead.
+        budget: the most seconds of wall time.
+        settings: settings of both, if neither is a run.
         output: where progress is printed.
 
     Raises:
@@ -113,7 +112,7 @@ def gate(
 class Question:
     """Is the candidate better than the baseline by more than min_effect?
 
-    key: the same for the same question.
+    key: a hash that identifies the question in the ledger.
     """
 
     candidate: Experiment
@@ -125,12 +124,12 @@ class Question:
 
 
 def _decide(question: Question, trials: Trials) -> GateAnswer:
-    """The answer of the ledger, or a new one, which goes into it."""
+    """The answer in the ledger if it is final; otherwise a new one, which is added to the ledger."""
     entries = read_ledger(trials.runs_dir)
     before = [entry for entry in entries if entry["key"] == question.key]
     if before and before[-1].get("final"):
         return _answer_of(before[-1], question, trials, len(entries))
-    max_seeds = int(before[-1]["max_seeds"]) if before else question.max_seeds  # the levels of its looks are spent
+    max_seeds = int(before[-1]["max_seeds"]) if before else question.max_seeds  # looks were made at its levels
     seeds = [int(pair["seed"]) for pair in before[-1].get("pairs") or ()] if before else []
     collected = Collected(question, trials, max_seeds, seeds)
     verdict, reason, final = collected.verdict()
@@ -155,9 +154,9 @@ def _decide(question: Question, trials: Trials) -> GateAnswer:
 
 
 class Collected:
-    """The pairs so far, and what they say.
+    """The pairs so far, and the evidence that they give.
 
-    seeds: of the pairs of an earlier call, in its order, so that no look is taken twice with other pairs.
+    seeds: the seeds of an earlier call's pairs, in its order, so that no look is repeated with other pairs.
     """
 
     def __init__(self, question: Question, trials: Trials, max_seeds: int, seeds: Sequence[int]) -> None:
@@ -168,14 +167,14 @@ class Collected:
         self._sign = -1.0
 
     def verdict(self) -> tuple[Verdict, str, bool]:
-        """The verdict, its reason, and whether it is final; trains pairs until there is one."""
+        """Train pairs until there is a verdict; returns it, its reason, and whether it is final."""
         question = self.question
         if question.candidate.key == question.baseline.key:
             return "unsure", "both are the same code and configuration: there is nothing to compare", True
         try:
             return self._from_pairs()
         except BudgetError:
-            return "unsure", f"the budget of time is over after {len(self.pairs)} seeds; another call goes on", False
+            return "unsure", f"the time budget ran out after {len(self.pairs)} seeds; another call continues", False
 
     def _from_pairs(self) -> tuple[Verdict, str, bool]:
         candidate, baseline = self.question.candidate, self.question.baseline
@@ -227,7 +226,7 @@ class Collected:
 
 
 def _entry(answer: GateAnswer, question: Question, final: bool) -> Mapping[str, Any]:
-    """A line of the ledger."""
+    """The line of the ledger for an answer."""
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     keys = {
         role: {"name": one.name, "config": one.config_key, "commit": one.code[0], "code": one.code[1]}
@@ -238,7 +237,7 @@ def _entry(answer: GateAnswer, question: Question, final: bool) -> Mapping[str, 
 
 
 def _answer_of(entry: Mapping[str, Any], question: Question, trials: Trials, compared: int) -> GateAnswer:
-    """The answer that an entry of the ledger keeps."""
+    """The answer recorded in an entry of the ledger."""
     interval = entry.get("interval")
     return GateAnswer(
         entry["verdict"],

@@ -1,4 +1,4 @@
-"""The commands of experiments.py that train what a comparison needs: gate, noise, bisect."""
+"""The commands of experiments.py that train the runs they need: gate, noise, bisect."""
 
 from __future__ import annotations
 
@@ -10,32 +10,31 @@ from collections.abc import Iterator
 from typing import IO
 
 from utils.errors import UserError
-from utils.experiments.commands import RUN_HELP, command, runs_folder
+from utils.experiments.commands import COMPARED_METRIC, RUN_HELP, command, runs_folder
 from utils.terminal.cli import PROJECT_ROOT, timespan
 from utils.terminal.commands import Answer, flag
 
 SUBJECT_HELP = "RUN or tag (all its seeds), commit, FILE.patch, or settings: learning_rate=3e-3,dropout=0.1"
 TRUST = flag("--trust", action="store_true", help="run the code that a run made elsewhere brings along or names")
-METRIC = flag("--metric", metavar="NAME", help="(default: val/loss; val/bits_per_byte where the tokenizers differ)")
-SET = flag("--set", metavar="SETTINGS", help="settings of both, where neither is a run: max_iters=500,dropout=0.1")
+SET = flag("--set", metavar="SETTINGS", help="settings of both, if neither is a run: max_iters=500,dropout=0.1")
 BUDGET = flag(
-    "--budget", type=timespan, metavar="TIME", help="stop after 90s, 30m or 2h of wall time; another call goes on"
+    "--budget", type=timespan, metavar="TIME", help="stop after 90s, 30m or 2h of wall time; another call continues"
 )
 
 
 def output(args: argparse.Namespace) -> IO[str]:
-    """Where progress is printed: JSON has stdout for itself."""
+    """Where progress is printed: stderr with --json, so that stdout has the JSON alone."""
     return sys.stderr if args.json else sys.stdout
 
 
 @contextlib.contextmanager
-def goes_on_later(args: argparse.Namespace) -> Iterator[None]:
-    """Say, where a signal ends the block, that the runs it has completed are not trained again."""
+def report_kept_runs(args: argparse.Namespace) -> Iterator[None]:
+    """If a signal ends the block, print that the completed runs will not be trained again."""
     try:
         yield
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):
-            print("complete runs are kept; the same command goes on with the others", file=output(args), flush=True)
+            print("complete runs are kept; the same command continues with the others", file=output(args), flush=True)
         raise
 
 
@@ -45,9 +44,9 @@ def goes_on_later(args: argparse.Namespace) -> Iterator[None]:
     "discard, 3: unsure",
     flag("candidate", metavar="CANDIDATE", help=SUBJECT_HELP),
     flag("baseline", metavar="BASELINE", help="the same"),
-    METRIC,
+    COMPARED_METRIC,
     flag("--min-effect", type=float, default=0.0, metavar="X", help="the improvement to exceed (default: 0)"),
-    flag("--max-seeds", type=int, default=8, metavar="N", help="pairs of runs at most, from 3 (default: 8)"),
+    flag("--max-seeds", type=int, default=8, metavar="N", help="the most pairs of runs, at least 3 (default: 8)"),
     BUDGET,
     SET,
     TRUST,
@@ -63,7 +62,7 @@ def gate(args: argparse.Namespace) -> Answer:
         raise UserError(f"--max-seeds must be from {FIRST_LOOK} to 1000, not {args.max_seeds}")
     if not 0 <= args.min_effect < math.inf:
         raise UserError(f"--min-effect must be at least 0, not {args.min_effect:g}")
-    with goes_on_later(args):
+    with report_kept_runs(args):
         answer = gate(
             args.candidate,
             args.baseline,
@@ -84,8 +83,8 @@ def gate(args: argparse.Namespace) -> Answer:
     "noise",
     "how much a result varies with the seed alone, and how many seeds an effect needs; trains what is missing",
     flag("subject", metavar="RUN", help=f"{RUN_HELP}; or a commit, FILE.patch or settings"),
-    flag("--seeds", type=int, default=5, metavar="N", help="complete runs at least, from 3 (default: 5)"),
-    METRIC,
+    flag("--seeds", type=int, default=5, metavar="N", help="the fewest complete runs, at least 3 (default: 5)"),
+    COMPARED_METRIC,
     flag("--effect", type=float, action="append", default=[], metavar="X", help="in units of the metric (repeatable)"),
     TRUST,
 )
@@ -97,7 +96,7 @@ def noise(args: argparse.Namespace) -> Answer:
         raise UserError(f"--seeds must be at least 3, not {args.seeds}")
     if any(not 0 < effect < math.inf for effect in args.effect):
         raise UserError("--effect must be above 0")
-    with goes_on_later(args):
+    with report_kept_runs(args):
         found = noise(
             args.subject,
             PROJECT_ROOT,
@@ -119,10 +118,10 @@ def noise(args: argparse.Namespace) -> Answer:
     flag(
         "--oracle",
         choices=("bits", "loss"),
-        help="bits: the numbers in the log; loss: nearer to which of the two (default: loss if settings differ)",
+        help="judge a trial by the numbers in its log, or by its loss (default: loss if settings differ)",
     ),
-    METRIC,
-    flag("--seeds", type=int, default=3, metavar="N", help="of each trial, for the loss (default: 3)"),
+    COMPARED_METRIC,
+    flag("--seeds", type=int, default=3, metavar="N", help="seeds of each trial, if judged by the loss (default: 3)"),
     SET,
     TRUST,
     note="The commits in between run with your rights. Package versions are named, but not changed.",
@@ -133,7 +132,7 @@ def bisect(args: argparse.Namespace) -> Answer:
 
     if not 1 <= args.seeds <= 1000:
         raise UserError(f"--seeds must be from 1 to 1000, not {args.seeds}")
-    with goes_on_later(args):
+    with report_kept_runs(args):
         found = bisect(
             args.good,
             args.bad,

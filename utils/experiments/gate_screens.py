@@ -1,4 +1,4 @@
-"""What experiments.py prints about the gate, the noise floor and a bisection."""
+"""The screens of experiments.py about the gate, the noise floor and a bisection."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from utils.terminal.tables import plain_table, title
 from utils.terminal.words import counted, duration, fact_lines, loss_text, setting_text
 
 VERDICT_STYLES = {"keep": "green", "discard": "red", "unsure": "yellow"}
-MANY = 20  # comparisons, of which one in twenty errs by chance
+MANY = 20  # comparisons: from then on a verdict by chance is likely among them
 
 
 def gate_screen(answer: GateAnswer) -> Iterator[RenderableType]:
-    """The pairs, and the verdict with what it rests on."""
+    """The pairs, the verdict, and the evidence for it."""
     if answer.pairs:
         table = plain_table(right=["seed", answer.candidate, answer.baseline, "improvement"])
-        better = -1 if _improves_downwards(answer) else 1
+        better = -1 if _lower_is_better(answer) else 1
         for pair in answer.pairs:
             values = (pair.candidate_value, pair.baseline_value)
             difference = better * (values[0] - values[1])
@@ -37,7 +37,8 @@ def gate_screen(answer: GateAnswer) -> Iterator[RenderableType]:
     if answer.before:
         rows.append(("ledger", f"this was compared before, at {answer.before}; it is not tried again"))
     if answer.compared >= MANY:
-        rows.append(("ledger", f"{answer.compared:,} comparisons: one in twenty without an effect errs"))
+        words = f"{answer.compared:,} comparisons: without any effect, one in twenty gets a verdict by chance"
+        rows.append(("ledger", words))
     yield fact_lines(rows)
 
 
@@ -48,8 +49,8 @@ def _interval_words(answer: GateAnswer) -> str:
     return f", {low:+.4f} to {high:+.4f} with 95%"
 
 
-def _improves_downwards(answer: GateAnswer) -> bool:
-    """Whether lower values are better: as the effect and the values say."""
+def _lower_is_better(answer: GateAnswer) -> bool:
+    """Whether lower values are better, inferred from the signs of the effect and of the differences."""
     total = sum(pair.candidate_value - pair.baseline_value for pair in answer.pairs)
     return (answer.effect or 0.0) * total <= 0
 
@@ -73,11 +74,11 @@ def noise_screen(noise: Noise) -> Iterator[RenderableType]:
         table.add_row(
             f"{row.effect:.4g}", *("over 1,000" if n is None else f"{n:,}" for n in (row.paired, row.unpaired))
         )
-    yield Group("", title("Seeds of each that find an effect in 80% of cases"), table)
+    yield Group("", title("Pairs of seeds that find an effect in 80% of cases"), table)
 
 
 def bisection_screen(found: Bisection) -> Iterator[RenderableType]:
-    """What makes the difference."""
+    """What makes the difference between two experiments."""
     if found.problem:
         yield Text.assemble(("not found", "bold yellow"), f": {found.problem}")
     else:
@@ -88,7 +89,7 @@ def bisection_screen(found: Bisection) -> Iterator[RenderableType]:
     if found.commit:
         rows.append(("first bad commit", found.commit))
     elif found.code:
-        rows.append(("commit", "the good commit is no ancestor of the bad one, so none can be named"))
+        rows.append(("commit", "the good commit is not an ancestor of the bad one, so none can be named"))
     rows += [("not judged", f"it may also be {commit}") for commit in found.doubtful]
     cost = f"{counted(found.trials, 'trial')}, {counted(found.trained, 'run')} trained, {duration(found.seconds)}"
     rows.append(("cost", cost))

@@ -1,4 +1,4 @@
-"""The ledger of the gate: gate.jsonl beside the runs, a line for each verdict, which is only appended to."""
+"""The ledger of the gate: gate.jsonl in the folder of runs, an append-only file with a line for each verdict."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Entry = Mapping[str, Any]
 
 
 def read_ledger(runs_dir: Path) -> list[Entry]:
-    """All entries, oldest first; a line that was cut off by a crash, or is no entry, is left out.
+    """Read all entries, oldest first; lines that a crash cut off, or that are not entries, are left out.
 
     Raises:
         UserError: the file cannot be read.
@@ -41,7 +41,7 @@ def read_ledger(runs_dir: Path) -> list[Entry]:
 
 
 def append(runs_dir: Path, entry: Entry) -> None:
-    """Add a line, whole or not at all, whoever else is writing.
+    """Append a line, whole or not at all, even if other processes write at the same time.
 
     Raises:
         OSError: it cannot be written.
@@ -51,7 +51,7 @@ def append(runs_dir: Path, entry: Entry) -> None:
         handle = regular_fd(runs_dir / GATE, flags=os.O_RDWR | os.O_APPEND | os.O_CREAT)
         try:
             size = os.fstat(handle).st_size
-            if size and os.pread(handle, 1, size - 1) != b"\n":  # a line that was cut off stays alone
+            if size and os.pread(handle, 1, size - 1) != b"\n":  # keep apart from a line that was cut off
                 line = b"\n" + line
             if os.write(handle, line) != len(line):
                 os.ftruncate(handle, size)
@@ -73,7 +73,7 @@ def trial_lock(runs_dir: Path, key: str) -> Iterator[None]:
     try:
         try:
             try_flock(handle)
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(handle)):  # its holder has just ended
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(handle)):  # its holder removed it
                 raise BlockingIOError
         except BlockingIOError:
             raise UserError("another process is comparing these two already: wait for its verdict") from None

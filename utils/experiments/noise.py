@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from utils.errors import UserError
 from utils.experiments.compare import comparable_metric
 from utils.experiments.sequential import seeds_for
 from utils.experiments.subjects import Subjects
@@ -18,16 +17,16 @@ from utils.experiments.trials import Trials, last_value, seed_order
 from utils.machine.signals import raise_on_signals
 from utils.terminal.words import duration
 
-NOISE_SEEDS = 5  # unless another number is asked for
-EFFECTS = (0.5, 1.0, 2.0, 4.0)  # in standard deviations, for which the seeds needed are listed
+NOISE_SEEDS = 5  # the default
+EFFECTS = (0.5, 1.0, 2.0, 4.0)  # in standard deviations; the seeds that they need are listed by default
 
 
 @dataclass(frozen=True)
 class NeededSeeds:
-    """Pairs with which the gate finds an effect in 80% of cases; None: more than a thousand.
+    """The number of pairs with which the gate finds an effect in 80% of cases; None: more than a thousand.
 
-    paired: if the seed explains most of the noise of both (a correlation of PAIRED), as for small changes.
-    unpaired: if the two vary independently, as after a change of the shapes.
+    paired: if the seed explains most of the noise of both (a correlation of PAIRED), as with small changes.
+    unpaired: if the two vary independently, as with a change of shapes.
     """
 
     effect: float
@@ -42,9 +41,9 @@ PAIRED = 0.8
 class Noise:
     """The noise floor of one configuration.
 
-    values: of the metric, by seed.
-    deviation: standard deviation; interval: 95% of it, by the chi-squared distribution.
-    trained: runs that were trained for it.
+    values: the metric by seed.
+    deviation: standard deviation; interval: its 95% confidence interval, by the chi-squared distribution.
+    trained: number of runs that were trained; seconds: how long it took.
     """
 
     name: str
@@ -72,11 +71,11 @@ def noise(
     """Measure the noise floor of a configuration, training the seeds that are missing.
 
     Args:
-        seeds: at least this many; all complete runs count.
+        seeds: the least number of seeds; all complete runs count.
         effects: in units of the metric; by default multiples of the deviation.
 
     Raises:
-        UserError: the subject means nothing, or a run has no result.
+        UserError: the subject names nothing known, or a run has no result.
     """
     with raise_on_signals(), tempfile.TemporaryDirectory(prefix="noise-") as folder:
         experiment = Subjects(root, runs_dir, Path(folder), trusted).one(subject)
@@ -97,8 +96,9 @@ def noise(
 
 
 def summary(name: str, metric: str, values: dict[int, float], effects: Sequence[float], trials: Trials) -> Noise:
+    """The noise floor from the values of a metric by seed."""
     deviation = statistics.stdev(values.values())
-    wanted = effects or [round_up(times * deviation) for times in EFFECTS if deviation]
+    wanted = effects or [two_digits(times * deviation) for times in EFFECTS if deviation]
     return Noise(
         name,
         metric,
@@ -113,9 +113,7 @@ def summary(name: str, metric: str, values: dict[int, float], effects: Sequence[
 
 
 def needed(effect: float, deviation: float) -> NeededSeeds:
-    """The seeds that an effect needs where one run varies by `deviation`."""
-    if effect <= 0:
-        raise UserError(f"--effect must be above 0, not {effect:g}")
+    """The seeds that an effect needs if the standard deviation from seed to seed is `deviation`."""
     of_pairs = [math.sqrt(2 * (1 - correlation)) * deviation for correlation in (PAIRED, 0.0)]
     return NeededSeeds(effect, *(seeds_for(effect, of_pair) for of_pair in of_pairs))
 
@@ -128,6 +126,6 @@ def deviation_interval(deviation: float, count: int) -> tuple[float, float]:
     return deviation * math.sqrt((count - 1) / low), deviation * math.sqrt((count - 1) / high)
 
 
-def round_up(value: float) -> float:
-    """`value` in two digits, for a table."""
+def two_digits(value: float) -> float:
+    """`value` rounded to two significant digits, for a table."""
     return float(f"{value:.1e}")

@@ -1,4 +1,4 @@
-"""What people say about a run: its tag, note, tags and pin, and names for its weights."""
+"""What people record about a run: its tag, note, tags and pin, and names for its weights."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def edit(
     """Change the tag, note, tags or pin of the run directory `path`; None leaves a value as it is.
 
     Args:
-        tag: the name of the run (`RUN` on a command line); its id and directory stay.
+        tag: the name of the run (`RUN` on a command line); its id and directory do not change.
 
     Returns:
         All of these values after the change.
 
     Raises:
-        UserError: the tag is not valid, a text is no Unicode, the notes are damaged, or the run is being trained and
-            its tag would change (only the training process writes run.json).
+        UserError: the tag is not valid, a text is not valid Unicode, the notes are damaged, or the tag of a run that is
+            being trained would change (only the training process writes its run.json).
         OSError: the disk is full or fails.
     """
     for flag, texts in (("--note", [note or ""]), ("--add-tag", add_tags)):
@@ -83,7 +83,7 @@ def promote(path: Path, name: str, runs_dir: Path) -> tuple[str, dict[str, Any]]
         UserError: the run has no export or is not in `runs_dir`, or the name is not valid.
         OSError: the disk is full or fails.
     """
-    path = Path(os.path.abspath(path))  # not resolved: a run that was moved away and linked is still one of them
+    path = Path(os.path.abspath(path))  # not resolved: a run in the folder may be a link
     if real_path(path.parent) != real_path(runs_dir):
         raise RunError(f"{path} is not in {runs_dir}: {MODELS} there names only runs beside it")
     weights = path / EXPORT / WEIGHTS_FILE

@@ -1,4 +1,4 @@
-"""Curves of several runs in one picture: in the terminal, as PNG or as SVG."""
+"""Curves of several runs in one plot: in the terminal, as PNG or as SVG."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 PICTURES = (".png", ".svg")
-TERMINAL_COLORS = (33, 208, 35, 197, 135, 37, 178, 245)  # of 256; readable on black and on white
+TERMINAL_COLORS = (33, 208, 35, 197, 135, 37, 178, 245)  # of the 256; legible on black and on white
 PLAIN_MARKERS = "*o+x#%@="  # without colours a curve is recognised by its character
-POINTS_PER_COLUMN = 4  # a braille cell has two columns of dots, each shows a smallest and a largest value
+POINTS_PER_COLUMN = 4  # a braille cell has two columns of dots, each of which shows a smallest and a largest value
 TICKS = {"x": 8, "y": 4}  # least distance between two ticks, in columns and lines
-TIME_UNITS = ((7200.0, 3600.0, "h"), (300.0, 60.0, "min"), (0.0, 1.0, "s"))  # used from this length on; seconds; name
+TIME_UNITS = ((7200.0, 3600.0, "h"), (300.0, 60.0, "min"), (0.0, 1.0, "s"))  # (from so many seconds on, divisor, name)
 
 
 @dataclass(frozen=True)
@@ -39,17 +39,14 @@ class PlottedCurve:
 
 
 def load_curves(runs: Sequence[IndexedRun], metric: str, axis: Axis, smooth: float) -> list[PlottedCurve]:
-    """One metric of several runs; a run without a finite value of it is left out.
+    """Read one metric of several runs; a run without a finite value is left out.
 
     Args:
-        smooth: weight of the past in an exponential moving average, from 0 (as logged) to below 1.
+        smooth: weight of the past in an exponential moving average, at least 0 (as logged) and below 1.
 
     Raises:
-        UserError: no run has logged the metric, no value of it is finite, a log is damaged, or `smooth` is not a
-            valid weight.
+        UserError: no run has logged the metric, no value of it is finite, or a log is damaged.
     """
-    if not 0 <= smooth < 1:
-        raise UserError(f"smoothing by {smooth:g}: expected a weight from 0 to below 1")
     loaded = [read_curve(run.path, metric) for run in runs]
     if not any(curve.values for curve in loaded):
         known = {name for run in runs for name in logged_metrics(run.path)}
@@ -65,14 +62,14 @@ def load_curves(runs: Sequence[IndexedRun], metric: str, axis: Axis, smooth: flo
 
 
 def names_of(runs: Sequence[IndexedRun]) -> list[str]:
-    """The name of each run in a legend: its tag, or its id where it has no tag of its own."""
+    """The name of each run in a legend: its tag, or its id if it has no tag or shares it with another of the runs."""
     tags = [str(run.record.get("tag") or run.id) for run in runs]
     count = Counter(tags)
     return [tag if count[tag] == 1 else run.id for run, tag in zip(runs, tags, strict=True)]
 
 
 def smoothed(values: Iterable[float], weight: float) -> list[float]:
-    """Exponential moving averages, corrected for the bias of the first ones towards zero (as in TensorBoard)."""
+    """Exponential moving averages, corrected for the bias of the first values towards zero (as in TensorBoard)."""
     average, remaining, result = 0.0, 1.0, []
     for value in values:
         average = weight * average + (1 - weight) * value
@@ -82,7 +79,7 @@ def smoothed(values: Iterable[float], weight: float) -> list[float]:
 
 
 def y_label(name: str) -> str:
-    """A metric with its unit."""
+    """The name of a metric with its unit."""
     try:
         unit = metric(name).unit
     except KeyError:  # registered by a callback of the run
@@ -91,7 +88,7 @@ def y_label(name: str) -> str:
 
 
 def x_scale(axis: Axis, largest: float) -> tuple[float, str]:
-    """The divisor of x and the label of the axis with its unit, where the longest curve ends at `largest`."""
+    """The divisor of x, and the label of the axis with its unit, if the longest curve ends at `largest`."""
     if axis != "time":
         return 1.0, {"step": "step", "tokens": "tokens of training"}[axis]
     _, seconds, name = next(unit for unit in TIME_UNITS if largest >= unit[0])
@@ -101,18 +98,18 @@ def x_scale(axis: Axis, largest: float) -> tuple[float, str]:
 def terminal_plot(
     curves: Sequence[PlottedCurve], metric: str, axis: Axis, width: int, height: int, colour: bool = True
 ) -> str:
-    """The curves as text: a legend, then the picture.
+    """The curves as text: a legend, then the plot.
 
     Args:
-        width, height: size of the whole in columns and lines.
-        colour: with ANSI colours; without them each curve is drawn with a character of its own.
+        width, height: total size in columns and lines.
+        colour: use ANSI colours; without them, each curve is drawn with a different character.
     """
     import plotext
 
     divisor, x_label = x_scale(axis, max(curve.x[-1] for curve in curves))
     head = [y_label(metric), *_legend([curve.name for curve in curves], width, colour)]
     figure = plotext.figure
-    plotext.terminal.limit(False, False)  # the size is the caller's, whatever the terminal's is
+    plotext.terminal.limit(False, False)  # the caller's size applies, not that of the terminal
     figure.clear()
     plotext.add_theme("curves", sequence=TERMINAL_COLORS)
     figure.theme("curves")
@@ -137,7 +134,7 @@ def terminal_plot(
 
 
 def plot_screen(curves: Sequence[PlottedCurve], metric: str, axis: Axis, console: Console) -> Iterator[RenderableType]:
-    """The curves as large as the terminal, within reason."""
+    """The curves, about as large as the terminal."""
     from rich.text import Text
 
     from utils.terminal.console import is_coloured
@@ -147,7 +144,7 @@ def plot_screen(curves: Sequence[PlottedCurve], metric: str, axis: Axis, console
 
 
 def _legend(names: Sequence[str], width: int, colour: bool) -> list[str]:
-    """Lines with a marker and the name of each curve."""
+    """The lines of the legend: a marker and the name of each curve."""
     lines, used = [""], 0
     for index, name in enumerate(names):
         name = one_line(name)
@@ -163,7 +160,7 @@ def _legend(names: Sequence[str], width: int, colour: bool) -> list[str]:
 
 
 def _ticks(low: float, high: float, room: int, least: float = 0.0) -> list[float]:
-    """Round numbers between `low` and `high`: at most about `room` of them, at least `least` apart."""
+    """Round numbers from `low` to `high`: at most about `room` of them, at least `least` apart."""
     if not math.isfinite(high - low) or high <= low:
         return [low]
     least = max(least, (high - low) / max(2, room))
@@ -173,7 +170,7 @@ def _ticks(low: float, high: float, room: int, least: float = 0.0) -> list[float
 
 
 def _tick_labels(ticks: Sequence[float]) -> list[str]:
-    """The numbers with the same number of decimals; thousands, millions and billions end in k, M and G."""
+    """The ticks as text, all with the same number of decimals; thousands, millions and billions end in k, M and G."""
     largest = max(map(abs, ticks))
     if 0 < largest < 1e-3 or largest >= 1e12:
         return [f"{tick:.1e}" if tick else "0" for tick in ticks]
@@ -185,7 +182,7 @@ def _tick_labels(ticks: Sequence[float]) -> list[str]:
 
 
 def save_plot(curves: Sequence[PlottedCurve], metric: str, axis: Axis, out: Path) -> None:
-    """Draw the curves into the file `out`, PNG or SVG.
+    """Draw the curves to the file `out`, PNG or SVG.
 
     Raises:
         UserError: the name ends neither in .png nor in .svg.

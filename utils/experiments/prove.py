@@ -1,9 +1,9 @@
-"""train.py --prove: does this configuration go on after SIGKILL as if nothing had happened?
+"""train.py --prove: does this configuration continue after SIGKILL as if nothing had happened?
 
-A configuration is trained twice without disturbance, and once with kills at random steps, each followed by a resume.
-Weights, the optimizer's tensors and the loss are compared bit by bit after each step, and the logs at the end. If the
-two undisturbed runs differ already, something in it is not deterministic; if only the killed one does, some state is in
-no checkpoint.
+The configuration is trained twice undisturbed, and once with kills at random steps, each followed by a resume. Weights,
+the optimizer's tensors and the loss are compared bit by bit after each step, and the logs at the end. If the two
+undisturbed runs already differ, something is not deterministic; if only the killed one differs, some state is missing
+from the checkpoints.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from typing import IO, Any
 from utils.config.settings import Config
 from utils.errors import UserError
 from utils.experiments.bits import compare_logs
-from utils.experiments.reproduce import UNTRACKED
-from utils.experiments.subjects import flags_of
+from utils.experiments.reproduce import UNTRACKED, flags_of
 from utils.experiments.trials import SIGNALS
 from utils.machine.signals import StopSignal, raise_on_signals
 from utils.machine.watchdog import watched
@@ -43,12 +42,12 @@ Line = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found.
+    """The result of a proof.
 
-    kills: the steps after which the killed run died.
-    difference: the first thing that differs, as "weights blocks.0.mlp.up.weight after step 13"; None: nothing.
-    deterministic: whether the two undisturbed runs are the same.
-    causes: the likely ones, the likeliest first.
+    kills: the steps after which the killed run was killed.
+    difference: the first difference, such as "weights blocks.0.mlp.up.weight after step 13"; None if there is none.
+    deterministic: whether the two undisturbed runs are identical.
+    causes: likely causes, the likeliest first.
     forgotten: attributes of callbacks that a resume did not restore, if that changed no number.
     """
 
@@ -65,7 +64,7 @@ class Proof:
 
 
 class SessionError(Exception):
-    """A session ended otherwise than planned; its output says why."""
+    """A session did not end as planned; its output says why."""
 
     def __init__(self, status: int, output: str) -> None:
         super().__init__(output)
@@ -77,13 +76,13 @@ def prove(words: Sequence[str], config: Config, root: Path, steps: int, output: 
 
     Args:
         words: the command line of train.py, without --prove.
-        config: the configuration that it means.
-        steps: to train, at most.
+        config: the configuration that it results in.
+        steps: the most steps to train.
         output: where progress is printed.
 
     Raises:
         UserError: there are too few steps.
-        SessionError: a training ended otherwise than planned.
+        SessionError: a training did not end as planned.
     """
     with raise_on_signals(), tempfile.TemporaryDirectory(prefix="prove-") as folder:
         return Prover(words, config, root, steps, Path(folder), output).run()
@@ -114,12 +113,13 @@ class Prover:
         first = self._train("first", hash_seed=1)
         second = self._train("second", hash_seed=2)
         if (difference := self._difference(first, second)) is not None:
-            return Proof(self.steps, [], difference, False, self._causes_of_chance(first))
+            return Proof(self.steps, [], difference, False, self._causes_of_randomness(first))
         kills = sorted(random.sample(range(self.interval + 1, self.steps), KILLS))
         self._say(f"one that is killed after steps {', '.join(map(str, kills))}, and resumed")
         killed = self._train("killed", hash_seed=3, kills=kills)
         difference = self._difference(first, killed)
-        lost = _lost_state(first, killed, unstable=_differing_state(first, second))  # unstable: clocks, say
+        unstable = _differing_state(first, second)  # clocks, for example
+        lost = sorted(_differing_state(first, killed) - unstable)  # not restored by a resume
         if difference is None:
             return Proof(self.steps, kills, None, True, forgotten=lost)
         if lost:
@@ -135,7 +135,7 @@ class Prover:
     # ---------------------------------------------------------------------------------------------- training
 
     def _train(self, name: str, hash_seed: int, kills: Sequence[int] = (), complain: bool = False) -> Path:
-        """A training, in as many sessions as it takes; the folder of its run and of its record."""
+        """Train, in one session more than there are kills; returns the folder of the run and of the record."""
         place = self.folder / name
         place.mkdir()
         words = [*self.words, *self.flags, f"--runs-dir={place}", "--run-tag=prove"]
@@ -151,7 +151,7 @@ class Prover:
     def _session(
         self, place: Path, words: Sequence[str], hash_seed: int, kill_at: int | None, complain: bool
     ) -> tuple[int, str]:
-        """One process; its exit status and output."""
+        """Run one training process; returns its exit status and output."""
         spec = {"record": str(place / "record.jsonl"), "kill_at": kill_at, "interval": self.interval}
         (place / "spec.json").write_text(json.dumps({**spec, "complain": complain}), encoding="utf-8")
         command = [sys.executable, str(script_file(self.root, WITNESS)), str(place / "spec.json"), *words]
@@ -171,7 +171,7 @@ class Prover:
     # --------------------------------------------------------------------------------------------- comparing
 
     def _difference(self, one: Path, other: Path) -> str | None:
-        """The first thing in which two trainings differ, in words."""
+        """The first difference between two trainings, in words; None if there is none."""
         expected = {line["step"]: line for line in record_of(one)}
         for line in record_of(other):
             if (name := first_difference(expected[line["step"]], line)) is not None:
@@ -181,9 +181,9 @@ class Prover:
             return f"metric {logs.difference.name} at step {logs.difference.step}"
         return logs.problem
 
-    def _causes_of_chance(self, first: Path) -> list[str]:
-        """Why two undisturbed trainings may differ."""
-        self._say("they differ: a third one, to find out why")
+    def _causes_of_randomness(self, first: Path) -> list[str]:
+        """The likely causes why two undisturbed trainings differ; trains a third time to find out."""
+        self._say("they differ; a third one finds out why")
         third = self._train("third", hash_seed=1, complain=True)
         if self._difference(first, third) is None:
             return ["the order of a set or of hashes of texts: it changes with PYTHONHASHSEED; sort before you iterate"]
@@ -196,13 +196,13 @@ class Prover:
 
 
 def run_of(place: Path) -> Path:
-    """The one run directory in a folder."""
+    """The only run directory in a folder."""
     (path,) = place.glob(f"*/{RECORD}")
     return path.parent
 
 
 def record_of(place: Path) -> Iterator[Line]:
-    """What the sessions of a training wrote down; a line that a kill cut off is left out."""
+    """Yield the lines that the sessions of a training have recorded, one for each step."""
     for text in (place / "record.jsonl").read_text(encoding="utf-8").splitlines():
         yield json.loads(text)
 
@@ -218,13 +218,8 @@ def _differing_state(one: Path, other: Path) -> set[str]:
     }
 
 
-def _lost_state(first: Path, killed: Path, unstable: set[str]) -> list[str]:
-    """The attributes of callbacks that a resume has not restored."""
-    return sorted(_differing_state(first, killed) - unstable)
-
-
 def first_difference(expected: Line, line: Line) -> str | None:
-    """The first of loss, weights and optimizer state that differs after a step."""
+    """The first of loss, weights and optimizer state that differs after a step, in words; None if none differs."""
     if expected["loss"] != line["loss"]:
         values = (float.fromhex(one["loss"]) for one in (expected, line))
         return "the loss ({:.9g}, {:.9g})".format(*values)
@@ -244,7 +239,7 @@ def proof_lines(proof: Proof) -> Iterator[str]:
             yield f"note: a resume does not restore {', '.join(proof.forgotten)}, but that changed no number"
         return
     what = "two undisturbed trainings differ" if not proof.deterministic else "a killed and resumed training differs"
-    yield f"not proven: {what}: first {proof.difference}"
+    yield f"not proven: {what}, first in {proof.difference}"
     for cause in proof.causes:
         yield f"likely cause: {cause}"
 
@@ -253,7 +248,7 @@ def prove_command(argv: Sequence[str], parsed: ExperimentArguments) -> int:
     """`train.py --prove`: prove the configuration of a command line.
 
     Returns:
-        The exit status: 0 proven, 1 not; that of a training that ended otherwise than planned.
+        The exit status: 0 if proven, 1 if not; if a training did not end as planned, its status.
 
     Raises:
         UserError: a mistake on the command line.

@@ -1,6 +1,6 @@
 """Freeing disk space: which checkpoints and runs may be deleted, the oldest first.
 
-Runs that are being trained, pinned, promoted, the parent of another run, or that cannot be read are never touched.
+Runs that are being trained, pinned, promoted, unreadable, or the parent of another run are never touched.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 AGES = {"h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
 RUNNING = "running"  # a reason not to touch a run
 TEMPORARY = ".*.tmp"  # files that were being written
-ASIDE = ".pruned"  # ending of a folder that is being deleted: after a crash nothing looks whole that is not
+ASIDE = ".pruned"  # ending of the name of a folder that is being deleted
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One folder or file to delete. what: "checkpoints", "run", or "leftover" of a process that was killed."""
+    """One folder or file to delete.
+
+    run: the id of the run that it belongs to; empty for leftovers beside the runs.
+    what: "checkpoints", "run", or "leftover" (of a process that was killed).
+    """
 
     run: str
     what: str
@@ -42,7 +46,11 @@ class Removal:
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """What to delete. total: bytes of all runs; kept: run -> why it is not touched."""
+    """What to delete.
+
+    total: bytes of all runs and leftovers.
+    kept: run -> why it is not touched.
+    """
 
     total: int
     removals: list[Removal]
@@ -62,14 +70,14 @@ def plan_pruning(
     whole_runs: bool = False,
     unfinished: bool = False,
 ) -> PrunePlan:
-    """Choose what to delete: checkpoints before whole runs, those of the oldest run first.
+    """Choose what to delete: checkpoints before whole runs, and the oldest runs first.
 
     Args:
-        keep_last: number of newest runs that are not touched.
+        keep_last: the number of newest runs that are not touched.
         older_than: runs that started less than this many seconds ago are not touched.
-        max_bytes: stop once all runs together are not larger; None: delete all that may be deleted.
-        whole_runs: delete runs, not only their checkpoints; with `max_bytes` runs may always be deleted.
-        unfinished: also touch runs that could be resumed.
+        max_bytes: stop once all runs together are not larger; None: delete everything that may be deleted.
+        whole_runs: delete runs, not only their checkpoints; with `max_bytes`, runs may be deleted anyway.
+        unfinished: also delete from runs that could be resumed.
 
     Raises:
         UserError: the folder or models.json cannot be read.
@@ -104,10 +112,10 @@ def plan_pruning(
 
 
 def _leftovers(runs_dir: Path, runs: Sequence[IndexedRun]) -> Iterator[Removal]:
-    """What processes that were killed have left: half-deleted folders and half-written files.
+    """What killed processes have left behind: half-deleted folders and half-written files.
 
     Args:
-        runs: those that nobody trains.
+        runs: the runs that are not being trained.
     """
     places = [("", runs_dir, (f".*{ASIDE}", TEMPORARY))]
     for run in runs:
@@ -124,7 +132,7 @@ def _leftovers(runs_dir: Path, runs: Sequence[IndexedRun]) -> Iterator[Removal]:
 def _kept(
     runs: Sequence[IndexedRun], runs_dir: Path, keep_last: int, older_than: float, unfinished: bool
 ) -> dict[str, str]:
-    """The runs that are not touched, each with the first reason that holds."""
+    """The runs that are not touched, each with the first reason that applies."""
     promoted = {version["run"] for versions in read_models(runs_dir).values() for version in versions}
     parents = {run.record["parent"]["run"] for run in runs if run.record.get("parent")}
     readable = [run for run in runs if run.readable]
@@ -142,12 +150,12 @@ def _kept(
     found = ((run, next((why for why, holds in reasons.items() if holds(run)), None)) for run in runs)
     kept = {run.id: why for run, why in found if why}
     places = {os.path.realpath(run.path): kept[run.id] for run in runs if run.id in kept}
-    aliases = ((run, places.get(os.path.realpath(run.path))) for run in runs)  # a second link to a run that is kept
+    aliases = ((run, places.get(os.path.realpath(run.path))) for run in runs)  # keep second links to them too
     return {run.id: kept.get(run.id, why) for run, why in aliases if why}
 
 
 def remove_all(removals: Sequence[Removal]) -> dict[Removal, str]:
-    """Delete each folder; those that could not be deleted, with the reason."""
+    """Delete each of `removals`; returns those that could not be deleted, with the reason."""
     failed = {}
     for removal in removals:
         try:
@@ -158,10 +166,10 @@ def remove_all(removals: Sequence[Removal]) -> dict[Removal, str]:
 
 
 def remove(removal: Removal) -> None:
-    """Delete a folder, with the lock of its run held; it is renamed first, so that no half of it is taken for whole.
+    """Delete a folder while holding the lock of its run; it is renamed first, so that a half-deleted one is recognised.
 
     Raises:
-        BlockingIOError: the run is being trained by now.
+        BlockingIOError: the run is being trained now.
         OSError: the folder cannot be deleted.
     """
     if removal.what == "leftover":
@@ -180,9 +188,9 @@ def remove(removal: Removal) -> None:
 
 
 def _remove_leftover(removal: Removal) -> None:
-    """Delete a leftover, unless it is gone meanwhile.
+    """Delete a leftover, unless it is gone by now.
 
-    Nobody trains its run at that time, and no JSON file beside it is being written.
+    The locks make sure that its run is not being trained and that no JSON file beside it is being written.
     """
     path = removal.path
     runs = [folder for folder in path.parents if removal.run and folder.name == removal.run]
@@ -202,9 +210,9 @@ def _remove_leftover(removal: Removal) -> None:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a folder; of one that was moved to another disk, the link and what it leads to.
+    """Delete a folder; if it is a link (to another disk, say), delete both the link and its target.
 
-    If another link in the same place leads there too, only this link is deleted.
+    If another entry of the same folder leads to the target too, only this link is deleted.
     """
     if not folder.is_symlink():
         shutil.rmtree(folder)
@@ -217,7 +225,7 @@ def _delete(folder: Path) -> None:
 
 
 def parse_size(text: str) -> int:
-    """Bytes in "20GB", "500 MiB" or "1.5 GB".
+    """Parse a size such as "20GB", "500 MiB" or "1.5 GB" into bytes.
 
     Raises:
         UserError: `text` is not of this form.
@@ -229,7 +237,7 @@ def parse_size(text: str) -> int:
 
 
 def parse_age(text: str) -> float:
-    """Seconds in "12h", "30d" or "8w".
+    """Parse an age such as "12h", "30d" or "8w" into seconds.
 
     Raises:
         UserError: `text` is not of this form.

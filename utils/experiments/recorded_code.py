@@ -1,4 +1,4 @@
-"""The code that a run was trained with: what it brings along, and its commit with its patch put into a folder again."""
+"""The code that a run was trained with: restoring its commit and patch in a folder, and what code it brings along."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ class ReproductionError(UserError):
 
 
 def code_of_its_own(run: IndexedRun, root: Path, code: Code) -> list[str]:
-    """What a repetition runs that this project does not have already, in words."""
+    """The code that a repetition would run and that this project does not have already, in words."""
     known = ConfigLoader(root).load().config.train.callbacks
     words = callback_words(name for name in run.settings.get("callbacks") or () if name not in known)
     if code == "recorded" and os.path.lexists(run.path / PATCH):
-        with contextlib.suppress(OSError):  # reported when it is applied
+        with contextlib.suppress(OSError):  # is reported when the patch is applied
             if read_bytes(run.path / PATCH, run.path):
                 words.append(f"{PATCH}, which changes {', '.join(_changed_by(run.path / PATCH)) or 'no file'}")
     return words
 
 
 def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list[str]]:
-    """Put the code of a run into `folder`: its commit from the repository of `root`, with its patch applied.
+    """Restore the code of a run in `folder`: its commit from the repository of `root`, with its patch applied.
 
     Returns:
-        The project folder there (`root` itself for a run without git), and what is not known about the code.
+        The project folder there (`root` itself for a run without git), and what is not known about the code, in words.
 
     Raises:
         ReproductionError: the repository does not have the commit, or the patch does not apply.
@@ -70,11 +70,11 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
 
 
 def unpack_commit(commit: str, root: Path, tree: Path, of: str = "") -> Path:
-    """Put the files of a commit into the new folder `tree`.
+    """Unpack the files of a commit into the new folder `tree`.
 
     Args:
         root: the project folder, whose git repository has the commit.
-        of: what the commit is of, for messages.
+        of: for messages, whose commit it is (" of RUN").
 
     Returns:
         The project folder in `tree`.
@@ -123,13 +123,13 @@ def apply_patch(patch: Path, tree: Path) -> None:
 
 
 def _changed_by(patch: Path) -> list[str]:
-    """The files that `apply_patch` would change, as git reads the patch: parts of it may lack the line `diff --git`."""
+    """The files that `apply_patch` would change; git lists them, as parts of a patch may lack the line `diff --git`."""
     command = ["git", "apply", "--numstat", "-z", os.fspath(real_path(patch))]
-    with tempfile.TemporaryDirectory() as folder:  # in a repository, git would leave out what is not below the folder
+    with tempfile.TemporaryDirectory() as folder:  # in a repository, git would omit files outside the folder
         listing = subprocess.run(command, cwd=folder, env=_outside(folder), capture_output=True).stdout
     return [os.fsdecode(entry.split(b"\t", 2)[-1]) for entry in listing.split(b"\0") if entry]
 
 
 def _outside(folder: str | Path) -> dict[str, str]:
-    """The environment for a git process that works in `folder`, whatever repository that is in."""
+    """The environment of a git process in `folder` that must ignore any repository around it."""
     return {**git_environment(), "GIT_CEILING_DIRECTORIES": os.fspath(real_path(Path(folder)).parent)}

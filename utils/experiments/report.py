@@ -1,4 +1,4 @@
-"""One self-contained HTML page about runs: it needs no other file and no network."""
+"""A self-contained HTML page about runs: it needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from utils.terminal.words import HEX_COLORS, column_text, duration, loss_text, s
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 CHARTS = ("val/loss", "train/loss")  # metrics, one chart each
-POINTS = 2000  # of a curve, which is more than a screen has columns
+POINTS = 2000  # of a curve; more than a screen has columns
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)  # raised by damaged files
 GIT_FACTS = ("commit", "branch", "remote")
 
 
 def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
-    """Write the page about `runs`; it says which parts of a run cannot be read.
+    """Write the page about `runs`; it names the parts of a run that cannot be read.
 
     Args:
         out: the .html file.
-        root: the project folder, whose git repository knows the commits.
+        root: the project folder, whose git repository has the commits.
 
     Raises:
         OSError: the file cannot be written.
@@ -48,7 +48,7 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
     problems: dict[Path, list[str]] = {run.path: [run.problem] if run.problem else [] for run in runs}
 
     def attempt(run: IndexedRun, what: str, make: Callable[[IndexedRun], Any], otherwise: Any) -> Any:
-        """The result of `make`; on failure `otherwise`, and the reason is listed with the problems of the run."""
+        """The result of `make`; on failure, list the reason with the problems of the run and return `otherwise`."""
         try:
             return make(run) if run.readable else otherwise
         except UNREADABLE as error:
@@ -111,7 +111,7 @@ def _curves(run: IndexedRun) -> dict[str, Curve]:
 
 
 def _differences(runs: Sequence[IndexedRun], root: Path) -> tuple[RunDiff | None, str | None]:
-    """What differs between the runs, or the reason why that is not known; neither for fewer than two runs."""
+    """What differs between the runs, or the reason why that is not known; (None, None) for fewer than two runs."""
     if len(runs) < 2:
         return None, None
     try:
@@ -121,7 +121,7 @@ def _differences(runs: Sequence[IndexedRun], root: Path) -> tuple[RunDiff | None
 
 
 def _results(run: IndexedRun) -> dict[str, Any]:
-    """The row of a run in the table of results, as text."""
+    """The texts of a run in the table of results."""
     row = run.row()
     return {
         "steps": column_text("steps", row["steps"]),
@@ -143,7 +143,7 @@ def _last_sample(run: IndexedRun) -> dict[str, Any] | None:
 
 
 def _own_settings(run: IndexedRun) -> list[tuple[str, Any, str]] | None:
-    """(key, value, source) of each setting that differs from its default; None where the settings are not known."""
+    """(key, value, source) of each setting that differs from its default; None if the settings are not known."""
     if not run.settings:
         return None
     sources = settings_with_sources(run)
@@ -151,7 +151,7 @@ def _own_settings(run: IndexedRun) -> list[tuple[str, Any, str]] | None:
 
 
 def _origin(run: IndexedRun) -> list[tuple[str, str]]:
-    """Where the run comes from, as (name, text), from run.json."""
+    """The origin of the run as rows of (name, text), from run.json."""
     record, git = run.record, run.record.get("git") or {}
     resolved, parent = record.get("resolved") or {}, record.get("parent")
     known = {
@@ -174,7 +174,7 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
 
 
 def _comparison(runs: Sequence[IndexedRun]) -> Comparison | None:
-    """The runs in groups of seeds; None unless a group has several."""
+    """The comparison of the runs by groups of seeds; None unless a group has several runs."""
     try:
         found = compare(runs)
     except UserError:  # fewer than two have logged a loss
@@ -189,7 +189,7 @@ def _group_rows(comparison: Comparison) -> list[list[str]]:
 def _bands(
     comparison: Comparison, runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]], axes: Iterable[Axis]
 ) -> list[dict[str, Any]]:
-    """The mean and the band of each group of several runs, for each chart, on each axis."""
+    """The mean and the band of each group of several runs, for each chart and on each axis."""
     index = {run["path"]: number for number, run in enumerate(runs)}
     scales = {axis: x_scale(axis, _longest(curves, axis))[0] for axis in axes}
     found = []
@@ -223,9 +223,9 @@ def _longest(curves: Sequence[dict[str, Curve]], axis: Axis) -> float:
 
 
 def _chart(runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]]) -> dict[str, Any]:
-    """The data that the script of the page draws: the axes, and one trace for each curve with its x on every axis.
+    """The data that the script of the page draws: the axes, and one trace for each curve, with its x on every axis.
 
-    lost: how many values are not finite, and not in a trace.
+    The key "lost" has the number of values that are left out because they are not finite.
     """
     scales = {axis: x_scale(axis, _longest(curves, axis)) for axis in AXES}
     traces, lost = [], 0
@@ -257,10 +257,10 @@ def _chart(runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]]) -
 
 
 def _rounded(value: float) -> float:
-    """`value` with nine digits, which is more than a screen shows."""
+    """`value` rounded to nine significant digits, more than a screen can show."""
     return float(f"{value:.9g}")
 
 
 def _value_text(value: Any) -> str:
-    """A setting or a fact; a dash for what is none or not there."""
+    """The text of a setting or a fact; a dash for None."""
     return "–" if value is None else setting_text(value)

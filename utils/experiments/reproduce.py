@@ -1,6 +1,6 @@
 """Training a run again, from its recorded code, configuration and corpus, and comparing the two bit by bit.
 
-The repetition is a process of its own, so that it can run the recorded code.
+The repetition runs in a process of its own, so that it can run the recorded code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from utils.config.loader import ConfigLoader, flag_name
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import environment_of
 from utils.experiments.recorded_code import Code, ReproductionError, code_of_its_own, recorded_code
-from utils.experiments.training_process import train_again
+from utils.experiments.training_process import run_training
 from utils.files import real_path
 from utils.runs.find import moved_path, parent_path
 from utils.runs.index import IndexedRun, read_run, resolved_setting
@@ -33,18 +33,18 @@ from utils.runs.trust import made_elsewhere, made_here, require_trust
 from utils.terminal.words import printable
 
 WEIGHTS = EXPORT / WEIGHTS_FILE
-UNTRACKED = {"aim_logging": False, "wandb_mode": "disabled"}  # a repetition is compared by its log
+UNTRACKED = {"aim_logging": False, "wandb_mode": "disabled"}  # only the log of a repetition is needed
 
 
 @dataclass(frozen=True)
 class Reproduction:
     """The result of training a run again.
 
-    first: the step of the checkpoint that it began with, or 0.
-    expected: number of updates that the old log has in the part that was trained again.
-    weights: whether the exported weights are the same; None where there are no two exports of the same step.
-    environment: what differs, as "torch 2.13.0 -> 2.14.0".
-    unknown: what the record of the run does not say.
+    first: the step of the checkpoint that the repetition began with, or 0.
+    expected: number of updates in the old log that were to be trained again.
+    weights: whether the exported weights are the same; None without two exports of the same step.
+    environment: facts that differ, such as "torch 2.13.0 -> 2.14.0".
+    unknown: what the record of the run does not say, in words.
     """
 
     run: str
@@ -91,18 +91,18 @@ def reproduce(
     trusted: bool = False,
     progress: IO[str] | None = None,
 ) -> Reproduction:
-    """Train a run again into a new run directory beside it, whose parent it becomes, and compare their logs.
+    """Train a run again in a new run directory beside it, which names it as its parent, and compare their logs.
 
     Args:
         root: the project folder, whose git repository has the commit of the run.
         steps: number of steps to train; None: all.
         from_checkpoint: begin with a checkpoint of the run instead of step 0: the newest with enough steps after it.
         code: "recorded": the commit with its patch, in a temporary folder; "current": the project folder as it is.
-        trusted: let the code of a run that was made elsewhere run.
+        trusted: allow the code of a run that was made elsewhere to run.
         progress: where the progress of training is printed; stdout by default.
 
     Raises:
-        UserError: the run was made elsewhere, and its code may not run.
+        UserError: the run was made elsewhere, and its code is not trusted.
         ReproductionError: the run has no log or no checkpoint to begin with, or its code is not available.
     """
     progress = progress or sys.stdout
@@ -112,7 +112,7 @@ def reproduce(
     ranks = run.record["resolved"].get("world_size", 1)
     if ranks > 1 and run.settings.get("lanes") is None:
         raise ReproductionError(
-            f"{run.id}: was trained on {ranks} ranks without lanes, whose sums depend on how many there are; "
+            f"{run.id}: was trained on {ranks} ranks without lanes, so its sums depend on the number of ranks; "
             f"torchrun --standalone --nproc-per-node {ranks} train.py with its settings (experiments.py show {run.id}) "
             "repeats it, on the same kind of machine"
         )
@@ -128,10 +128,10 @@ def reproduce(
         print(printable(f"training {run.id} again from step {first:,}, with {which}"), file=progress, flush=True)
         if steps is not None and project != root and "stop_at_step" not in run.settings:
             raise ReproductionError(f"the code of {run.id} cannot stop at a step: leave --steps out, or --code current")
-        flags = [*_origin(run, first, parent, from_checkpoint), *settings_of_again(run, root, end)]
-        if "log_interval" in run.settings:  # a resume may have changed it: now every step is in the new log
+        flags = [*_start_flags(run, first, parent, from_checkpoint), *settings_flags(run, root, end)]
+        if "log_interval" in run.settings:  # log every step: a resume may have changed the interval
             flags.append(f"{flag_name('log_interval')}=1")
-        path, exit_status = train_again(project, flags, run.path.parent, progress, Path(folder))
+        path, exit_status = run_training(project, flags, run.path.parent, progress, Path(folder))
     if path is None:
         raise ReproductionError(f"the repetition made no run directory (exit status {exit_status}): see above")
     _adopt(run, path, root, keep_code=project == root)
@@ -146,7 +146,7 @@ def reproduce(
 
 
 def _have_same_tensors(first: Path, second: Path) -> bool:
-    """Whether two files of weights hold the same; a damaged one does not."""
+    """Whether two weight files hold the same tensors; False if one is damaged."""
     try:
         return tensors_sha256(first) == tensors_sha256(second)
     except CheckpointError:
@@ -156,7 +156,7 @@ def _have_same_tensors(first: Path, second: Path) -> bool:
 def _part(
     run: IndexedRun, parent: Mapping[str, Any] | None, steps: int | None, from_checkpoint: bool
 ) -> tuple[int, int | None, int]:
-    """Choose the updates that are trained again.
+    """Choose the updates to train again.
 
     Returns:
         The first step, the step to stop at (None: the end of the schedule), and how many of these updates are logged.
@@ -184,7 +184,7 @@ def _part(
 
 
 def _checkpoint_step(run: IndexedRun, steps: int | None, last_step: int) -> int:
-    """The step of the newest checkpoint with `steps` logged steps after it, or else of the oldest checkpoint.
+    """The step of the newest checkpoint with `steps` logged steps after it; if there is none, of the oldest checkpoint.
 
     Raises:
         ReproductionError: there is no checkpoint before the end of the log.
@@ -210,19 +210,19 @@ def _parent(run: IndexedRun) -> Mapping[str, Any] | None:
         raise ReproductionError(str(error)) from None
 
 
-def first_weights(run: IndexedRun) -> list[str]:
-    """Flags that begin a run with the configuration and the first weights of this one.
+def first_weights_flags(run: IndexedRun) -> list[str]:
+    """Flags with which a new run begins with the configuration and the first weights of `run`.
 
     Raises:
-        ReproductionError: the run whose weights it began with was deleted.
+        ReproductionError: the run whose weights `run` began with was deleted.
     """
     parent = _parent(run)
     first, *_ = _part(run, parent, None, False)
-    return list(_origin(run, first, parent, False))
+    return list(_start_flags(run, first, parent, False))
 
 
-def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_checkpoint: bool) -> Iterator[str]:
-    """Flags for the start of the repetition: a checkpoint of the run, one of its parent, or the configuration alone."""
+def _start_flags(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_checkpoint: bool) -> Iterator[str]:
+    """Flags for the start of a repetition: a checkpoint of the run, the weights of its parent, or neither."""
     if from_checkpoint:
         yield from ("--resume", f"{os.path.abspath(run.path)}:{first}", "--fork")
         return
@@ -234,8 +234,8 @@ def _origin(run: IndexedRun, first: int, parent: Mapping[str, Any] | None, from_
     yield from ("--config", os.path.join(os.path.abspath(run.path), CONFIG))
 
 
-def settings_of_again(run: IndexedRun, root: Path, end: int | None = None) -> Iterator[str]:
-    """Flags for settings of the repetition: the values that "auto" resolved to, the same folders, and no trackers."""
+def settings_flags(run: IndexedRun, root: Path, end: int | None = None) -> Iterator[str]:
+    """Flags for settings of a repetition: the values that "auto" resolved to, the same folders, and no trackers."""
     tag = run.record.get("tag")
     overrides: dict[str, Any] = {
         **{key: resolved_setting(run, key) for key in PINNED_KEYS},
@@ -244,30 +244,37 @@ def settings_of_again(run: IndexedRun, root: Path, end: int | None = None) -> It
         "runs_dir": real_path(run.path.parent),
         "dataset": moved_path(run.settings.get("dataset", ""), root),
         **{key: root / _folder(key, run, root) for key in ("corpora_dir", "datasets_dir")},
-        "callbacks": ",".join(run.settings.get("callbacks") or ()),  # named here, so that no --trust is needed again
+        "callbacks": run.settings.get("callbacks") or (),  # as flags they need no --trust
         "run_tag": f"{tag[:55]}-repeated" if tag else "repeated",
         "stop_at_step": end,
     }
     if str(run.settings.get("tokenizer")).startswith("hf:"):  # the run has a copy of that file
         overrides["tokenizer"] = f"hf:{os.path.abspath(run.path / TOKENIZER)}"
-    for key, value in overrides.items():
-        if key not in run.settings or (key == "callbacks" and not value):  # older code may not have this setting
-            continue
+    if not overrides["callbacks"]:
+        del overrides["callbacks"]
+    # Older code may not have all settings.
+    yield from flags_of({key: value for key, value in overrides.items() if key in run.settings})
+
+
+def flags_of(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Write settings as flags of a command line, each in one word: a value may begin with a dash."""
+    for key, value in settings.items():
         if isinstance(value, bool):
             yield flag_name(key, value)
         else:
-            yield f"{flag_name(key)}={'none' if value is None else value}"  # in one word: a tag may begin with a dash
+            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            yield f"{flag_name(key)}={'none' if value is None else text}"
 
 
 def _folder(key: str, run: IndexedRun, root: Path) -> str:
-    """Where the repetition writes or finds its corpus; a run that was made elsewhere does not say where to write."""
+    """The folder where a repetition finds or writes its corpus; as configured here if the run was made elsewhere."""
     if made_elsewhere(run.path, root):
         return str(getattr(ConfigLoader(root).load().config.data, key))
     return moved_path(run.settings.get(key, ""), root)
 
 
 def _adopt(run: IndexedRun, path: Path, root: Path, keep_code: bool) -> None:
-    """Make the repetition name its parent and the code that it was trained with, and renew its seal."""
+    """Record in the repetition its parent and the code that it was trained with, and renew its seal."""
     facts: dict[str, Any] = {"made": made_here(root)}
     if read_record(path).get("parent") is None:
         facts["parent"] = {"run": run.id, "path": os.fspath(run.path), "step": 0, "relation": REPRODUCTION}
@@ -281,12 +288,12 @@ def _adopt(run: IndexedRun, path: Path, root: Path, keep_code: bool) -> None:
 
 
 def environment_differences(run: IndexedRun, other: IndexedRun) -> list[str]:
-    """Facts of the environment that differ, those that can change the numbers first."""
+    """The facts of the environment that differ; those that can change the numbers come first."""
     old, new = (environment_of(one) for one in (run, other))
     resolved: list[Mapping[str, Any]] = [one.record.get("resolved") or {} for one in (run, other)]
     for key in ("corpus_hash", "processor", *PINNED_KEYS):
         old[key], new[key] = (str(of_run.get(key)) for of_run in resolved)
-    names = [name for name in dict.fromkeys(("corpus_hash", "torch", "numpy", "python", *old, *new))]
+    names = dict.fromkeys(("corpus_hash", "torch", "numpy", "python", *old, *new))
     repeated = ("torch threads",)  # in env.txt; it is the setting `threads`
     differing = (name for name in names if old.get(name) != new.get(name) and name not in repeated)
     return [f"{name} {old.get(name, 'absent')} -> {new.get(name, 'absent')}" for name in differing]

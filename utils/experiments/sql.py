@@ -1,4 +1,4 @@
-"""SQL over runs and their logs, by DuckDB: two read-only views, and nothing outside them.
+"""SQL over runs and their logs, by DuckDB: a query can read two views, and nothing else.
 
 runs      one row for each run: the columns FACTS of utils/runs/index.py, then every setting
 metrics   one row for each record of metrics.jsonl: run, step, time, and every metric, `train/loss` as train_loss
@@ -29,13 +29,8 @@ if TYPE_CHECKING:
     import duckdb
 
 SQL_VIEWS = ("runs", "metrics")
-TABLE_FUNCTIONS = ("unnest", "range", "generate_series")  # the others read files or describe the database itself
-READING = (
-    "SELECT_NODE",
-    "SET_OPERATION_NODE",
-    "RECURSIVE_CTE_NODE",
-    "CTE_NODE",
-)  # nodes of a query
+TABLE_FUNCTIONS = ("unnest", "range", "generate_series")  # others read files or describe the database itself
+READING = ("SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE")  # the nodes of a query that reads
 EXPRESSION_NAME = re.compile(r"(?!duckdb_|pg_|sqlite_|pragma_)[a-z_][a-z0-9_]*")
 MEMORY_LIMIT = "1GB"
 FILE_COLUMN = "__file"  # not the name of a metric
@@ -43,12 +38,15 @@ COORDINATES = {"step": "BIGINT", "time": "DOUBLE", "tokens": "BIGINT"}
 
 
 class SqlError(UserError):
-    """A query that is not valid SQL, or not allowed."""
+    """The query is not valid SQL, or not allowed."""
 
 
 @dataclass(frozen=True)
 class QueryResult:
-    """problems: the logs that DuckDB cannot read; their records are missing."""
+    """The rows that a query returned.
+
+    problems: messages about logs that DuckDB cannot read; their records are missing.
+    """
 
     columns: list[str]
     rows: list[tuple[Any, ...]]
@@ -60,7 +58,7 @@ class RunDatabase:
 
     Args:
         runs: the rows of the view `runs`, in this order; `metrics` has the logs of those that can be read.
-        seconds: after which a query is given up; None: never.
+        seconds: the time limit of a query; None: no limit.
     """
 
     def __init__(self, runs: Sequence[IndexedRun], seconds: float | None = None) -> None:
@@ -69,15 +67,16 @@ class RunDatabase:
         self._columns = list(dict.fromkeys([*FACTS, *map(str.lower, self._keys)]))  # DuckDB ignores case
 
     def select(self, query: str) -> QueryResult:
-        """The result of one SELECT over the views.
+        """Run one SELECT over the views.
 
         Raises:
-            SqlError: the query is not valid SQL, is more than one statement, writes, or reads more than the views.
+            SqlError: the query is not valid SQL, is more than one statement, writes, reads more than the views, or
+                takes too long.
         """
         return self._select(query, READING, self._columns)
 
     def _select(self, query: str, allowed: Sequence[str], used: Collection[str]) -> QueryResult:
-        """As `select`, for a query whose outermost node is one of `allowed` and that uses these columns at most."""
+        """Like `select`, for a query whose outermost node is in `allowed` and that uses no columns but `used`."""
         import duckdb
 
         if not is_unicode(query):
@@ -92,7 +91,7 @@ class RunDatabase:
         except SqlError as error:
             if not isinstance(error.__context__, duckdb.InvalidInputException | duckdb.IOException):
                 raise  # the query itself is wrong
-            bad = [log for log in logs if not self._can_be_read(log)]  # one must not hide the others
+            bad = [log for log in logs if not self._can_be_read(log)]  # a bad log must not hide the others
             if not bad:
                 raise
         problems = tuple(f"{log}: the log is damaged: DuckDB cannot read it" for log in bad)
@@ -127,10 +126,10 @@ class RunDatabase:
             return QueryResult(unique, result.fetchall())
 
     def _create_views(self, connection: duckdb.DuckDBPyConnection, used: Collection[str], logs: Sequence[Path]) -> None:
-        """Create both views, then close the connection to everything else on this machine.
+        """Create both views, then forbid the connection everything else on this machine.
 
         Args:
-            used: the columns of `runs` that get their values.
+            used: the columns of `runs` that get their values; the others are NULL.
         """
         settings = {key for key in self._keys if key.lower() in used}
         rows = [{key.lower(): value for key, value in run.row(settings).items()} for run in self._runs]
@@ -143,7 +142,7 @@ class RunDatabase:
         connection.execute(f"CREATE TABLE runs AS SELECT {', '.join(columns)}", values)
         connection.execute(_metrics_view(logs))
         connection.execute("SET default_null_order = 'nulls_last'")
-        connection.execute("SET TimeZone = 'UTC'")  # `start` is in UTC, so now() must be, too
+        connection.execute("SET TimeZone = 'UTC'")  # `start` is in UTC, so now() must be too
         connection.execute("SET python_enable_replacements = false")
         names = [name for path in logs for name in {os.fspath(path), escaped(os.fspath(path))}]
         connection.execute(f"SET allowed_paths = {_literal(names)}")
@@ -151,10 +150,10 @@ class RunDatabase:
         connection.execute("SET lock_configuration = true")
 
     def choose(self, where: str | None = None, order: str | None = None) -> list[str]:
-        """Ids of the runs that fulfil the SQL condition `where`, sorted by `order` (unknown values last).
+        """Ids of the runs that fulfil the SQL condition `where`, sorted by `order` (NULL values last).
 
         Raises:
-            SqlError: as `select`.
+            SqlError: as for `select`.
         """
         clauses = [f"WHERE ({where}\n)" if where else "", f"ORDER BY {order}\n" if order else ""]
         query = " ".join(["SELECT id FROM runs", *clauses])
@@ -162,11 +161,11 @@ class RunDatabase:
         return [row[0] for row in self._select(query, ["SELECT_NODE"], self._used(words)).rows]
 
     def _used(self, words: str) -> Collection[str]:
-        """The columns that a condition or order in lower case may use: those that it has the names of, or all.
+        """The columns that a condition or order (in lower case) may use: those whose names it contains, or all.
 
-        Of a thousand runs, converting all 150 columns takes half a second.
+        With a thousand runs, converting all 150 columns takes half a second.
         """
-        if re.search(r"\*|\bcolumns\b|\bruns\b", words):  # may name columns without their names
+        if re.search(r"\*|\bcolumns\b|\bruns\b", words):  # may use columns without naming them
             return self._columns
         return ["id", *(name for name in self._columns if name in words or not name.isidentifier())]
 
@@ -177,7 +176,7 @@ def choose_runs(
     order: str | None = None,
     seconds: float | None = None,
 ) -> list[IndexedRun]:
-    """The runs that fulfil the SQL condition `where`, sorted by `order`; without one, in the order given.
+    """The runs that fulfil the SQL condition `where`, sorted by `order` or, without one, in the given order.
 
     Raises:
         SqlError: `where` or `order` is not valid SQL over the columns of a run, or takes longer than `seconds`.
@@ -192,7 +191,7 @@ def choose_runs(
 
 
 def _check_sources(query: str, connection: duckdb.DuckDBPyConnection) -> str:
-    """The kind of the query's outermost node.
+    """Check what a query reads, and return the type of its outermost node.
 
     Raises:
         SqlError: the query writes, or reads anything but the views and its own common table expressions.
@@ -225,7 +224,7 @@ def _check_sources(query: str, connection: duckdb.DuckDBPyConnection) -> str:
 
 
 def _nodes(parsed: Any) -> Iterator[Mapping[str, Any]]:
-    """All objects of a parsed query."""
+    """Yield all objects of a parsed query, at every depth."""
     if isinstance(parsed, Mapping):
         yield parsed
     for value in parsed.values() if isinstance(parsed, Mapping) else parsed if isinstance(parsed, list) else ():
@@ -234,7 +233,7 @@ def _nodes(parsed: Any) -> Iterator[Mapping[str, Any]]:
 
 @contextlib.contextmanager
 def _limit(connection: duckdb.DuckDBPyConnection, seconds: float | None) -> Iterator[None]:
-    """Raises SqlError where the queries of a connection take longer than `seconds`."""
+    """Interrupt the queries of a connection after `seconds`, and raise SqlError."""
     import duckdb
 
     if seconds is None:
@@ -253,7 +252,7 @@ def _limit(connection: duckdb.DuckDBPyConnection, seconds: float | None) -> Iter
 
 @contextlib.contextmanager
 def _user_errors() -> Iterator[None]:
-    """Errors of DuckDB as SqlErrors with the first lines of their message."""
+    """Turn errors of DuckDB into SqlErrors with the first lines of their message."""
     import duckdb
 
     try:
@@ -269,7 +268,7 @@ def _user_errors() -> Iterator[None]:
 
 
 def _metrics_view(logs: Sequence[Path]) -> str:
-    """The statement that creates the view of all records, without torn lines and lines that are not JSON."""
+    """The statement that creates the view of all records; it skips lines that were cut off or are not JSON."""
     types = {**COORDINATES, **dict.fromkeys(_metric_names(logs), "DOUBLE")}
     columns = {name: _quoted(name.replace("/", "_")) for name in types}
     if not logs:
@@ -292,14 +291,14 @@ def escaped(path: str) -> str:
 
 
 def _metric_names(logs: Sequence[Path]) -> list[str]:
-    """The metrics of this workbench, and those that callbacks registered in the runs."""
+    """The names of the metrics of this workbench, and of those that callbacks have registered in the runs."""
     names = dict.fromkeys(registered_metrics())
     for log in logs:
         try:
             registry = read_json(log.parent.parent / METRIC_REGISTRY, log.parent.parent)
             names |= dict.fromkeys(str(entry["name"]) for entry in registry)
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue  # an old or damaged run: its own metrics are left out
+            continue  # an old or damaged run: the metrics of its callbacks are left out
     taken = {FILE_COLUMN, "run", "", *COORDINATES}  # DuckDB ignores case
     kept = []
     for name in filter(is_unicode, names):
@@ -310,7 +309,7 @@ def _metric_names(logs: Sequence[Path]) -> list[str]:
 
 
 def _literal(value: str | Sequence[str]) -> str:
-    """A string, or a list of strings, as SQL."""
+    """A string, or a list of strings, as an SQL literal."""
     if isinstance(value, str):
         return "'" + value.replace("'", "''") + "'"
     return "[" + ", ".join(map(_literal, value)) + "]"
@@ -334,7 +333,7 @@ def _type(values: Iterator[Any]) -> str:
 
 
 def _sql_value(value: Any, kind: str) -> Any:
-    """`value` for a column of this SQL type: invalid Unicode is escaped, a TIMESTAMP that is not a time is None."""
+    """Convert `value` for a column of this SQL type; invalid Unicode is escaped, and an invalid TIMESTAMP is None."""
     if kind.endswith("[]") and value is not None:
         return [_sql_value(item, kind.removesuffix("[]")) for item in value]
     if value is None or kind not in ("VARCHAR", "TIMESTAMP"):

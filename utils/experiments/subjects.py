@@ -1,7 +1,6 @@
-"""What is compared: a run, a tag, a commit, a patch or overrides, as an experiment that can be trained with any seed.
+"""The subjects of a comparison: a run, tag, commit, patch or overrides as an experiment to train with any seed.
 
-The code of each is in a temporary folder of its own, as `reproduce` has it, so changes to the checkout meanwhile do not
-matter.
+The code of each is unpacked into a temporary folder, as for `reproduce`, so the checkout may be edited meanwhile.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.config.fields import FIELDS, flat
-from utils.config.loader import ConfigLoader, LoadedConfig, flag_name
+from utils.config.loader import ConfigLoader, LoadedConfig
 from utils.config.settings import Config
 from utils.errors import UserError, nearest
 from utils.experiments.compare import identity
@@ -28,7 +27,7 @@ from utils.experiments.recorded_code import (
     recorded_code,
     unpack_commit,
 )
-from utils.experiments.reproduce import UNTRACKED, first_weights, settings_of_again
+from utils.experiments.reproduce import UNTRACKED, first_weights_flags, flags_of, settings_flags
 from utils.files import expand_home, read_bytes, real_path
 from utils.runs.code import CodeReader, GitFacts, open_repo
 from utils.runs.find import moved_path, resolve_runs
@@ -45,12 +44,16 @@ PATCH_ENDINGS = (".patch", ".diff")
 SUBJECT_HELP = "RUN or tag, commit, FILE.patch, or settings: learning_rate=3e-3,dropout=0.1"
 COMPARED_KEYS = TRAJECTORY_KEYS - {"seed"}
 CHOSEN_HERE = ("seed", "runs_dir", "run_tag")
-FROM_FILES = ("default", "configs/")  # beginnings of the sources of settings that the code brings along
+FROM_FILES = ("default", "configs/")  # how the sources of those settings begin that belong to the code
 
 
 @dataclass(frozen=True)
 class Code:
-    """A commit, and what is not committed. commit: None: the project folder as it is."""
+    """A commit and the uncommitted changes on top of it.
+
+    commit: None for the project folder as it is.
+    patch: the uncommitted changes.
+    """
 
     commit: str | None
     patch: bytes
@@ -62,11 +65,11 @@ class Experiment:
     """Code and configuration, without a seed.
 
     project: the folder with its train.py.
-    code: commit and a hash of what is not committed, as in the record of a run; (None, None): git does not know it.
-    patch: what is not committed.
-    run: its configuration and first weights are those of this run; None: configs/ of the code.
-    overrides: settings on top of that.
-    loaded: the configuration that results.
+    loaded: the resulting configuration.
+    code: commit and hash of the uncommitted changes, as in the record of a run; (None, None) if git does not know it.
+    patch: the uncommitted changes.
+    run: the run that gives the configuration and the first weights; None: the configuration is configs/ of the code.
+    overrides: settings on top of that configuration.
     """
 
     name: str
@@ -79,7 +82,7 @@ class Experiment:
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
-        """The values of the settings that decide the numbers, except for the seed, in the types of JSON."""
+        """The values, in JSON types, of the settings that decide the numbers, except for the seed."""
         values = {key: value for key, value in _plain(self.loaded.config).items() if key in (*COMPARED_KEYS, "dataset")}
         if self.run is not None:
             pins = {key: resolved_setting(self.run, key) for key in PINNED_KEYS if key not in self.overrides}
@@ -88,23 +91,23 @@ class Experiment:
 
     @functools.cached_property
     def config_key(self) -> str:
-        """A hash of everything but code and seed that decides the numbers."""
+        """A hash of everything that decides the numbers, except for code and seed."""
         start = [corpus_of(self.run), origin_of(self.run)] if self.run is not None else []
         return hash_of([self.settings, start])
 
     @functools.cached_property
     def key(self) -> str:
-        """A hash of everything but the seed that decides the numbers."""
+        """A hash of everything that decides the numbers, except for the seed."""
         return hash_of([self.config_key, *self.code])
 
     @property
     def dataset(self) -> str:
-        """The setting, which is a path where the text has no name of its own."""
+        """The setting `dataset`: the name of a dataset, or a path."""
         return str(self.settings["dataset"])
 
     @property
     def text_of(self) -> IndexedRun | None:
-        """The run on whose text it is trained; None: whatever text is there."""
+        """The run on whose text it must be trained; None: on whatever text the dataset has."""
         return None if "dataset" in self.overrides else self.run
 
     @property
@@ -112,7 +115,7 @@ class Experiment:
         return Code(self.code[0], self.patch, f"the code of {self.name}")
 
     def is_of(self, run: IndexedRun) -> bool:
-        """Whether a run in the index is of this experiment."""
+        """Whether a run in the index belongs to this experiment."""
         if run.record.get("experiment") == self.key:
             return True
         if not run.settings or code_identity(run) != self.code:
@@ -129,10 +132,10 @@ class Experiment:
         return all(value in (recorded[key], resolved_setting(run, key)) for key, value in settings.items())
 
     def flags(self, root: Path, runs_dir: Path, seed: int) -> Iterator[str]:
-        """The command line of train.py for one seed."""
+        """The flags of train.py for one seed."""
         if self.run is not None:
-            yield from first_weights(self.run)
-            yield from settings_of_again(self.run, root)
+            yield from first_weights_flags(self.run)
+            yield from settings_flags(self.run, root)
         else:
             data, dataset = self.loaded.config.data, self.loaded.config.data.dataset
             if (root / dataset).exists():
@@ -148,32 +151,23 @@ class Experiment:
         return GitFacts(commit=self.code[0], dirty=bool(self.patch), patch=self.patch)
 
 
-def flags_of(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Settings as the words of a command line."""
-    for key, value in settings.items():
-        if isinstance(value, bool):
-            yield flag_name(key, value)
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            yield f"{flag_name(key)}={'none' if value is None else text}"
-
-
 def _plain(config: Config) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(json.dumps(flat(config), default=str))
     return values
 
 
 def hash_of(value: Any) -> str:
+    """The SHA-256 of a value, as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Subjects:
-    """Makes experiments of the words of a command line.
+    """Makes experiments from the words of a command line.
 
     Args:
         root: the project folder.
-        folder: where their code goes; it is empty.
-        trusted: let the code of runs that were made elsewhere run.
+        folder: an empty folder for their code.
+        trusted: allow the code of runs that were made elsewhere to run.
     """
 
     def __init__(self, root: Path, runs_dir: Path, folder: Path, trusted: bool = False) -> None:
@@ -182,16 +176,16 @@ class Subjects:
         self._unpacked: dict[tuple[str, bytes], tuple[Path, tuple[str | None, str | None]]] = {}
 
     def pair(self, candidate: str, baseline: str, both: str | None = None) -> tuple[Experiment, Experiment]:
-        """The experiments of a comparison.
+        """The two experiments of a comparison: (candidate, baseline).
 
-        A commit, patch or overrides are a change of the other one if that is a run, else of the checkout; the
-        candidate is then a change of the baseline.
+        A commit, patch or overrides are a change of the other experiment if that is a run. If neither is a run, the
+        baseline is a change of the checkout, and the candidate a change of the baseline.
 
         Args:
-            both: settings of both, where neither is a run.
+            both: settings of both, if neither is a run.
 
         Raises:
-            UserError: a word means nothing, or its code or configuration is not available.
+            UserError: a word names nothing known, or its code or configuration is not available.
         """
         runs = [self._runs(word) for word in (candidate, baseline)]
         if both is not None and any(runs):
@@ -204,7 +198,7 @@ class Subjects:
         return (self._of_runs(candidate, runs[0]) if runs[0] else self._changed(base, candidate)), base
 
     def one(self, word: str) -> Experiment:
-        """The experiment that a run, a commit, a patch or overrides mean by themselves."""
+        """The experiment of a run, or of a commit, a patch or overrides as a change of the checkout."""
         runs = self._runs(word)
         return self._of_runs(word, runs) if runs else self._changed(self.checkout(), word)
 
@@ -250,7 +244,7 @@ class Subjects:
         )
 
     def _runs(self, word: str) -> list[IndexedRun]:
-        """The runs that a word names; none if it is something else, with the name of a run or not."""
+        """The runs that a word names; none if it names no run, or reads as a patch or overrides."""
         if OVERRIDE.fullmatch(word) or word.endswith(PATCH_ENDINGS):
             return []
         try:
@@ -277,7 +271,7 @@ class Subjects:
         return Experiment(name, project, loaded, code_identity(first), patch, first)
 
     def _changed(self, base: Experiment, word: str) -> Experiment:
-        """`base` with the overrides, the patch or at the commit that a word means."""
+        """`base` with the overrides or the patch that `word` names, or at the commit that it names."""
         if OVERRIDE.fullmatch(word):
             return self._overridden(base, word)
         if word.endswith(PATCH_ENDINGS):
@@ -301,7 +295,7 @@ class Subjects:
 
     @staticmethod
     def _whole_patch(base: Experiment, path: Path) -> bytes:
-        """What is not committed in `base`, and the patch in a file on top of it."""
+        """The uncommitted changes of `base`, followed by the patch in a file."""
         try:
             patch = read_bytes(path)
         except OSError as error:
@@ -313,9 +307,9 @@ class Subjects:
         return base.patch + patch
 
     def _with_code(self, base: Experiment, name: str, commit: str | None, patch: bytes) -> Experiment:
-        """`base` with other code: its command line stays, and configs/ are those of the code.
+        """`base` with other code: it keeps the settings of its command line, and configs/ come with the code.
 
-        A run that began with the weights of another one keeps its whole configuration.
+        A run that began with the weights of another run keeps its whole configuration.
         """
         assert commit is not None
         if base.run is None or origin_of(base.run) is not None:
@@ -332,7 +326,7 @@ class Subjects:
         *,
         configure: bool = True,
     ) -> Experiment:
-        """A commit with a patch, and its own configs/, unless they do not matter (`configure`)."""
+        """A commit with a patch and its own configs/; the latter are not read if `configure` is False."""
         tree = self._new_tree()
         project = unpack_commit(commit, self.root, tree)
         if patch:
@@ -366,7 +360,7 @@ def parse_overrides(word: str) -> dict[str, str]:
     """The settings in "learning_rate=3e-3,dropout=0.1", by name.
 
     Raises:
-        UserError: an unknown setting, or one that the comparison decides itself.
+        UserError: an unknown setting, or one that the comparison itself sets.
     """
     given: dict[str, str] = {}
     for part in NEXT_OVERRIDE.split(word.strip()):
@@ -381,7 +375,7 @@ def parse_overrides(word: str) -> dict[str, str]:
 
 
 def _as_given(values: Mapping[str, Any]) -> dict[str, str | bool]:
-    """Settings as the loader takes them from a command line."""
+    """Convert settings to the values that the loader takes from a command line."""
     return {
         key: value if isinstance(value, bool) else next(flags_of({key: value})).partition("=")[2]
         for key, value in values.items()
@@ -389,7 +383,7 @@ def _as_given(values: Mapping[str, Any]) -> dict[str, str | bool]:
 
 
 def chosen_settings(base: Experiment) -> dict[str, Any]:
-    """What the command line of a run has chosen on top of configs/, and what "auto" resolved to."""
+    """The settings that the command line of a run has set on top of configs/, and those that "auto" resolved to."""
     values = _plain(base.loaded.config)
     chosen = {
         key: values[key]

@@ -1,4 +1,4 @@
-"""What experiments.py prints about runs one by one: list, sql, show, prune and check."""
+"""The screens of experiments.py about runs themselves: list, sql, show, prune and check."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from utils.terminal.words import (
     size,
 )
 
-UNLIMITED = 10_000  # columns of a line, where no terminal sets an end
+UNLIMITED = 10_000  # columns of a line if no terminal limits it
 STATUS_STYLES = {
     "completed": "green",
     "running": "bold cyan",
@@ -47,23 +47,23 @@ STATUS_STYLES = {
 }
 RESULTS = ("val_loss", "last_val_loss")
 LIST_COLUMNS = ("id", "tag", "status", "age", "duration", "steps", *RESULTS)  # then what differs, commit, note
-ALWAYS = ("id", "tag", "status", *RESULTS)  # where there is little room; then settings that differ, then
-# columns that repeat others, then these:
+# If there is little room, ALWAYS comes first, then settings that differ, then columns that repeat others, LESS_WANTED.
+ALWAYS = ("id", "tag", "status", *RESULTS)
 LESS_WANTED = ("evaluated", "steps", "commit", "note", "duration", "age")
-HEADERS = {"val_loss": "best val", "last_val_loss": "last val"}  # of columns whose name alone would say too little
-NAME_WIDTH = 12  # characters that an id and a tag keep of a line; the rest continues below
+HEADERS = {"val_loss": "best val", "last_val_loss": "last val"}  # for columns whose name would say too little
+NAME_WIDTH = 12  # the least characters of a line for an id and a tag; the rest of them continues below
 FOLDED_WIDTHS = {"note": 40, "evaluated": 24}  # columns whose texts are folded to so many characters
-EVALUATIONS_SHOWN = 12  # of a run, on its screen
+EVALUATIONS_SHOWN = 12  # on the screen of a run
 
 
 # ------------------------------------------------------------------------------------------------ list, sql and show
 
 
 def chosen_columns(text: str | None, runs: Sequence[IndexedRun]) -> list[str]:
-    """The columns that --columns asks for; [] without it.
+    """The columns that --columns names; [] without it.
 
     Raises:
-        UserError: a column that no run has.
+        UserError: no run has such a column.
     """
     if text is None:
         return []
@@ -80,7 +80,7 @@ def chosen_columns(text: str | None, runs: Sequence[IndexedRun]) -> list[str]:
 
 
 def columns_of(runs: Sequence[IndexedRun]) -> list[str]:
-    """The columns of a list by default: facts, settings that differ, commit, and the note if a run has one."""
+    """The default columns of a list: facts, settings that differ, commit, and the note if a run has one."""
     differing = [key for key in differing_settings(runs) if key not in FACTS]
     comparable = ["bits_per_byte"] if tokenizers_differ(runs) else []
     evaluated = ["evaluated"] if any(run.evaluations for run in runs) else []
@@ -97,10 +97,10 @@ def columns_of(runs: Sequence[IndexedRun]) -> list[str]:
 def list_screen(
     runs: Sequence[IndexedRun], columns: Sequence[str], console: Console, others: Sequence[IndexedRun] = ()
 ) -> Iterator[RenderableType]:
-    """The list of runs: all of `columns`; or, without them, the default ones that fit in the terminal.
+    """The list of runs with all of `columns` or, without them, with the default columns that fit in the terminal.
 
     Args:
-        others: further runs, which are not shown.
+        others: runs that are not shown but counted in a note.
     """
     if columns or not console.is_terminal:
         console.width = UNLIMITED
@@ -112,10 +112,10 @@ def list_screen(
 
 
 def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -> RenderableType:
-    """One row for each run; those that cannot be read are named below, with the reason.
+    """A table with one row for each run; runs that cannot be read are named below it, with the reason.
 
     Args:
-        width: characters of a line; columns that do not fit are left out.
+        width: of a line, in characters; columns that do not fit are left out.
     """
     rows = [run.row() for run in runs]
     cells = {column: [_cell(column, row, run) for row, run in zip(rows, runs, strict=True)] for column in columns}
@@ -123,7 +123,7 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
     kept = _fitting(widths, width, _repeating(cells))
     names = sorted({"id", "tag"}.intersection(kept), key=lambda name: widths[name])
     room = width + 2 - sum(widths[name] for name in kept if name not in names)
-    for left, column in zip(range(len(names), 0, -1), names, strict=True):  # the shorter one leaves room to the other
+    for left, column in zip(range(len(names), 0, -1), names, strict=True):  # the shorter one leaves room for the other
         widths[column] = min(widths[column], max(NAME_WIDTH, room // left))
         room -= widths[column]
     table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
@@ -132,7 +132,7 @@ def list_table(runs: Sequence[IndexedRun], columns: Sequence[str], width: int) -
         justify: JustifyMethod = "right" if numbers else "left"
         if column in FOLDED_WIDTHS:
             table.add_column(_header(column), justify=justify)
-        else:  # its width is known: rich would measure each cell again
+        else:  # the width is known, so rich need not measure each cell again
             table.add_column(_header(column), justify=justify, overflow="fold", width=widths[column] - 2)
     for index in range(len(runs)):
         table.add_row(*(cells[column][index] for column in kept))
@@ -162,13 +162,13 @@ def _header(column: str) -> str:
 
 
 def _width(column: str, cells: Sequence[Text]) -> int:
-    """Characters that a column takes, with the space after it."""
+    """The characters that a column takes, with the space after it."""
     longest = max((cell.cell_len for cell in cells), default=0)
     return 2 + max(len(_header(column)), min(longest, FOLDED_WIDTHS.get(column, longest)))
 
 
 def _repeating(cells: Mapping[str, Sequence[Text]]) -> list[str]:
-    """The columns that say in each row what another one says: the tag, which ends the id, and the last val/loss."""
+    """The columns that repeat another one in each row: a tag with which the id ends, a last loss equal to the best."""
     texts = {column: [cell.plain.removesuffix(" pinned") for cell in of_column] for column, of_column in cells.items()}
     ids, tags = texts.get("id", ()), texts.get("tag", ())
     found = ["tag"] if all(name.endswith(tag) for name, tag in zip(ids, tags, strict=False)) else []
@@ -177,7 +177,7 @@ def _repeating(cells: Mapping[str, Sequence[Text]]) -> list[str]:
 
 
 def _fitting(widths: Mapping[str, int], width: int, repeating: Sequence[str]) -> list[str]:
-    """The columns that fit side by side: ALWAYS, then settings (the seed last), `repeating`, those of LESS_WANTED."""
+    """The columns that fit side by side; ALWAYS comes first, then settings (seed last), `repeating`, LESS_WANTED."""
     last = [column for column in (*repeating, *LESS_WANTED) if column in widths]
     kept = {column for column in ALWAYS if column in widths and column not in last}
     settings = sorted((column for column in widths if column not in {*kept, *last}), key="seed".__eq__)
@@ -188,7 +188,7 @@ def _fitting(widths: Mapping[str, int], width: int, repeating: Sequence[str]) ->
 
 
 def sql_screen(columns: Sequence[str], rows: Sequence[Sequence[Any]], console: Console) -> Iterator[RenderableType]:
-    """The result of a query: a table, or one value on a line where the table would be wider than the terminal."""
+    """The result of a query: a table, or one value on each line if the table would be wider than the terminal."""
     console.width = console.width if console.is_terminal else UNLIMITED
     texts = [[Text(_sql_text(value)) for value in row] for row in rows]
     by_column = zip(columns, zip(*texts, strict=True), strict=True) if texts else ()
@@ -244,7 +244,7 @@ def show_screen(run: IndexedRun, children: Sequence[str], models: Sequence[str])
 
 
 def evaluations_table(evaluations: Sequence[Mapping[str, Any]]) -> Table:
-    """One row for each: what was evaluated, by which weights, and the result."""
+    """A table with one row for each evaluation: the data, the type of the weights, and the results."""
     results = [name for name in NUMBERS if any(evaluation.get(name) is not None for evaluation in evaluations)]
     headers = ["step", *(name.replace("bits_per_byte", "bits/byte") for name in results), "date"]
     smaller = any(evaluation.get("weights") != "float32" for evaluation in evaluations)
@@ -267,7 +267,7 @@ def number_cell(name: str, value: float | None) -> str:
 
 
 def result_facts(run: IndexedRun) -> Iterator[tuple[str, str]]:
-    """How far a run is, and what people say about it, as (name, value); empty where unknown."""
+    """Yield facts about the progress, notes and results of a run as (name, value); a value is empty if unknown."""
     row, record = run.row(), run.record
     resolved = record.get("resolved") or {}
     yield "status", run.status + (f": {record['exit_reason']}" if record.get("exit_reason") else "")
@@ -290,7 +290,7 @@ def result_facts(run: IndexedRun) -> Iterator[tuple[str, str]]:
 
 
 def provenance_facts(run: IndexedRun, children: Sequence[str], models: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Where a run came from and where it is, as (name, value); empty where unknown."""
+    """Yield facts about the origin and place of a run as (name, value); a value is empty if unknown."""
     row, record, environment = run.row(), run.record, environment_of(run)
     resolved, parent = record.get("resolved") or {}, record.get("parent")
     corpus = resolved.get("corpus_hash")
@@ -327,8 +327,8 @@ def prune_screen(plan: PrunePlan, freed: int, deleted: bool, unreached: str | No
     """What was deleted, or would be.
 
     Args:
-        freed: bytes that are, or would be, freed.
-        unreached: the --max-size that the remaining runs exceed, if any.
+        freed: bytes that were freed, or would be.
+        unreached: the --max-size, if the remaining runs exceed it.
     """
     if plan.removals:
         table = plain_table(left=("run", "what goes"), right=("frees",))

@@ -1,4 +1,4 @@
-"""Fewer points that draw the same curve: of each stretch of the axis the smallest and the largest value are kept."""
+"""Thinning the points of a curve: the smallest and the largest value of each stretch of the axis are kept."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 
 def kept_points(places: Sequence[float], values: Sequence[float], points: int, log_axis: bool = False) -> Sequence[int]:
-    """Indices of at most about `points` of the points: the first, the last, and the extremes of each stretch.
+    """Choose at most about `points` points, by index: the first, the last, and the extremes of each stretch.
 
     Args:
-        places: on the axis, never decreasing.
-        values: finite.
-        log_axis: the stretches are equally long on a logarithmic axis.
+        places: places on the axis, never decreasing.
+        values: finite values.
+        log_axis: make the stretches equally long on a logarithmic axis.
     """
     if len(values) <= points:
         return range(len(values))
@@ -29,11 +29,11 @@ def kept_points(places: Sequence[float], values: Sequence[float], points: int, l
 
 
 def _edges(places: Sequence[float], stretches: int, log_axis: bool) -> list[int]:
-    """The indices between which each stretch lies."""
+    """The indices at which the stretches begin, and the end of the last one."""
     low, high = places[0], places[-1]
     if log_axis:
         low = next((place for place in places if place > 0), 0.0)
-    if not low < high:  # all at one place: stretches of equal numbers of points
+    if not low < high:  # all at one place: stretches with equal numbers of points
         return [len(places) * i // stretches for i in range(stretches + 1)]
     if log_axis:
         ratio = math.log(high / low) / stretches

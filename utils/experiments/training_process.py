@@ -1,4 +1,4 @@
-"""train.py in a process of its own, which can run other code than this one: its output, signals and run directory."""
+"""Running train.py in a process of its own, which may run other code: its output, signals and run directory."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from utils.runs.run import read_record
 from utils.terminal.cli import script_file
 from utils.terminal.words import printable
 
-FORWARDED = ("step ", "estimated", "warning", "failed", "error")  # beginnings of the lines of training that are shown
+FORWARDED = ("step ", "estimated", "warning", "failed", "error")  # how the lines begin that are shown
 
 
-def train_again(
+def run_training(
     project: Path, flags: Sequence[str], runs_dir: Path, output: IO[str], temporary: Path
 ) -> tuple[Path | None, int]:
     """Run train.py of the project folder `project` in a process of its own.
 
     Args:
-        output: where the lines FORWARDED of its output go; `temporary`: removed if this process is killed.
+        output: where those lines of its output go that begin with one of FORWARDED.
+        temporary: a folder that is removed if this process is killed.
 
     Returns:
-        The run directory that it made in `runs_dir`, None if it made none, and its exit status.
+        The run directory that it made in `runs_dir` (None if it made none), and its exit status.
     """
     existing = {path.name for path in runs_dir.iterdir()} if runs_dir.is_dir() else set()
     command = [sys.executable, str(script_file(project, "train.py")), *flags]
@@ -38,13 +39,13 @@ def train_again(
 
 
 def _train(command: Sequence[str], folder: Path, output: IO[str], temporary: Path) -> tuple[int, int]:
-    """Run a training process and pass our signals on to it; if we are killed, it stops and `temporary` is removed.
+    """Run a training process and forward our signals to it; if we are killed, it stops and `temporary` is removed.
 
-    Losing our own output does not stop it.
+    A closed `output` does not stop it.
 
     Returns:
-        Its exit status and process id. After a signal the status is never 0: training may have ended by itself just
-        then, but no further one must begin.
+        Its exit status and process id. After a signal the status is never 0, even if training had just completed, so
+        that the caller starts no further training.
     """
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True, errors="replace")
     assert process.stdout is not None
@@ -65,11 +66,11 @@ def _train(command: Sequence[str], folder: Path, output: IO[str], temporary: Pat
             while True:
                 try:
                     for line in process.stdout:
-                        if line.startswith(FORWARDED):  # not the hint how to resume: the code is deleted at the end
-                            with contextlib.suppress(OSError):  # lost, like the output of training itself
+                        if line.startswith(FORWARDED):  # not the hint how to resume: its code will be deleted
+                            with contextlib.suppress(OSError):  # losing output must not stop training
                                 print(printable(line), end="", file=output, flush=True)
                     return process.wait() or (stopped_by and 128 + stopped_by), process.pid
-                except KeyboardInterrupt:  # Ctrl-C reaches the child too, which then stops in order
+                except KeyboardInterrupt:  # Ctrl-C reaches the child too, which stops cleanly
                     stopped_by = stopped_by or signal.SIGINT
     finally:
         with contextlib.suppress(ValueError):
@@ -78,7 +79,7 @@ def _train(command: Sequence[str], folder: Path, output: IO[str], temporary: Pat
 
 
 def _new_run(runs_dir: Path, existing: set[str], pid: int) -> Path | None:
-    """The run directory that the process `pid` has made since there were only the `existing` ones."""
+    """The run directory, not among `existing`, that the process `pid` has made; None if there is none."""
     for path in runs_dir.iterdir() if runs_dir.is_dir() else ():
         if path.name not in existing and (path / RECORD).is_file() and read_record(path).get("pid") == pid:
             return path

@@ -1,4 +1,4 @@
-"""The runs of an experiment by seed: those that exist, and those that are trained for a comparison."""
+"""The runs of an experiment by seed: existing ones, and those that are trained for a comparison."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.corpora.sources import ARITHMETIC
 from utils.errors import UserError, nearest
 from utils.experiments.curve import logged_metrics, read_curve
 from utils.experiments.subjects import Experiment
-from utils.experiments.training_process import train_again
+from utils.experiments.training_process import run_training
 from utils.files import write_atomic
 from utils.machine.signals import StopSignal
 from utils.runs.code import git_text
@@ -26,19 +26,19 @@ from utils.runs.seal import write_seal
 from utils.runs.trust import made_here
 from utils.terminal.words import printable
 
-OF_THE_MACHINE = ("OSError", "MemoryError", "OutOfMemoryError", "out of memory")  # beginnings of reasons
-SIGNALS = {128 + s: s for s in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}  # by the exit status after them
+MACHINE_FAILURES = ("OSError", "MemoryError", "OutOfMemoryError", "out of memory")  # how such exit reasons begin
+SIGNALS = {128 + s: s for s in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}  # exit status -> the signal behind it
 
 
 class BudgetError(Exception):
-    """The time is over, or too short for another run."""
+    """The time budget has run out, or is too short for another run."""
 
 
 class TrialError(UserError):
     """A run ended without a result.
 
-    by_machine: it lacked memory or space on the disk, or ended the process.
-    final: it would end so again.
+    by_machine: the machine lacked memory or disk space, or ended the process.
+    final: it would end the same way again.
     """
 
     def __init__(self, message: str, *, by_machine: bool = False, final: bool = True) -> None:
@@ -48,13 +48,13 @@ class TrialError(UserError):
 
 @dataclass
 class Trials:
-    """Trains and finds the runs of experiments.
+    """Finds the runs of experiments, and trains missing ones.
 
-    folder: a temporary one, removed if this process is killed.
+    folder: a temporary folder, removed if this process is killed.
     output: where the progress of training is printed.
     budget: seconds from now on; None: no limit.
-    trained: seconds that each run took that was trained here.
-    one_text: runs with one dataset must have been trained on one text.
+    trained: for each run trained here, the seconds that it took.
+    one_text: all runs with the same dataset must have been trained on the same text.
     """
 
     root: Path
@@ -66,20 +66,20 @@ class Trials:
     one_text: bool = True
     _began: float = field(default_factory=time.monotonic)
     _index: list[IndexedRun] | None = None
-    _texts: dict[Any, IndexedRun] = field(default_factory=dict)  # dataset: a run, whose text is that of all of them
+    _texts: dict[Any, IndexedRun] = field(default_factory=dict)  # dataset -> the run whose text all others must have
 
     @property
     def seconds(self) -> float:
-        """Since this was made."""
+        """Seconds since this object was made."""
         return time.monotonic() - self._began
 
     def existing(self, *experiments: Experiment) -> list[dict[int, IndexedRun]]:
-        """The oldest complete run of each seed, for each experiment; those of one dataset were trained on one text.
+        """For each experiment, the oldest complete run of each seed; those with one dataset were trained on one text.
 
-        It is the text of the run that an experiment is of, else of the newest one that is found.
+        That is the text of the run that an experiment comes from or, if there is none, of the newest run found.
 
         Raises:
-            UserError: two experiments are of runs that were trained on different texts of one name.
+            UserError: two experiments come from runs that were trained on different texts of the same name.
         """
         if self._index is None:
             self._index = read_index(self.runs_dir)
@@ -102,7 +102,7 @@ class Trials:
         ]
 
     def _has_the_text(self, experiment: Experiment, run: IndexedRun) -> bool:
-        """Whether a run was trained on the text of the others with this dataset. Problems of arithmetic are no text."""
+        """Whether a run was trained on the same text as the others with this dataset, or on arithmetic (no text)."""
         if not self.one_text or experiment.dataset == ARITHMETIC:
             return True
         return corpus_of(run) == corpus_of(self._texts.setdefault(experiment.dataset, run))
@@ -111,10 +111,10 @@ class Trials:
         """Train one seed of an experiment.
 
         Args:
-            place: of this run among those that are trained, as it is printed.
+            place: its place among the runs to train (" (1 of 3)"), printed with the name.
 
         Raises:
-            BudgetError: no time is left for it.
+            BudgetError: no time is left.
             TrialError: it failed or diverged.
             StopSignal: a signal stopped it.
         """
@@ -126,7 +126,7 @@ class Trials:
         flags = list(experiment.flags(self.root, self.runs_dir, seed))
         if left is not None:
             flags.append(f"--max-minutes={left / 60}")
-        path, status = train_again(experiment.project, flags, self.runs_dir, self.output, self.folder)
+        path, status = run_training(experiment.project, flags, self.runs_dir, self.output, self.folder)
         self.trained.append(time.monotonic() - began)
         if path is None:
             if status in SIGNALS:
@@ -143,17 +143,17 @@ class Trials:
             self._index.append(run)
         if run.status != "completed":
             reason = str(run.record.get("exit_reason") or "")
-            by_machine = run.status != "diverged" and (run.status != "failed" or reason.startswith(OF_THE_MACHINE))
+            by_machine = run.status != "diverged" and (run.status != "failed" or reason.startswith(MACHINE_FAILURES))
             raise TrialError(f"{run.id} {run.status}" + (f": {reason}" if reason else ""), by_machine=by_machine)
         if not self._has_the_text(experiment, run):
             raise UserError(
                 f"{run.id}: the text of {experiment.dataset} is not the one that "
-                f"{self._texts[experiment.dataset].id} was trained on, so they do not compare"
+                f"{self._texts[experiment.dataset].id} was trained on, so they cannot be compared"
             )
         return run
 
     def _record(self, experiment: Experiment, path: Path) -> None:
-        """Write into a new run which code it is of: its own folder was no repository."""
+        """Record the experiment in a new run, and its code, which git could not name in the temporary folder."""
         facts = {"made": made_here(self.root), "experiment": experiment.key}
         if experiment.project != self.root:
             commit, fingerprint = experiment.code
@@ -174,7 +174,8 @@ def last_value(run: IndexedRun, metric: str) -> float:
     """The last value of a metric in the log of a run.
 
     Raises:
-        UserError: it was never logged, or is not finite.
+        UserError: the metric was never logged.
+        TrialError: the value is not finite.
     """
     values = read_curve(run.path, metric).values
     if not values:
@@ -185,7 +186,7 @@ def last_value(run: IndexedRun, metric: str) -> float:
 
 
 def seed_order(first: Sequence[int], second: Sequence[int]) -> Iterator[int]:
-    """Seeds for pairs: those that both have, that one has, and then new ones from 1 on."""
+    """Yield seeds for pairs: first those that both have, then those that one has, then new ones from 1 on."""
     both = sorted(set(first) & set(second))
     yield from both
     one = sorted(set(first) ^ set(second))

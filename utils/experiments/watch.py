@@ -1,4 +1,4 @@
-"""The curves of one run in the terminal, drawn again as its log grows, until the run ends."""
+"""The curves of one run in the terminal, redrawn as its log grows, until the run ends."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from utils.terminal.console import can_redraw, is_coloured
 from utils.terminal.words import loss_text, one_line, rough_duration
 
 LOSSES = ("train/loss", "val/loss")
-LINES = (12, 32)  # of the picture
-PLAIN_SECONDS = 10.0  # between lines where no picture can be drawn again
-SHARE = 5  # times as long as reading the log took, it is left alone
+LINES = (12, 32)  # the least and the most lines of the picture
+PLAIN_SECONDS = 10.0  # between lines if the console cannot redraw a picture
+SHARE = 5  # wait this many times as long as reading the log took
 GOOD = ("completed", "interrupted")
 
 
 class Watch:
-    """What is shown of a run.
+    """The curves and the status line of a run that is watched.
 
     Args:
-        metrics: what is drawn; those that are not logged are left out.
-        smooth: see `load_curves`.
+        metrics: the metrics to draw; those that are not logged are left out.
+        smooth: see `load_curves`; val/loss is never smoothed.
     """
 
     def __init__(self, path: Path, metrics: Sequence[str] = LOSSES, axis: Axis = "step", smooth: float = 0.0) -> None:
         self.path, self.metrics, self.axis, self.smooth = path, metrics, axis, smooth
         self.run = read_run(path)
         self._curves: list[PlottedCurve] = []
-        self._read: tuple[int, int] | None = None  # size and mtime of the log that the curves are of
+        self._read: tuple[int, int] | None = None  # size and mtime of the log that was read last
 
     def refresh(self) -> bool:
-        """Read what is new; whether the run goes on."""
+        """Read the log if it has changed; returns whether the run is still running."""
         self.run = read_run(self.path)
         try:
             found = (self.path / METRICS_LOG).stat()
@@ -53,10 +53,10 @@ class Watch:
         return self.run.status == "running"
 
     def _load(self) -> list[PlottedCurve]:
-        """A curve for each metric, under its name.
+        """Read a curve for each metric, named after it.
 
         Raises:
-            UserError: a metric that was asked for is not among those logged, once the run has ended.
+            UserError: the run has ended and has logged none of the metrics.
         """
         curves, missing = [], None
         for metric in self.metrics:
@@ -72,7 +72,7 @@ class Watch:
 
     @property
     def line(self) -> str:
-        """Status, step, last values and speed in one line."""
+        """The name, status, step, last values and age of the run in one line."""
         record = self.run.record
         most = (record.get("resolved") or {}).get("max_iters")
         last = max((int(curve.x[-1]) for curve in self._curves), default=0) if self.axis == "step" else None
@@ -85,13 +85,13 @@ class Watch:
         return "  ".join(parts)
 
     def picture(self, console: Console) -> RenderableType:
-        """The line and the curves, as large as the terminal, within reason."""
+        """The line and the curves, about as large as the terminal."""
         line = Text(self.line, style="bold", no_wrap=True, overflow="ellipsis")
         if not self._curves:
             return Group(line, Text("nothing is logged yet", style="dim"))
         lines = max(LINES[0], min(console.height - 3, LINES[1]))
         width = min(console.width, 140)
-        label = self.metrics[0] if len(self._curves) == 1 else "loss"
+        label = self._curves[0].name if len(self._curves) == 1 else "loss"
         plot = terminal_plot(self._curves, label, self.axis, width, lines, colour=is_coloured(console))
         return Group(line, Text.from_ansi(plot, no_wrap=True))
 
@@ -99,14 +99,15 @@ class Watch:
 def watch(
     shown: Watch, console: Console | None, interval: float = 1.0, sleep: Callable[[float], None] = time.sleep
 ) -> IndexedRun:
-    """Show a run until it ends; returns how it ended.
+    """Show a run until it ends; returns the run in its last state.
 
-    On a terminal the picture is drawn again; elsewhere there is a line every 10 seconds, and the picture at the end.
+    On a terminal the picture is redrawn; elsewhere a line is printed every 10 seconds. The caller prints the picture of
+    the end.
 
     Args:
-        console: None: nothing is shown.
+        console: None to show nothing.
         interval: least seconds between two looks at the log.
-        sleep: waits.
+        sleep: called to wait.
     """
     next_line = 0.0
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Checkpoints of runs that train adapters, for whoever wants the weights of a plain model."""
+"""Merge the adapters of a checkpoint into its weights, for code that needs a plain model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from utils.nn.lora import add_adapters, merged_weights
 
 
 def without_adapters(checkpoint: Checkpoint) -> Checkpoint:
-    """`checkpoint` with its adapters merged into its weights; one without adapters as it is.
+    """Return `checkpoint` with its adapters merged into its weights, or `checkpoint` itself if it has none.
 
     Raises:
-        CheckpointError: what it says of its adapters does not fit its weights.
+        CheckpointError: the description of the adapters does not fit the weights.
     """
     if "lora" not in checkpoint.state:
         return checkpoint

@@ -1,4 +1,4 @@
-"""Generation of tokens: prefill and decode_one_token as small functions, and the loop over them."""
+"""Token generation: prefill and decode_one_token as small functions, and the loop over them."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Block(NamedTuple):
 
     tokens: list[list[int]]  # (B, n)
     logprobs: list[list[float]]  # (B, n), natural logarithms of the model's probabilities, before any filter
-    passes: int  # of the model: n, but fewer if a draft proposes tokens
+    passes: int  # forward passes of the model: n, or fewer if a draft proposes tokens
     context: int  # tokens attended to in these passes, summed over passes and sequences
-    proposed: int = 0  # tokens, by a draft
-    accepted: int = 0  # of them, by the model
+    proposed: int = 0  # tokens that a draft proposed
+    accepted: int = 0  # proposed tokens that the model accepted
 
 
 def new_cache(model: LanguageModel, batch_size: int, capacity: int | None = None) -> KVCache:
@@ -44,13 +44,13 @@ def new_cache(model: LanguageModel, batch_size: int, capacity: int | None = None
 def prefill(
     model: LanguageModel, idx: torch.Tensor, cache: KVCache | None, lengths: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """One parallel pass over the prompts (B, T); returns the logits (B, V) of the token after each.
+    """Run one parallel pass over the prompts (B, T); returns the logits (B, V) of the token after each.
 
-    Call it without grad.
+    Call it with gradients off.
 
     Args:
         cache: an empty cache, which the pass fills; None: keys and values are dropped.
-        lengths: number of tokens of each prompt if they differ; shorter ones are padded at their end.
+        lengths: the number of tokens of each prompt, if they differ; shorter prompts are padded at their end.
     """
     hidden = model.hidden(idx, cache, lengths)  # (B, T, C)
     if lengths is None:
@@ -62,15 +62,15 @@ def prefill(
 def decode_one_token(model: LanguageModel, tokens: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Append tokens (B,) to the cache; returns the logits (B, V) of the next ones.
 
-    With rotary positions a full window slides on. Call it without grad: the cache is written in place.
+    With rotary positions, a full window slides. Call it with gradients off, because the cache is written in place.
     """
     return model.head_logits(model.hidden(tokens.unsqueeze(1), cache).squeeze(1))
 
 
 def make_room(model: LanguageModel, cache: KVCache) -> None:
-    """Replace each full window by its newer half: with learned positions a window cannot slide.
+    """Replace each full window by its newer half, because with learned positions a window cannot slide.
 
-    That takes one parallel pass over half a context for every half context of new tokens.
+    This takes one parallel pass over half a context for every half context of new tokens.
     """
     full = [row for row, length in enumerate(cache.lengths) if length == cache.capacity]
     if not full:
@@ -92,18 +92,19 @@ def generate(
     seeds: Sequence[int],
     window: Window = "sliding",
 ) -> Iterator[NewTokens]:
-    """The next tokens of each sequence, one step at a time, without waiting for the device.
+    """Generate the next tokens of each sequence, one step at a time, without waiting for the device.
 
     The tokens of a sequence depend neither on the rest of its batch (except for rounding) nor on the global random
     state.
 
     Args:
         model: in eval mode (dropout would draw from the global random state).
-        prompts: B lists of at least one token id; only the last block_size of each are seen.
-        seeds: seed of the random stream of each sequence.
-        window: what a token attends to once block_size tokens precede it. sliding: with rotary positions the cached
-            last block_size of them, computed when older tokens were still visible; with learned positions between
-            half of the context and all of it (`make_room`). exact: the last block_size, recomputed for each token.
+        prompts: B lists of at least one token id; the model sees only the last block_size of each.
+        seeds: the seed of the random stream of each sequence.
+        window: what a token attends to once block_size tokens precede it. sliding: with rotary positions, the last
+            block_size tokens in the cache, whose keys and values were computed while older tokens were still visible;
+            with learned positions, half of a context to all of it (`make_room`). exact: the last block_size tokens,
+            recomputed for each new token, which waits for the device.
     """
     assert all(prompts)
     assert len(prompts) == len(seeds)
@@ -149,7 +150,7 @@ def generate_blocks(
     seeds: Sequence[int],
     window: Window = "sliding",
 ) -> Iterator[Block]:
-    """The tokens of `generate`, each step read by the host at once."""
+    """Yield the tokens of `generate`, each as a block of one that the host reads at once."""
     for step in generate(model, prompts, max_new_tokens, options, seeds, window):
         tokens = step.tokens[:, None]
         logprobs = step.logits.float().log_softmax(-1).gather(-1, tokens)  # (B, 1)
@@ -157,7 +158,7 @@ def generate_blocks(
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, list[int]]:
-    """Token ids (B, T), rows padded with zeros at their ends, and the lengths of the rows."""
+    """Token ids (B, T), each row padded with zeros at its end, and the lengths of the rows."""
     lengths = [len(row) for row in rows]
     idx = torch.tensor([[*row, *[0] * (max(lengths) - len(row))] for row in rows], device=device)
     return idx, lengths
@@ -171,16 +172,16 @@ def generate_tokens(
     seed: int,
     window: Window = "sliding",
 ) -> Iterator[int]:
-    """Token ids after one prompt, one at a time (see `generate`)."""
+    """Yield the token ids after one prompt, one at a time (see `generate`)."""
     for step in generate(model, [prompt], max_new_tokens, options, [seed], window):
         yield int(step.tokens)
 
 
 def start_tokens(tokenizer: Tokenizer, prompt: str, begin: int | None = None) -> list[int]:
-    """Token ids of a prompt; a prompt without tokens starts from a line break, or from token 0 where that has no token.
+    """The token ids of a prompt. An empty prompt becomes a line break, or token 0 if a line break has no token.
 
     Args:
-        begin: what a text begins with, where the model was trained on whole documents.
+        begin: the token that each text began with in training on whole documents; None: another kind of training.
 
     Raises:
         TokenizerError: part of the prompt has no token.
@@ -193,4 +194,4 @@ def start_tokens(tokenizer: Tokenizer, prompt: str, begin: int | None = None) ->
         ids = tokenizer.encode("\n")
     except TokenizerError:
         return [0]
-    return ids if tokenizer.decode(ids) == "\n" else [0]  # it may have been encoded as an unknown token
+    return ids if tokenizer.decode(ids) == "\n" else [0]  # the line break may be encoded as an unknown token

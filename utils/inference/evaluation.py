@@ -1,4 +1,4 @@
-"""Losses of a model: the estimate during training, and the exact loss of a whole split."""
+"""The losses of a model on the fixed evaluation batches of training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from utils.inference.graphs import Graphs, addresses
 from utils.machine.ranks import ONE, Ranks
 from utils.nn.targets import IGNORED
 
-Precision = Callable[[], AbstractContextManager[None]]  # autocast, or nothing
+Precision = Callable[[], AbstractContextManager[None]]  # makes an autocast context, or one that does nothing
 
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Turns dropout and gradients off; restores the previous mode on exit."""
+    """Turn dropout and gradients off; restore the previous mode on exit."""
     training = model.training
     model.eval()
     try:
@@ -31,13 +31,13 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 class BatchLoss:
-    """The loss of a batch, () in nats per token, on the device; on CUDA a graph that is kept (utils/machine/graphs.py).
+    """Computes the loss of a batch, () in nats per token, on the device.
 
     Args:
         model: called in eval mode, without gradients.
-        precision: of its products.
-        graph: whether to record it.
-        together: whether ranks must call it equally often, since each has a part of the weights only.
+        precision: makes the context that the loss is computed in.
+        graph: whether to record the loss as a CUDA graph (utils/machine/graphs.py); ignored on other devices.
+        together: whether all ranks must call it equally often, because each holds only a shard of the weights.
     """
 
     def __init__(
@@ -46,12 +46,12 @@ class BatchLoss:
         self.model, self.graph, self.together, self._precision = model, graph, together, precision
         self._device = next(model.parameters()).device
         self._graphs = Graphs(self._device) if graph and self._device.type == "cuda" else None
-        self._memory: list[int] = []  # of the weights that the graphs read
-        self._batches: dict[torch.Size, torch.Tensor] = {}  # (2, B, T), inputs and targets, where a graph reads them
+        self._memory: list[int] = []  # addresses of the weights that the graphs read
+        self._batches: dict[torch.Size, torch.Tensor] = {}  # (2, B, T): inputs and targets, as read by a graph
         self._result = torch.zeros((), device=self._device)
 
     def renew(self) -> None:
-        """Forget the graphs if the weights are elsewhere by now, as a callback leaves them that averages weights."""
+        """Drop the graphs if the weights have moved in memory, as a callback that averages weights may cause."""
         if self._graphs is not None and self._memory != (memory := addresses(self.model)):
             self._graphs, self._memory = Graphs(self._device), memory
 
@@ -70,12 +70,12 @@ class BatchLoss:
         self._result.copy_(self._loss(batch[0], batch[1]))
 
     def _loss(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        with self._precision():  # in here: autocast keeps its copies of the weights no longer than a batch
+        with self._precision():  # entered for each batch, so that autocast drops its copies of the weights after it
             return self.model.loss(inputs, targets)
 
 
 class EvaluationStoppedError(Exception):
-    """An evaluation ended before its last batch, because it was asked to."""
+    """An evaluation ended before its last batch because `watch` returned False."""
 
 
 def mean_loss(
@@ -84,23 +84,23 @@ def mean_loss(
     parts: int,
     ranks: Ranks,
 ) -> float:
-    """Mean loss over the targets of batches, in nats; NaN without one. The device is waited for at the end only.
+    """The mean loss over all targets, in nats; NaN if there are none. Waits for the device only at the end.
 
     Args:
-        batches: those of this rank.
-        parts: the number of batches that all ranks have together.
+        batches: the (inputs, targets) of this rank.
+        parts: the number of batches of all ranks together.
     """
     losses, counts = [], []
+    device = next(loss.model.parameters()).device
     loss.renew()
     with evaluating(loss.model):
         for inputs, targets in batches:
             losses.append(loss(inputs, targets))
             counts.append((targets != IGNORED).sum())
         if loss.together and len(losses) < -(-parts // ranks.world_size):
-            nothing = torch.zeros((1, 1), dtype=torch.int64, device=next(loss.model.parameters()).device)
-            loss(nothing, nothing)  # this rank has one batch fewer; the last one of the others needs its weights
+            nothing = torch.zeros((1, 1), dtype=torch.int64, device=device)
+            loss(nothing, nothing)  # this rank has one batch fewer, but the others need its weights for their last one
     if ranks.several:
-        device = next(loss.model.parameters()).device
         own = torch.stack(losses) if losses else torch.zeros(0, device=device)
         own_counts = torch.stack(counts) if counts else torch.zeros(0, dtype=torch.int64, device=device)
         losses, counts = [list(ranks.interleave(of_rank, parts)) for of_rank in (own, own_counts)]
@@ -108,7 +108,7 @@ def mean_loss(
     of_batches = torch.stack([each for each, number in zip(losses, numbers, strict=True) if number] or losses)
     if len(set(numbers)) == 1:
         return of_batches.mean().item()
-    divisor = math.gcd(*numbers)  # small numbers are exact in float32
+    divisor = math.gcd(*numbers)  # keeps the sizes small, and so exact in float32
     sizes = [number // divisor for number in numbers if number]
     shares = torch.tensor(sizes, dtype=of_batches.dtype, device=of_batches.device) / sum(sizes)
     return (of_batches * shares).sum().item()
@@ -124,13 +124,14 @@ def estimate_loss(
 ) -> dict[str, float]:
     """`train/eval_loss` and `val/loss` on the fixed evaluation batches, in nats per token.
 
-    Ranks take turns with the parts, and add the losses of all in the order of one rank: all get the same bits.
+    Ranks evaluate the parts in turn; the losses are then added in the order in which one rank would add them, so that
+    every number of ranks gives the same bits.
 
     Args:
-        eval_iters: batches of each split, which is read at most once.
-        micro_steps: parts that each batch is split into, so that it needs no more memory than training does.
-        watch: called with the number of sequences done and their total before each part, or on several ranks before
-            each round of one part a rank; the evaluation ends when it returns False, which it must do on all ranks.
+        eval_iters: number of batches of each split; no split is read more than once.
+        micro_steps: number of parts that each batch is cut into, so that it needs no more memory than training does.
+        watch: called with the number of sequences done and their total before each round, in which every rank
+            evaluates one part. The evaluation ends when it returns False, which it must do on all ranks alike.
 
     Raises:
         EvaluationStoppedError: `watch` returned False.
@@ -141,16 +142,15 @@ def estimate_loss(
     def watched(stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         nonlocal done
         before, size = done, sampler.batch_size // micro_steps * ranks.world_size
-        batches = own_parts(stream)
+        batches = sampler.evaluation_batches(
+            stream, eval_iters, micro_steps, rank=ranks.rank, world_size=ranks.world_size
+        )
         for first in range(0, end := sampler.evaluation_windows(stream, eval_iters), size):
             if not watch(done, total):
                 raise EvaluationStoppedError
             if (batch := next(batches, None)) is not None:
                 yield batch
             done = before + min(first + size, end)
-
-    def own_parts(stream: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return sampler.evaluation_batches(stream, eval_iters, micro_steps, rank=ranks.rank, world_size=ranks.world_size)
 
     parts = {name: sampler.evaluation_parts(stream, eval_iters, micro_steps) for name, stream in streams.items()}
     return {name: mean_loss(loss, watched(stream), parts[name], ranks) for name, stream in streams.items()}
@@ -159,9 +159,9 @@ def estimate_loss(
 def loss_without_leaks(
     loss: BatchLoss, sampler: BatchSampler, eval_iters: int, micro_steps: int, ranks: Ranks = ONE
 ) -> float | None:
-    """`val/loss` of `estimate_loss` without the documents that nearly equal one of the training split.
+    """`val/loss` of `estimate_loss` without the documents that are near-duplicates of training documents.
 
-    None if the dataset knows of no such documents, or the batches have no others.
+    None if the dataset records no such documents, or if the batches have no others.
     """
     prepared = sampler.corpus.prepared
     if prepared is None or not len(prepared.leaks):

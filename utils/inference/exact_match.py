@@ -1,4 +1,4 @@
-"""Questions with one right answer, answered greedily: the share of answers that are right to the last token."""
+"""Exact match on questions with one right answer: the share of greedy answers that are right to the last token."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from model import LanguageModel
 from utils.inference.decode import decode_one_token, make_room, new_cache, padded, prefill
 from utils.nn.lean import lean
 
-BATCH_SIZE = 512  # questions in one pass: more are hardly faster on a CPU
+BATCH_SIZE = 512  # questions in one pass; more are hardly faster on a CPU
 
 
 class Question(NamedTuple):
-    """Token ids: of a prompt, and of the answer to the end-of-text token, which is its last one."""
+    """The token ids of a prompt and of its answer, which ends with the end-of-text token."""
 
     prompt: list[int]
     answer: list[int]
 
     def fits(self, block_size: int) -> bool:
-        """Whether the model sees the whole prompt until the end of the answer."""
+        """Whether the model still sees the whole prompt at the end of the answer."""
         return len(self.prompt) + len(self.answer) - 1 <= block_size
 
 
 def exact_match(model: LanguageModel, questions: Sequence[Question]) -> float:
-    """The share of the questions whose answer the model gives, greedily and to the end; `model` is in eval mode."""
+    """The share of the questions that the model, in eval mode, answers exactly with greedy decoding."""
     given = greedy_answers(model, questions)
     right = sum(tokens == question.answer for tokens, question in zip(given, questions, strict=True))
     return right / len(questions)
@@ -35,11 +35,11 @@ def exact_match(model: LanguageModel, questions: Sequence[Question]) -> float:
 def greedy_answers(
     model: LanguageModel, questions: Sequence[Question], watch: Callable[[int], None] = lambda count: None
 ) -> list[list[int]]:
-    """The most likely tokens after each prompt, as many as its answer has.
+    """The greedy continuation of each prompt, of the length of its answer.
 
     Args:
         model: in eval mode.
-        watch: called with the number of questions that were just answered.
+        watch: called after each batch with its number of questions.
     """
     assert all(question.fits(model.config.block_size) for question in questions)
     found: list[list[int]] = []
@@ -54,7 +54,7 @@ def greedy_answers(
 
 @torch.inference_mode()
 def greedy_tokens(model: LanguageModel, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """The `count` most likely tokens after each prompt, one after the other, with a key-value cache."""
+    """Decode `count` tokens greedily after each prompt, with a key-value cache."""
     assert not model.training
     idx, lengths = padded(prompts, next(model.parameters()).device)
     longest = min(max(lengths) + count - 1, model.config.block_size)  # the last token is not attended to
@@ -63,6 +63,6 @@ def greedy_tokens(model: LanguageModel, prompts: Sequence[Sequence[int]], count:
     steps = [logits.argmax(-1)]
     while len(steps) < count:
         if model.config.position == "learned":
-            make_room(model, cache)  # only for rows whose own answer is shorter than `count`
+            make_room(model, cache)  # affects only rows whose own answer is shorter than `count`
         steps.append(decode_one_token(lean_model, steps[-1], cache).argmax(-1))
     return torch.stack(steps, dim=1).tolist()  # (B, count)

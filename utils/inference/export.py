@@ -1,7 +1,7 @@
 """The export of a run (artifacts/export): everything that inference needs, as safetensors and JSON.
 
-model.safetensors holds each weight once (a tied embedding is one tensor), config.json the architecture
-and the origin of the weights, tokenizer.json the tokenizer.
+model.safetensors holds each weight once (a tied embedding is one tensor), config.json the architecture and the origin
+of the weights, tokenizer.json the tokenizer.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from utils.nn.roles import declared_roles
 from utils.runs.metrics import decode_number
 
 FORMAT_VERSION = 1
-MERGED_TOLERANCE = 1e-4  # of logits, relative to the largest if that is above 1: a merged weight is rounded
+MERGED_TOLERANCE = 1e-4  # of logits, relative to the largest if that is above 1, because merging rounds the weights
 LOSSES = {"val/loss", "train/eval_loss"}
-METADATA = {"format": "pt"}  # of the file of weights: transformers asks for it
+METADATA = {"format": "pt"}  # of model.safetensors; transformers requires it
 EXPORT_FILES = (WEIGHTS_FILE, EXPORT_CONFIG_FILE, TOKENIZER_FILE)
 
 
@@ -44,7 +44,7 @@ class ExportError(UserError):
 
 @dataclass(frozen=True)
 class Export:
-    """What `load_export` reads: the model in eval mode, its tokenizer, and the rest of config.json."""
+    """An export in memory: the model in eval mode, its tokenizer, and the rest of config.json."""
 
     model: LanguageModel
     tokenizer: Tokenizer
@@ -52,12 +52,12 @@ class Export:
 
     @property
     def document_token(self) -> int | None:
-        """`LanguageModel.document_token` in training, for evaluations of rows of documents; not set in `model`."""
+        """The `LanguageModel.document_token` of training, for evaluations on rows of documents; unset in `model`."""
         return document_token(self.tokenizer, self.training)
 
 
 def document_token(tokenizer: Tokenizer, training: Mapping[str, Any]) -> int | None:
-    """What each text began with in training on whole documents; None: it was another kind of training."""
+    """The token that each text began with in training on whole documents; None after another kind of training."""
     return tokenizer.end_of_text if training.get("packing", "random") != "random" else None
 
 
@@ -74,17 +74,17 @@ def save_export(
 
     Args:
         folder: the export; an older one is replaced.
-        training: facts about the training of the weights, for people.
+        training: facts about the training of the weights.
         write_more: writes further files into the export before it is moved.
 
     Raises:
-        RuntimeError: the reloaded model gives other logits; an older export stays.
-        OSError: it cannot be written; an older export stays.
+        RuntimeError: the reloaded model gives other logits; an older export is kept.
+        OSError: it cannot be written; an older export is kept.
     """
     with _new_export(folder) as temporary:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in merged_weights(model).items()}
         crc32 = write_tensors(temporary / WEIGHTS_FILE, weights, METADATA)["crc32"]
-        del weights  # of merged matrices the only copy
+        del weights  # the only reference to the merged matrices
         _describe(temporary, model.config, model.vocab_size, crc32, training)
         tokenizer.save(temporary / TOKENIZER_FILE)
         write_more(temporary)
@@ -100,16 +100,16 @@ def stream_export(
     training: Mapping[str, Any],
     pieces: Callable[[str], Iterable[torch.Tensor]],
 ) -> None:
-    """Write an export of weights that are not in memory together; its header and checksum are read again.
+    """Write an export whose weights are not in memory all at once, then check the header and checksum of the file.
 
     Args:
         folder: the export; an older one is replaced.
-        model: whose weights have these names and shapes.
-        pieces: gives the numbers of a weight, in host memory; asked for each in `stream_order`.
+        model: gives the names, types and shapes of the weights.
+        pieces: yields the values of the weight of that name, in host memory; called for each in `stream_order`.
 
     Raises:
-        RuntimeError: what was read is not what was written; an older export stays.
-        OSError: it cannot be written; an older export stays.
+        RuntimeError: the file is not as it was written; an older export is kept.
+        OSError: it cannot be written; an older export is kept.
     """
     with _new_export(folder) as temporary:
         path = temporary / WEIGHTS_FILE
@@ -121,13 +121,13 @@ def stream_export(
 
 
 def outlines_of(model: LanguageModel) -> Outlines:
-    """The types and shapes of the weights in an export."""
+    """The type and shape of each weight in an export of `model`."""
     return {name: (tensor.dtype, tensor.shape) for name, tensor in model.named_parameters()}
 
 
 @contextlib.contextmanager
 def _new_export(folder: Path) -> Iterator[Path]:
-    """A folder that takes the place of the export `folder` at the end, and is deleted after an error."""
+    """Yield a temporary folder that replaces the export `folder` at the end, or is deleted after an error."""
     restore_folder(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     remove(temporary)
@@ -140,7 +140,7 @@ def _new_export(folder: Path) -> Iterator[Path]:
 
 
 def _describe(folder: Path, config: ModelConfig, vocab_size: int, crc32: str, training: Mapping[str, Any]) -> None:
-    """Write config.json of an export, whose weights are there."""
+    """Write config.json into an export, once its weights are written."""
     content = {
         "format_version": FORMAT_VERSION,
         "model": config.model_dump(mode="json"),
@@ -158,7 +158,7 @@ def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
     idx = (torch.arange(length, device=device) % model.vocab_size)[None]  # (1, T)
     with evaluating(model), _full_precision():
         logits = model(idx)[0]
-        tolerance = 1e-5  # kernels of a GPU may not repeat
+        tolerance = 1e-5  # not 0, because kernels of a GPU may not be deterministic
         if adapted_layers(model):
             tolerance = MERGED_TOLERANCE * max(1.0, logits.abs().max().item())
         same = torch.allclose(logits, reopened(idx)[0], rtol=0, atol=tolerance)
@@ -168,7 +168,7 @@ def _check_logits(model: LanguageModel, reopened: LanguageModel) -> None:
 
 @contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
-    """CUDA multiplies float32 without TF32, by which the same product in two parts differs in its fourth digit."""
+    """Turn TF32 off on CUDA: with it, a product differs in the fourth digit from the same product in two parts."""
     products = torch.backends.cuda.matmul
     before, products.fp32_precision = products.fp32_precision, "ieee"
     try:
@@ -180,8 +180,8 @@ def _full_precision() -> Iterator[None]:
 def load_export(folder: Path, device: torch.device) -> Export:
     """Read an export and check the names and shapes of all weights.
 
-    On a CPU the weights are the file, mapped into memory, so it may be replaced while they are in use, but not written
-    to. Those that do not lie where kernels want them are copied.
+    On a CPU the weights are the memory-mapped file, so it may be replaced while they are in use, but not written to.
+    Weights at addresses that are not aligned for kernels are copied.
 
     Raises:
         ExportError: a file is missing or damaged, or the weights do not fit the configuration.
@@ -207,7 +207,7 @@ def load_export(folder: Path, device: torch.device) -> Export:
         raise
     except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ExportError(f"{config_path}: damaged ({type(error).__name__}: {error})") from None
-    with _damage(weights_path), open_tensors(weights_path, crc32) as weights:  # which begins to read
+    with _damage(weights_path), open_tensors(weights_path, crc32) as weights:  # threads begin to read
         model = _outline(weights_path, model_config, vocab_size)
         tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
         own = {name: tensor.dtype for name, tensor in model.state_dict().items()}
@@ -222,10 +222,10 @@ def load_export(folder: Path, device: torch.device) -> Export:
 
 
 def _outline(path: Path, config: ModelConfig, vocab_size: int) -> LanguageModel:
-    """The model without its weights, which a file has: a damaged configuration may describe one that no memory holds.
+    """The model without memory for its weights, because a damaged configuration may describe a huge one.
 
     Raises:
-        CheckpointError: the file is damaged.
+        CheckpointError: the file of weights at `path` is damaged.
         ExportError: its weights are those of another model.
     """
     model = outline(config, vocab_size)
@@ -236,7 +236,7 @@ def _outline(path: Path, config: ModelConfig, vocab_size: int) -> LanguageModel:
 
 @contextlib.contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """What is wrong with a file of weights becomes an ExportError."""
+    """Turn a CheckpointError about the file of weights at `path` into an ExportError."""
     try:
         yield
     except CheckpointError as error:
@@ -245,10 +245,10 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def export_as_checkpoint(folder: Path) -> Checkpoint:
-    """The weights of an export for training that starts from them, in the form of a checkpoint.
+    """Read an export in the form of a checkpoint, for training that starts from its weights.
 
     Raises:
-        ExportError, TokenizerError: as `load_export`.
+        ExportError, TokenizerError: see `load_export`.
     """
     export = load_export(folder, torch.device("cpu"))
     step = export.training.get("step")
@@ -262,7 +262,7 @@ def export_as_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _training_facts(training: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`training`; raises ValueError unless its losses are numbers."""
+    """Return `training`; raises ValueError unless its losses are numbers."""
     for name in LOSSES & training.keys():
         decode_number(training[name])
     return training

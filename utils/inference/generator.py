@@ -38,10 +38,10 @@ SEEDS = 2**63
 class Completion:
     """The text generated after a prompt.
 
-    text: without the prompt and the stop string.
+    text: the new text, without the prompt and the stop string.
     tokens: ids of all generated tokens, including those of a stop string and the end-of-text token.
     logprobs: natural logarithm of the probability that the model gave to each of them, before any filter.
-    finish: "stop" at a stop string or the end-of-text token (`Generator.ends`), else "length".
+    finish: "stop" at a stop string or the end-of-text token (`Generator.ends`), otherwise "length".
     """
 
     prompt: str
@@ -57,7 +57,7 @@ class Request:
     """How to generate after a prompt. Sequence i of a call draws from the random stream of seed + i.
 
     Raises:
-        UserError: out of bounds.
+        UserError: a value is out of bounds.
 
     >>> request = Request(max_new_tokens=20, options=SamplingOptions(temperature=0.5, top_k=40), stops=["\\n"], seed=1)
     >>> completions = Generator.from_run("baseline").generate_batch(["The ", "A "], request)
@@ -101,10 +101,10 @@ class _Sequence:
     logprobs: list[float] = field(default_factory=list)
 
     def extend(self, tokens: list[int], logprobs: list[float]) -> tuple[str, int]:
-        """Append tokens until a stop string or one that ends the text.
+        """Append tokens, up to a stop string or a token that ends the text.
 
         Returns:
-            The text that this makes certain, and the number of tokens.
+            The text that no later token can change, and the number of tokens appended.
         """
         if self.has_ended:
             return "", 0
@@ -132,19 +132,19 @@ class _Sequence:
 class Generator:
     """A trained model with its tokenizer, ready to generate.
 
-    stats: the speed of everything that it has generated.
+    stats: the speed of everything generated so far.
 
     Args:
         model: in eval mode.
-        name: name of the run, for people.
-        settings: how to generate where a call gives no request, and how a question is asked.
-        training: what the export records of the training.
-        draft: proposes tokens that the model judges several at a time (utils/inference/speculative.py): a Generator of
-            a smaller model, or "ngram" for the text itself. Sequences are then generated one by one.
-        draft_tokens: how many it proposes at a time.
+        name: name of the run, for messages.
+        settings: the defaults for calls without a request, and the template for questions.
+        training: facts about the training, from the export.
+        draft: proposes tokens, several of which the model judges in one pass (utils/inference/speculative.py): a
+            Generator of a smaller model, or "ngram" for the text itself. Sequences are then generated one by one.
+        draft_tokens: number of tokens that the draft proposes at a time.
 
     Raises:
-        UserError: the draft has another tokenizer, draft_tokens do not fit into a context, or the device is MPS.
+        UserError: the draft has another tokenizer, draft_tokens do not fit into a context, or there is a draft on MPS.
 
     >>> generator = Generator.from_run("baseline")
     >>> completion = generator.generate("The ", Request(max_new_tokens=20, seed=1))
@@ -168,7 +168,7 @@ class Generator:
         self._decoders = StaticDecoders()
         device = next(model.parameters()).device
         self._is_static = is_static(device)
-        self._exact = lambda: model  # for scores
+        self._scoring_model = lambda: model
         self._speculators: Speculators | None = None
         if draft is not None:
             if device.type == "mps":
@@ -193,13 +193,13 @@ class Generator:
         draft: str | os.PathLike[str] | None = None,
         draft_tokens: int = PROPOSED,
     ) -> Generator:
-        """The export of a run: path, id, tag, part of an id, latest; None: the newest with an export.
+        """Load the export of a run.
 
-        Section `inference` of configs/ says how to generate and how a question is asked.
+        Section `inference` of configs/ has the defaults for calls without a request, and the template for questions.
 
         Args:
-            weights: auto: bfloat16 on a GPU with units for it, else float32. Scores are in float32 unless others are
-                asked for.
+            run: a path, id, tag, part of an id, or "latest"; None: the newest run with an export.
+            weights: auto: bfloat16 on a GPU with bfloat16 units, otherwise float32; scores are in float32 on both.
             draft: a run, named like `run`, or "ngram": see `Generator`.
 
         Raises:
@@ -226,7 +226,7 @@ class Generator:
         draft: Path | Literal["ngram"] | None = None,
         draft_tokens: int = PROPOSED,
     ) -> Generator:
-        """The export in `folder`, with a draft in a folder of that kind. See `from_run`.
+        """Load the export in `folder`, with an optional draft from another such folder. See `from_run`.
 
         Raises:
             UserError: no such device, a damaged export, int8 on a GPU, or a draft that does not fit.
@@ -238,27 +238,27 @@ class Generator:
         model = with_weights(export.model, chosen)
         generator = cls(model, export.tokenizer, name, settings, export.training, helper, draft_tokens)
         if weights == "auto" and chosen != "float32":
-            generator._exact = functools.cache(lambda: load_export(folder, place).model)
+            generator._scoring_model = functools.cache(lambda: load_export(folder, place).model)
         return generator
 
     @property
     def ends(self) -> frozenset[int]:
-        """The tokens that end a text: end-of-text, if the model was trained on whole documents."""
+        """The tokens that end a text: the end-of-text token, if the model was trained on whole documents."""
         end = document_token(self.tokenizer, self.training)
         return frozenset() if end is None else frozenset({end})
 
     def generate(self, prompt: str, request: Request | None = None) -> Completion:
-        """One completion."""
+        """Complete one prompt."""
         (completion,) = self.completions([prompt], request)
         return completion
 
     def generate_batch(
         self, prompts: Sequence[str], request: Request | None = None, batch_size: int | None = None
     ) -> list[Completion]:
-        """A completion of each prompt, `batch_size` of them at a time; a batch ends when all of its sequences have.
+        """Complete each prompt, `batch_size` of them at a time; a batch ends when all of its sequences have ended.
 
         Args:
-            batch_size: by default 16, and 1 with a draft.
+            batch_size: by default 16, or 1 with a draft.
 
         Raises:
             UserError: part of a prompt has no token, batch_size is below 1, or above 1 with a draft, or the model's
@@ -269,7 +269,7 @@ class Generator:
     def completions(
         self, prompts: Sequence[str], request: Request | None = None, batch_size: int | None = None
     ) -> Iterator[Completion]:
-        """Like `generate_batch`, but yields the completions of each batch as soon as it is done."""
+        """Yield the completions of `generate_batch`, those of each batch as soon as it is done."""
         if batch_size is None:
             batch_size = BATCH_SIZE if self._speculators is None else 1
         if batch_size < 1:
@@ -284,11 +284,11 @@ class Generator:
             yield from (sequence.completion() for sequence in sequences)
 
     def generate_qa(self, question: str, request: Request | None = None) -> Completion:
-        """The answer to a question in `qa_template`; it ends before `qa_stop`."""
+        """Answer a question, put into `qa_template`; the answer ends before `qa_stop`."""
         return self.generate(self.qa_prompt(question), self.qa_request(request))
 
     def qa_prompt(self, question: str) -> str:
-        """The question in qa_template.
+        """The prompt for a question: `qa_template` with the question in it.
 
         Raises:
             UserError: part of the question or the template has no token.
@@ -302,24 +302,24 @@ class Generator:
         return template.replace("{question}", question)
 
     def qa_request(self, request: Request | None = None) -> Request:
-        """The request with qa_stop as an additional stop string."""
+        """The request with `qa_stop` as an additional stop string."""
         request = request or Request.configured(self.settings)
         return replace(request, stops=(*request.stops, self.settings.qa_stop)) if self.settings.qa_stop else request
 
     def stream(self, prompt: str, request: Request | None = None) -> Iterator[str]:
-        """The text after a prompt, in whole characters, each piece as soon as it is certain."""
+        """Yield the text after a prompt in whole characters, each piece as soon as no later token can change it."""
         request = request or Request.configured(self.settings)
         for new in self._grow(self._sequences([prompt], request, 0), request):
             if new[0]:
                 yield new[0]
 
     def score(self, text: str) -> Score:
-        """How well the model predicts a text: in the precision of its weights, but in float32 if that is a default.
+        """Score how well the model predicts a text, in float32 unless other weights were asked for.
 
         Raises:
             TokenizerError: part of the text has no token.
         """
-        return score(self._exact(), self.tokenizer, text, document_token(self.tokenizer, self.training))
+        return score(self._scoring_model(), self.tokenizer, text, document_token(self.tokenizer, self.training))
 
     def _sequences(self, prompts: Sequence[str], request: Request, first: int) -> list[_Sequence]:
         return [
@@ -328,7 +328,7 @@ class Generator:
         ]
 
     def _blocks(self, sequences: Sequence[_Sequence], request: Request) -> Iterator[Block]:
-        """The new tokens of the sequences."""
+        """Yield the new tokens of the sequences."""
         begin = document_token(self.tokenizer, self.training)
         prompts = [start_tokens(self.tokenizer, sequence.prompt, begin) for sequence in sequences]
         seeds = [sequence.seed for sequence in sequences]
@@ -342,14 +342,14 @@ class Generator:
         return generate_blocks(self.model, prompts, count, options, seeds, request.window)
 
     def _grow(self, sequences: Sequence[_Sequence], request: Request) -> Iterator[list[str]]:
-        """The new text of each sequence, block by block, until all have ended."""
+        """Yield the new text of each sequence, block by block, until all have ended."""
         began = time.perf_counter()
         is_first = True
         for block in self._blocks(sequences, request):
             if any(math.isnan(sum(row)) for row in block.logprobs):
                 raise UserError("the model's logits are NaN: its training diverged")
             news, counts = zip(*map(_Sequence.extend, sequences, block.tokens, block.logprobs), strict=True)
-            seconds = time.perf_counter() - began  # without the time that the caller takes
+            seconds = time.perf_counter() - began  # without the time that the caller takes between blocks
             if is_first:
                 self.stats.add_prefill(block.context, seconds)
             else:
@@ -363,7 +363,7 @@ class Generator:
 
 
 def find_draft(draft: str | None, runs_dir: Path) -> Path | Literal["ngram"] | None:
-    """The export of the run that --draft names, or "ngram".
+    """The folder of the export that --draft names, or "ngram".
 
     Raises:
         UserError: no such run or export.
@@ -379,4 +379,4 @@ def check_draft(generator: Generator, draft: Generator) -> None:
     if ours.hash() != theirs.hash():
         names = f"{draft.name or 'the draft'} cannot draft for {generator.name or 'the model'}"
         kinds = f"({theirs.kind}, {theirs.vocab_size:,} tokens, not {ours.kind}, {ours.vocab_size:,} tokens)"
-        raise UserError(f"{names}: its tokenizer is another one {kinds}")
+        raise UserError(f"{names}: it has a different tokenizer {kinds}")

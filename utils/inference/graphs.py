@@ -1,4 +1,4 @@
-"""The CUDA graphs of a decoder, and decoders that are kept so that nothing is recorded again."""
+"""The CUDA graphs of a decoder, and a pool of decoders whose graphs need not be recorded again."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from utils.machine.graphs import capture_graph
 
 D = TypeVar("D")
 
-MOST_GRAPHS = 16  # of one decoder; each keeps a few megabytes
-MOST_IDLE = 4  # decoders that wait for their next text
+MOST_GRAPHS = 16  # of one decoder; each takes a few megabytes
+MOST_IDLE = 4  # idle decoders that a pool keeps
 
 
 class Graphs:
-    """Functions that run as they are the first time, which prepares what they need, and as CUDA graphs from then on.
+    """Runs functions: normally the first time, which sets up what they need, and as CUDA graphs from then on.
 
-    One that CUDA cannot record goes on as it is, with one warning.
+    A function that CUDA cannot record keeps running normally, with one warning. On a CPU, every function does.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -31,7 +31,7 @@ class Graphs:
         self._can_record = True
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Do the work. What has the same key is the same work."""
+        """Run `work`, which must be the same work whenever `key` is the same."""
         if key not in self._recorded:
             self._recorded[key] = None
             while len(self._recorded) > MOST_GRAPHS:
@@ -55,19 +55,19 @@ class Graphs:
 
 
 def addresses(model: LanguageModel) -> list[int]:
-    """Where the weights are: a graph reads them there, even if the model has other ones by then."""
+    """The addresses of the weights: a graph reads these, even if the model has other weights by then."""
     return [weight.data_ptr() for weight in model.parameters()]
 
 
-class Reserve(Generic[D]):
-    """Decoders that wait for the next text of their kind (a batch size, say)."""
+class DecoderPool(Generic[D]):
+    """Idle decoders, by what they can decode (a batch size, say)."""
 
     def __init__(self) -> None:
         self._idle: OrderedDict[Hashable, tuple[object, D]] = OrderedDict()
 
     @contextlib.contextmanager
     def borrow(self, key: Hashable, models: Sequence[LanguageModel], make: Callable[[], D]) -> Iterator[D]:
-        """A decoder that nobody else uses meanwhile; a new one if there is none, or weights of `models` moved."""
+        """Yield a decoder for exclusive use: an idle one, or a new one if none fits or the weights have moved."""
         memory = [(model, *addresses(model)) for model in models]
         found, decoder = self._idle.pop(key, (None, None))
         if decoder is None or found != memory:

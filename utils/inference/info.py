@@ -32,9 +32,9 @@ PARAMETER = re.compile(r"(?:blocks\.(?P<block>\d+)\.)?(?P<module>.+?)(?:\.tables
 
 @dataclass
 class ModuleSummary:
-    """A module, or the same module of all blocks.
+    """A module, or the modules of that name in all blocks together.
 
-    shapes: shapes of its parameters, in one block.
+    shapes: shapes of the parameters in one block.
     """
 
     name: str
@@ -48,7 +48,7 @@ def summarize_modules(model: LanguageModel) -> list[ModuleSummary]:
     parts: dict[str, ModuleSummary] = {}
     for name, parameter in model.named_parameters():
         found = PARAMETER.fullmatch(name)
-        module, block = (found["module"], found["block"]) if found else (name, None)  # of any other module
+        module, block = (found["module"], found["block"]) if found else (name, None)  # a custom module
         part = parts.setdefault(
             module, ModuleSummary(_name(module, model.config), 0 if block is None else model.config.n_layer)
         )
@@ -93,7 +93,7 @@ def architecture(config: ModelConfig) -> str:
 
 
 def vocabulary(tokenizer: Tokenizer) -> str:
-    """Its size, kind and first tokens; white space and characters that cannot be printed are made visible."""
+    """Size, kind and first tokens of the vocabulary; white space and unprintable characters are made visible."""
     first = "".join(_visible(tokenizer.decode([token])) for token in range(min(SHOWN_TOKENS, tokenizer.vocab_size)))
     more = " ..." if tokenizer.vocab_size > SHOWN_TOKENS else ""
     special = [f"{name} {_visible(tokenizer.decode([token]))}" for name, token in tokenizer.special_tokens.items()]
@@ -130,7 +130,7 @@ def info_screen(export: Export, folder: Path) -> list[RenderableType]:
 
 
 def info_data(export: Export, folder: Path) -> dict[str, Any]:
-    """What `info_screen` shows, by name; run: its facts and settings, None of an export without a run directory."""
+    """The facts of `info_screen` for JSON. run: facts and settings of the run; None if the export is not in one."""
     run = _run_of(folder)
     return {
         "export": folder,
@@ -146,7 +146,7 @@ def info_data(export: Export, folder: Path) -> dict[str, Any]:
 
 
 def _run_of(folder: Path) -> IndexedRun:
-    """The run that an export lies in."""
+    """The run whose directory contains the export."""
     run = Path(os.path.abspath(folder)).parent.parent
     return read_run(run) if (run / RECORD).is_file() else IndexedRun(run)
 
@@ -157,7 +157,7 @@ def _corpus(training: Mapping[str, Any]) -> str:
 
 
 def _weights(training: Mapping[str, Any]) -> str:
-    """Which weights: "best, of step 1,500, val/loss 1.4233"."""
+    """Which weights these are: "best, of step 1,500, val/loss 1.4233"."""
     words = [
         column_text("weights", training.get("weights")),
         f"of step {column_text('steps', training['step'])}" if "step" in training else "",
@@ -188,7 +188,7 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
 
 
 def _table(model: LanguageModel) -> RenderableType:
-    """Parameters by module."""
+    """The table of parameters by module."""
     total = model.num_parameters()
     table = plain_table([""], ["parameters", "share"])
     table.add_column("shapes")

@@ -1,4 +1,4 @@
-"""A conversation: a person and the model write one text in turns, and options can change between the turns."""
+"""A conversation: a person and the model write one text in turns, and options can be changed between turns."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ ACTIONS = {"/reset": "forget the text so far", "/help": "show this list", "/quit
 
 @dataclass(frozen=True)
 class Option:
-    """A part of a request that can be changed by name.
+    """A part of a request that a command changes.
 
-    apply: returns the request with the value that is typed; raises ValueError if that is not a value.
-    show: returns the present value, for people.
+    expected: what may be typed, in words.
+    apply: returns the request with the value that was typed; raises ValueError if it is not a value of the option.
+    show: returns the current value in words.
     """
 
     expected: str
@@ -36,7 +37,7 @@ class Option:
 
 
 def _number(key: str, kind: Callable[[str], Any], expected: str, may_be_off: bool = False) -> Option:
-    """An option that is a field of a request or of its sampling options."""
+    """The option for a field of a request or of its sampling options."""
 
     def apply(request: Request, text: str, _: Tokenizer) -> Request:
         change: dict[str, Any] = {key: None if may_be_off and text == OFF else kind(text)}
@@ -94,8 +95,8 @@ class Conversation:
     Turn i since the last /reset or /seed draws from the random stream of seed + i.
 
     Args:
-        asks: each line is a question, to be put into qa_template.
-        report: called after each turn with its request; generator.stats then cover that turn alone.
+        asks: whether each line is a question, to be put into qa_template.
+        report: called after each turn with its request; generator.stats then covers that turn alone.
     """
 
     def __init__(
@@ -179,10 +180,10 @@ class Conversation:
             (name, f"{option.show(self.request, tokenizer)}  (takes {option.expected})")
             for name, option in OPTIONS.items()
         ]
-        return [*values, *ACTIONS.items(), ("an empty line", "let the model go on")]
+        return [*values, *ACTIONS.items(), ("an empty line", "let the model continue")]
 
     def _turn(self, line: str) -> None:
-        """Append the line and then the model's continuation to the text."""
+        """Append the line, and then the model's continuation, to the text."""
         generator = self.generator
         if self.asks and not line:
             return

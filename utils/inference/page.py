@@ -26,13 +26,13 @@ from utils.terminal.html import render
 from utils.terminal.words import HEX_COLORS, printable
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
-BOUNDS = (0.01, 0.05, 0.2, 0.5, 0.9)  # between the colours of probabilities
+BOUNDS = (0.01, 0.05, 0.2, 0.5, 0.9)  # probabilities at which the colour changes
 LEGEND = ("below 1%", "1 to 5%", "5 to 20%", "20 to 50%", "50 to 90%", "from 90%")
 WHITE_SPACE = {" ": "space", "\n": "newline", "\t": "tab"}  # CSS classes
 
 
 def completion_page(runs: Sequence[RunCompletions], settings: str = "") -> str:
-    """The page: a table of the runs, then for each prompt a column for each run.
+    """Render the page: a table of the runs, then for each prompt a column for each run.
 
     Args:
         settings: how the texts were sampled, in words.
@@ -69,7 +69,7 @@ def completion_page(runs: Sequence[RunCompletions], settings: str = "") -> str:
 
 def _cell(tokenizer: Tokenizer, completion: Completion) -> dict[str, Any]:
     """One run's completion of one prompt."""
-    tokens, place = [], 0  # in characters
+    tokens, place = [], 0  # place: characters before the token
     texts = _token_texts(tokenizer, completion.tokens)
     for token, text, logprob in zip(completion.tokens, texts, completion.logprobs, strict=True):
         quoted = shown_token(tokenizer, token)
@@ -97,10 +97,10 @@ def _token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
 
 
 def level(logprob: float) -> int:
-    """The index in LEGEND of a log-probability."""
+    """The index in LEGEND for a log-probability."""
     return bisect.bisect_right(BOUNDS, math.exp(logprob))
 
 
 def pieces(text: str) -> list[tuple[str, str]]:
-    """(CSS class, characters) of each white-space character and of the text between; control characters are escaped."""
+    """Split text into (CSS class, characters): white-space characters, and the text between them with escapes."""
     return [(WHITE_SPACE.get(part, ""), printable(part)) for part in re.findall(r"[ \n\t]|[^ \n\t]+", text)]

@@ -1,4 +1,4 @@
-"""What goes into generation and comes out of it: prompt files, stop strings and banned tokens, completion files."""
+"""The inputs and outputs of generation: prompt files, stop strings, banned tokens and completion files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FilePrompt:
 
 
 def read_prompts(path: Path) -> list[FilePrompt]:
-    """One prompt a line; in a file named .jsonl one object a line, {"prompt": "...", ...}. Empty lines are left out.
+    """Read one prompt a line, or from a .jsonl file one object a line, {"prompt": "...", ...}. Skips empty lines.
 
     Raises:
         UserError: the file is missing, not UTF-8, not JSON, or has no prompt.
@@ -45,7 +45,7 @@ def read_prompts(path: Path) -> list[FilePrompt]:
         elif not is_json and text:
             prompts.append(FilePrompt(place, text, {"prompt": text}))
     if not prompts:
-        raise UserError(f"{path}: no prompts in it, expected one a line")
+        raise UserError(f"{path}: no prompts found, expected one a line")
     return prompts
 
 
@@ -79,7 +79,7 @@ def _record(text: str, place: str) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> None:
-    """Refuses NaN and Infinity, which Python reads although they are not JSON."""
+    """Refuse NaN and Infinity, which Python reads although they are not JSON."""
     raise ValueError(f"{name} is not a number")
 
 
@@ -100,9 +100,10 @@ def check_out(path: Path, source: Path | None = None) -> None:
 
 
 def completion_line(prompt: FilePrompt, completion: Completion) -> str:
-    """The record of the prompt and its completion, as one line of JSON.
+    """The record of the prompt, extended by its completion, as one line of JSON.
 
-    tokens: their number, including those of a stop string. logprob: the sum of theirs, in nats, before any filter.
+    tokens: the number of generated tokens, including those of a stop string.
+    logprob: the sum of their log-probabilities, in nats, before any filter.
     """
     record = {
         **prompt.record,
@@ -116,7 +117,7 @@ def completion_line(prompt: FilePrompt, completion: Completion) -> str:
 
 
 def write_out(path: Path, text: str) -> None:
-    """Write `text` into the file at `path` (see `write_output`); if that fails, an old file stays.
+    """Write `text` into the file at `path` (see `write_output`); if that fails, an older file is kept.
 
     Raises:
         UserError: it cannot be written.
@@ -131,15 +132,15 @@ ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
 
 def unescape(text: str) -> str:
-    r"""Replaces \n, \t, \r and \\ as Python does: a line break is hard to type in a shell."""
+    r"""Replace \n, \t, \r and \\ as Python does, because a line break is hard to type in a shell."""
     return re.sub(r"\\([ntr\\])", lambda match: ESCAPES[match[1]], text)
 
 
 def stop_strings(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, ...]:
-    """Stop strings, from texts with escapes.
+    """Make stop strings from texts that may contain escapes.
 
     Raises:
-        UserError: a text is empty, or has a part that the model cannot write.
+        UserError: a text is empty or has a part without a token.
     """
     stops = tuple(unescape(text) for text in texts)
     for stop in stops:
@@ -148,7 +149,7 @@ def stop_strings(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, ...]:
 
 
 def banned_tokens(tokenizer: Tokenizer, texts: Sequence[str], before: Sequence[int] = ()) -> tuple[int, ...]:
-    """The ids in `before` and of all tokens of `texts`, which may have escapes.
+    """The ids in `before` and those of all tokens of `texts`, which may contain escapes.
 
     Raises:
         UserError: a text is empty or has a part without a token, or no token is left to draw.

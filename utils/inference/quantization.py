@@ -1,4 +1,4 @@
-"""Smaller weights and a faster layout of them: each token reads all weights once, so their size sets its time."""
+"""Smaller weights and a faster layout: each token reads all weights once, so their size determines its time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.nn.private import private_operator
 
 Weights = Literal["float32", "bfloat16", "int8"]
 WeightsChoice = Literal["auto", "float32", "bfloat16", "int8"]
-FEW_ROWS = 16
+FEW_ROWS = 16  # the most that torch's int8 kernel gets
 INT8_PRODUCT = private_operator("_weight_int8pack_mm")
 
 
@@ -46,15 +46,15 @@ class Int8Linear(nn.Module):
         if INT8_PRODUCT is not None and x.numel() <= FEW_ROWS * x.size(-1):
             rows = x.reshape(-1, x.size(-1))
             y = INT8_PRODUCT(rows, self.weight, self.scales).view(*x.shape[:-1], -1)
-        else:  # that kernel multiplies row by row
+        else:  # the kernel would multiply row by row
             y = F.linear(x, self.weight.to(x.dtype)) * self.scales
         return y if self.bias is None else y + self.bias
 
 
 def choose_weights(weights: WeightsChoice, device: torch.device) -> Weights:
-    """The precision to generate in; `auto` is bfloat16 on a GPU with units for it, else float32.
+    """The precision to generate in; `auto` is bfloat16 on a GPU with bfloat16 units, otherwise float32.
 
-    A CPU gets smaller weights only on request: whether they are faster there depends on the model (docs/LOG.md).
+    On a CPU, `auto` does not choose smaller weights: whether they are faster depends on the model (docs/LOG.md).
     """
     if weights != "auto":
         return weights
@@ -62,20 +62,20 @@ def choose_weights(weights: WeightsChoice, device: torch.device) -> Weights:
 
 
 def with_weights(model: LanguageModel, weights: Weights) -> LanguageModel:
-    """The model for generation, in eval mode: itself for float32, else a copy with smaller weights.
+    """Prepare a model for generation: for float32 the model itself, otherwise a copy with smaller weights in eval mode.
 
-    float32: on a CPU the matrices of all linear layers are stored by columns from now on, still of shape (out, in):
-        multiplying few rows by them takes up to a fifth less time.
+    float32: on a CPU, the matrices of all linear layers are changed in place to be stored by columns, still of shape
+        (out, in), because multiplying few rows by them then takes up to a fifth less time.
     bfloat16: all parameters, and so the activations.
-    int8: the matrices of all linear layers and of the head, the rest bfloat16; the embedding that a tied head shares
-        is kept, because a token reads only one row of it.
+    int8: the matrices of all linear layers and of the head; the rest is bfloat16. The embedding that a tied head
+        shares is kept beside the int8 head, because a token reads only one row of it.
 
     Raises:
         UserError: int8 on a CUDA GPU.
     """
     if weights == "int8" and next(model.parameters()).is_cuda:
         raise UserError(
-            "int8 weights are for CPUs: on a GPU torch's product of them is slower than that of bfloat16 weights"
+            "int8 weights are for CPUs: on a GPU, torch's product of int8 weights is slower than that of bfloat16"
         )
     if weights == "float32":
         for module in model.modules():
@@ -90,13 +90,13 @@ def with_weights(model: LanguageModel, weights: Weights) -> LanguageModel:
                     setattr(module, name, Int8Linear(child.weight, child.bias))
         if model.head is None:
             model.head = Int8Linear(model.token_embedding.weight, None)
-    for parameter in model.parameters():  # not the rotary factors, which need their precision
+    for parameter in model.parameters():  # not the buffers of rotary factors, which need their precision
         parameter.data = parameter.data.to(torch.bfloat16, memory_format=torch.contiguous_format)
     return model
 
 
 def weight_bytes(model: LanguageModel) -> int:
-    """Bytes that one token reads: all weights in their precision, but only one row of each embedding table."""
+    """The bytes that one token reads: all weights in their precision, but only one row of each embedding table."""
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     if model.head is None:
         tables = [table for table in tables if table is not model.token_embedding.weight]

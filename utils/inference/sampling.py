@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 GREEDY_BELOW = 1e-6  # lower temperatures differ from greedy only in ties
 HIGHEST_TEMPERATURE = 1e6
-PENALTIES = (1e-3, 1e3)  # beyond, logits leave the range of numbers
+PENALTIES = (1e-3, 1e3)  # the range of repetition_penalty; beyond it, logits can overflow
 SMALLEST = torch.finfo(torch.float32).tiny
 AHEAD = 256  # random numbers that a stream draws at once
 
@@ -25,18 +25,18 @@ class SamplingError(UserError):
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is drawn, in the order in which the options act.
+    """How the next token is drawn; the options act in this order.
 
     banned: token ids that are never drawn.
     repetition_penalty: for tokens that the text already has, positive logits are divided by it and negative ones
         multiplied [Keskar et al. 2019, CTRL].
     temperature: logits are divided by it; 0 is greedy.
-    top_k: the k most likely tokens, and those that tie with the last of them.
-    top_p: the smallest set of most likely tokens whose probabilities reach p [Holtzman et al. 2020].
-    min_p: tokens at least min_p times as likely as the most likely one [Nguyen et al. 2024].
+    top_k: keep the k most likely tokens, and those that tie with the last of them.
+    top_p: keep the smallest set of most likely tokens whose probabilities reach p [Holtzman et al. 2020].
+    min_p: keep tokens at least min_p times as likely as the most likely one [Nguyen et al. 2024].
 
     Raises:
-        SamplingError: out of bounds.
+        SamplingError: a value is out of bounds.
 
     >>> greedy, careful = SamplingOptions(temperature=0), SamplingOptions(temperature=0.5, top_k=40)
     >>> Generator.from_run("baseline").generate("The ", Request(10, options=greedy)).finish
@@ -74,9 +74,9 @@ class SamplingOptions:
 
 
 class RandomStreams:
-    """Uniform random numbers, a stream for each sequence, whatever else is in its batch.
+    """Uniform random numbers: one stream for each sequence, independent of the rest of its batch.
 
-    They are drawn on the CPU, many at once, so that every device gets the same ones. On MPS, which has no double
+    They are drawn on the CPU, many at once, so that every device gets the same numbers. On MPS, which has no double
     precision, they stay on the CPU.
     """
 
@@ -86,12 +86,12 @@ class RandomStreams:
         self._next = AHEAD
 
     def draw_ahead(self) -> torch.Tensor:
-        """(AHEAD, B): what the next AHEAD calls of `draw` would give."""
+        """Draw the numbers of the next AHEAD calls of `draw` at once: (AHEAD, B)."""
         rows = [torch.rand(AHEAD, dtype=torch.float64, generator=generator) for generator in self._generators]
         return torch.stack(rows, dim=1).to(self._device)
 
     def draw(self) -> torch.Tensor:
-        """(B,) from 0 to below 1, float64."""
+        """Draw one number in [0, 1) for each sequence: (B,), float64."""
         if self._next == AHEAD:
             self._numbers = self.draw_ahead().unbind()  # AHEAD of (B,)
             self._next = 0
@@ -101,12 +101,12 @@ class RandomStreams:
 
 @functools.lru_cache(maxsize=64)
 def banned_index(banned: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """The banned tokens on the device; copied there once, as a CUDA graph holds no copy from the host."""
+    """The banned tokens on the device; copied there once, because a CUDA graph cannot contain a copy from the host."""
     return torch.tensor(banned, device=device)
 
 
 def filter_logits(logits: torch.Tensor, options: SamplingOptions, seen: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits (B, V) for the softmax, with -inf for tokens that must not be drawn.
+    """Apply the options to logits (B, V); tokens that must not be drawn get -inf.
 
     Args:
         seen: (B, V) bool, tokens that the text already has; needed with a repetition penalty.
@@ -144,7 +144,7 @@ def sample(
 
     Args:
         logits: (B, V), as the model gives them.
-        uniform: (B,) random numbers from 0 to below 1, float64.
+        uniform: (B,) random numbers in [0, 1), float64.
         seen: see `filter_logits`.
 
     Returns:

@@ -47,12 +47,12 @@ class Score:
         return perplexity(self.loss)
 
     def facts(self) -> dict[str, float]:
-        """All of it by name."""
+        """All fields and derived quantities by name."""
         return {**asdict(self), "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
 
     @property
     def bits_per_byte(self) -> float:
-        """Loss in bits per byte of text, which is comparable between tokenizers."""
+        """The loss in bits per byte of text, which is comparable between tokenizers."""
         return self.loss * self.tokens / math.log(2) / self.bytes
 
 
@@ -65,11 +65,11 @@ def perplexity(loss: float) -> float:
 
 
 def score(model: LanguageModel, tokenizer: Tokenizer, text: str, begin: int | None = None) -> Score:
-    """The loss over a text, each token once, in the windows of `token_losses`.
+    """Compute the loss over a text, counting each token once, in the windows of `token_losses`.
 
     Args:
         model: in eval mode.
-        begin: what each text began with in training, if anything.
+        begin: the token that each text began with in training, if any.
 
     Raises:
         TokenizerError: part of the text has no token.
@@ -85,13 +85,13 @@ def score_tokens(
     stride: int | None = None,
     watch: Callable[[int, np.ndarray], None] = lambda first, losses: None,
 ) -> Score:
-    """The loss over token ids (n,), of any integer type; they may be memory-mapped.
+    """Compute the loss over token ids (n,), of any integer type; they may be memory-mapped.
 
     Args:
         model: in eval mode.
-        n_bytes: of the text that all but the first token stand for.
-        stride: as for `token_losses`.
-        watch: called after each pass with the place of its first token and the losses of its tokens.
+        n_bytes: the size in UTF-8 of the text of all tokens but the first.
+        stride: see `token_losses`.
+        watch: called after each pass with the position of its first token in `ids` and the losses of its tokens.
 
     Raises:
         UserError: fewer than two tokens.
@@ -107,15 +107,15 @@ def score_tokens(
 
 
 def token_losses(model: LanguageModel, ids: np.ndarray | Joined, stride: int | None = None) -> Iterator[np.ndarray]:
-    """The loss of each token but the first, in order: nats, float64, in parts (n,) on the host.
+    """Yield the loss of each token but the first, in order: nats, float64, in parts (n,) on the host.
 
-    Windows of block_size tokens advance by `stride`. In the first window every token counts, in each later one those
-    of the last `stride`. So each of these attends to at least the other block_size - stride tokens of its window.
+    Windows of block_size tokens advance by `stride`. In the first window every token counts; in each later one only
+    the last `stride` tokens count, so that they attend to at least the other block_size - stride tokens of the window.
 
     Args:
         model: in eval mode.
         ids: (n,), at least two.
-        stride: 1 to block_size; None: half of block_size. Smaller: more context for each token, in more passes.
+        stride: 1 to block_size; None: half of block_size. A smaller one gives each token more context, in more passes.
     """
     assert not model.training
     device, T = next(model.parameters()).device, model.config.block_size
@@ -138,16 +138,16 @@ def token_losses(model: LanguageModel, ids: np.ndarray | Joined, stride: int | N
 
 
 def tokens_at_once(device: torch.device, vocab_size: int) -> int:
-    """Tokens of one pass: as many as keep a processor busy, with logits that take 0.5 GB at most."""
+    """The number of tokens in one pass: enough to keep the processor busy, with at most 0.5 GB of logits."""
     most = TOKENS_AT_ONCE if device.type == "cpu" else TOKENS_AT_ONCE_GPU
     return min(most, LOGITS_AT_ONCE // vocab_size)
 
 
 def text_tokens(tokenizer: Tokenizer, text: str, begin: int | None = None) -> tuple[np.ndarray, int]:
-    """Token ids (n,) of a text, in a narrow type, and the bytes of what is predicted: all tokens but the first.
+    """Token ids (n,) of a text, in a narrow type, and the size in bytes of all tokens but the first.
 
     Args:
-        begin: a token before the text; None: its own first token is not predicted.
+        begin: a token put before the text; None: the first token of the text itself is not predicted.
 
     Raises:
         TokenizerError: part of the text has no token.
@@ -160,7 +160,7 @@ def text_tokens(tokenizer: Tokenizer, text: str, begin: int | None = None) -> tu
 
 
 def _first_bytes(tokenizer: Tokenizer, token: int, text: str) -> int:
-    """Bytes of `text` that its first token stands for; it may end within a character, or stand for an unknown one."""
+    """The bytes of `text` in its first token, which may end within a character, or stand for an unknown one."""
     piece = tokenizer.decode_bytes([token])
     if text.encode().startswith(piece):
         return len(piece)
@@ -168,11 +168,11 @@ def _first_bytes(tokenizer: Tokenizer, token: int, text: str) -> int:
 
 
 def score_report(name: str, scores: Sequence[tuple[str, Score]]) -> RenderableType:
-    """A table of the scores of a text.
+    """Show the scores of a text.
 
     Args:
         name: name of the text.
-        scores: (weights, score). The first is the reference; each other one gets a column of differences.
+        scores: (weights, score). The first is the reference; each further one also gets a column of differences.
     """
     (weights, first), *others = scores
     if not others:

@@ -1,4 +1,4 @@
-"""What a run saw in one of its updates: found again from its configuration and the step, without any log."""
+"""The text that a run saw in one of its updates, recomputed from its configuration and the step without any log."""
 
 from __future__ import annotations
 
@@ -40,14 +40,17 @@ LONGEST_PATH, NARROWEST = 40, 10  # characters of a column
 
 @dataclass(frozen=True)
 class Passage:
-    """A stretch of text in a batch: a document or a part of it, or a window of a text.
+    """A stretch of text in a batch: a document or a part of one, or a window of a text.
 
-    sample: which sequence of the batch it is in, from 0.
-    source: the file it comes from; line: where the document or window begins there, from 1 (its row in Parquet, its
-        number in a text of several documents).
-    document: its number in the training split of a prepared dataset; begin: tokens of it before this stretch.
-    tokens: how many of it are in the batch; text: what they say.
-    loss: mean over its targets, in nats, under the checkpoint; None: it was not asked for, or nothing of it counts.
+    sample: index of the sequence that it is in, within the batch.
+    source: the file that it comes from.
+    line: where the document or window begins in that file, from 1 (its row in Parquet, its number in a text of several
+        documents).
+    document: its number in the training split of a prepared dataset.
+    begin: number of tokens of the document before this stretch.
+    tokens: number of tokens in this stretch.
+    text: the text of these tokens.
+    loss: mean over its targets, in nats, under the checkpoint; None if losses were not asked for, or it has no target.
     """
 
     sample: int
@@ -62,7 +65,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Seen:
-    """The passages of an update; those of the highest loss under `checkpoint` (a step) first, if there is one."""
+    """The passages of an update, by falling loss under the checkpoint of step `checkpoint`; None: in batch order."""
 
     run: str
     step: int
@@ -78,15 +81,15 @@ def seen(
     which: str = "latest",
     warn: Callable[[str], None] = lambda message: None,
 ) -> Seen:
-    """What update `step` of a run was made from.
+    """Find the passages that update `step` of a run was trained on.
 
     Args:
         root: the project folder.
-        top: the number of passages with the highest loss; None: all, in the order of the batch, without losses.
-        which: the checkpoint whose losses these are: latest, best or a step.
+        top: return so many passages, those of the highest loss; None: all, in the order of the batch, without losses.
+        which: the checkpoint that gives the losses: latest, best or a step.
 
     Raises:
-        UserError: the run has no such step, its corpus is not there as it was, or it has no such checkpoint.
+        UserError: the run has no such step or checkpoint, or its corpus is missing or has changed.
     """
     config = recorded_config(run.path, ConfigLoader(root)).config
     resolved = run.record.get("resolved") or {}
@@ -128,7 +131,7 @@ def _corpus(run: IndexedRun, config: Config, root: Path) -> Corpus:
 
 
 def target_losses(model: LanguageModel, inputs: torch.Tensor, targets: torch.Tensor) -> np.ndarray:
-    """The loss of each target (B, T), in nats, float32; 0 where there is none."""
+    """The loss of each target (B, T), in nats, float32; 0 for targets that are ignored."""
     at_once = max(TOKENS_AT_ONCE // inputs.size(1), 1)
     parts = []
     with evaluating(model):
@@ -138,11 +141,15 @@ def target_losses(model: LanguageModel, inputs: torch.Tensor, targets: torch.Ten
     return torch.cat(parts).numpy()
 
 
-Columns = slice  # of a sequence, that a passage is in
+Columns = slice  # the positions of a passage in its sequence
 
 
 def _of_documents(corpus: Corpus, places: np.ndarray) -> list[tuple[Passage, Columns]]:
-    """The documents in each sequence of a batch, (B, T) places in the training split."""
+    """The documents in each sequence of a batch.
+
+    Args:
+        places: (B, T), indices of tokens in the training split.
+    """
     assert corpus.prepared is not None
     documents, dataset = corpus.prepared.documents["train"], corpus.prepared.dataset
     found = []
@@ -155,7 +162,7 @@ def _of_documents(corpus: Corpus, places: np.ndarray) -> list[tuple[Passage, Col
             source, line = documents.origin(number)
             ids = documents.tokens.take(row[begin:end])
             text = corpus.tokenizer.decode(ids[ids != dataset.end_of_text])
-            known = source < len(dataset.sources)  # their names may have been taken out of dataset.json
+            known = source < len(dataset.sources)  # false if the sources were removed from dataset.json
             path = str(dataset.sources[source].get("path", source) if known else source)
             before = int(row[begin] - documents.bounds(numbers[begin : begin + 1])[0][0])
             found.append((Passage(sample, path, line, number, before, end - begin, text), slice(begin, end)))
@@ -163,7 +170,7 @@ def _of_documents(corpus: Corpus, places: np.ndarray) -> list[tuple[Passage, Col
 
 
 def _of_text(corpus: Corpus, config: Config, root: Path, places: np.ndarray) -> list[tuple[Passage, Columns]]:
-    """The windows of a batch, (B, T) places in the training split, and the file and line where each begins."""
+    """The windows of a text in a batch, each with the file and line where it begins; for `places` see above."""
     tokens = np.asarray(corpus.split("train"))
     lines = _lines(corpus.tokenizer, tokens, places[:, 0])
     files = list(_files(config.data.dataset, root / config.data.corpora_dir))
@@ -176,7 +183,7 @@ def _of_text(corpus: Corpus, config: Config, root: Path, places: np.ndarray) -> 
 
 
 def _lines(tokenizer: Tokenizer, tokens: np.ndarray, offsets: np.ndarray) -> list[int]:
-    """The line of the text, from 1, that the token at each offset begins in."""
+    """The line of the text, from 1, in which the token at each offset begins."""
     breaks = np.array([tokenizer.decode_bytes([token]).count(b"\n") for token in range(tokenizer.vocab_size)])
     lines, before, line = np.empty(len(offsets), dtype=np.int64), 0, 1
     for place in np.argsort(offsets, kind="stable"):
@@ -186,18 +193,18 @@ def _lines(tokenizer: Tokenizer, tokens: np.ndarray, offsets: np.ndarray) -> lis
 
 
 def _files(dataset: str, corpora_dir: Path) -> Iterator[tuple[str, int]]:
-    """The files of a dataset, and how many lines of the text precede each."""
+    """Yield the files of a dataset, each with the number of lines of the text before it."""
     source, before = find_source(dataset, corpora_dir), 0
     if dataset == source.name and not source.is_folder and len(source.files) == 1 and not Path(dataset).exists():
         yield dataset, 0  # a registered corpus
         return
     for path in source.files:
         yield str(path), before
-        before += read_bytes(path).count(b"\n") + 1  # a line break follows
+        before += read_bytes(path).count(b"\n") + 1  # the files are joined by line breaks
 
 
 def seen_screen(found: Seen, width: int) -> list[RenderableType]:
-    """The passages as a table; a long text is cropped to a line.
+    """Show the passages as a table; a long text is cropped to one line.
 
     Args:
         width: characters in a line of the terminal.

@@ -19,13 +19,13 @@ from utils.inference.token_text import token_text
 from utils.terminal.tables import plain_table
 from utils.terminal.words import printable
 
-NARROWEST = 36  # characters in a column; narrower ones are put below each other
+NARROWEST = 36  # characters in a column; if there is less room, the runs are shown below each other
 GAP = 3  # characters between columns
 TITLE_LENGTH = 80  # characters shown of a prompt
 
 
 class RunCompletions(NamedTuple):
-    """The completions of one run, in the order of the prompts, which is the same for all runs that are compared.
+    """The completions of one run, one for each prompt, in the same order for all runs that are compared.
 
     val_loss: nats per token; None if it is not known.
     """
@@ -49,7 +49,7 @@ def probability(logprob: float) -> str:
 
 
 def completion_tables(runs: Sequence[RunCompletions], width: int, logprobs: bool = False) -> Iterator[RenderableType]:
-    """For each prompt, the completions of the runs: next to each other where they fit, else below each other.
+    """Yield the completions of the runs for each prompt: side by side if they fit, otherwise below each other.
 
     Args:
         width: characters in a line of the terminal.
@@ -64,7 +64,7 @@ def completion_tables(runs: Sequence[RunCompletions], width: int, logprobs: bool
             grid = Table.grid(padding=(0, GAP, 0, 0), expand=True)
             for _ in runs:
                 grid.add_column(ratio=1, overflow="fold")
-            for parts in zip(*cells, strict=True):  # a row each, so that the texts begin on one line
+            for parts in zip(*cells, strict=True):  # a row for each part, so that the texts begin on the same line
                 grid.add_row(*parts)
             yield grid
         else:
@@ -97,7 +97,7 @@ def summary(completion: Completion) -> str:
 
 
 def shown_token(tokenizer: Tokenizer, token: int) -> str:
-    """The text of a token in quotes; of one that is part of a character, its bytes."""
+    """The text of a token in quotes, or its bytes if it is part of a character."""
     text = tokenizer.decode([token])
     return token_text(tokenizer, token) if INCOMPLETE in text else repr(text)
 

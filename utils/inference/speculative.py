@@ -1,9 +1,9 @@
 """Speculative decoding: a draft proposes the next tokens, and one pass of the model judges all of them.
 
-A pass over a few tokens takes hardly longer than a pass over one, because both read all weights once. What is accepted
-and what replaces a rejected token is chosen so that the text has exactly the distribution that the model gives it
-alone [Leviathan et al. 2023; Chen et al. 2023]. A draft is a smaller model, or the text itself: what followed the last
-occurrence of its last few tokens [Saxena 2023, prompt lookup decoding].
+A pass over a few tokens takes hardly longer than a pass over one, because both read all weights once. Tokens are
+accepted, and rejected ones replaced, so that the text has exactly the distribution of the model alone [Leviathan et al.
+2023; Chen et al. 2023]. A draft is a smaller model, or the text itself: it proposes what followed the last occurrence
+of the last few tokens [Saxena 2023, prompt lookup decoding].
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ import torch
 
 from model import LanguageModel
 from utils.inference.decode import Block, decode_one_token, make_room, prefill
-from utils.inference.graphs import Graphs, Reserve
+from utils.inference.graphs import DecoderPool, Graphs
 from utils.inference.sampling import GREEDY_BELOW, SamplingOptions, filter_logits
 from utils.inference.static import bucket
 from utils.nn.lean import lean
 from utils.nn.static_cache import StaticCache
 
 PROPOSED = 5  # tokens at a time
-LONGEST_NGRAM = 4  # tokens that are looked up, or fewer, but at least
-SHORTEST_NGRAM = 2
+LONGEST_NGRAM, SHORTEST_NGRAM = 4, 2  # tokens that are looked up
 
 
 def probabilities(logits: torch.Tensor, options: SamplingOptions, seen: torch.Tensor | None = None) -> torch.Tensor:
-    """The distribution (R, V), float64, that `sample` draws from; greedy: 1 for the token that it takes.
+    """The distribution (R, V), float64, that `sample` draws from; one-hot for greedy sampling.
 
     Args:
         logits: (R, V), as the model gives them.
@@ -36,18 +35,18 @@ def probabilities(logits: torch.Tensor, options: SamplingOptions, seen: torch.Te
     """
     filtered = filter_logits(logits, options, seen)
     if options.temperature < GREEDY_BELOW:
-        return points(filtered.argmax(-1), logits.size(-1))
+        return one_hot(filtered.argmax(-1), logits.size(-1))
     return filtered.double().softmax(-1)
 
 
-def points(tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """(R, V), float64: 1 for each of the tokens (R,), else 0."""
+def one_hot(tokens: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """One-hot rows (R, V), float64, of tokens (R,)."""
     zeros = torch.zeros(len(tokens), vocab_size, dtype=torch.float64, device=tokens.device)
     return zeros.scatter_(1, tokens[:, None], 1.0)
 
 
 def draw(p: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """(R,): a token from each row of the weights p (R, V), by random numbers (R,) from 0 to below 1."""
+    """Draw a token (R,) from each row of the unnormalised distributions p (R, V), by random numbers (R,) in [0, 1)."""
     reached = p.cumsum(-1)  # (R, V)
     tokens = torch.searchsorted(reached, uniform[:, None] * reached[:, -1:], right=True)[:, 0]
     return tokens.clamp_(max=p.size(-1) - 1)  # searchsorted gives V for NaN
@@ -58,13 +57,13 @@ def judge(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accept proposals one after the other, each with probability min(1, p / q), up to the first that is rejected.
 
-    The token after them comes from what p has more than q, or, if all were accepted, from p.
+    The token after them is drawn from max(p - q, 0), normalised, or from p if all were accepted.
 
     Args:
         p: (K + 1, V), the model's distributions of the proposed tokens and of the one after them.
-        q: (K, V), the draft's distributions, which the proposals are drawn from.
-        proposed: (K,).
-        uniform: (K + 1,) random numbers from 0 to below 1.
+        q: (K, V), the draft's distributions, from which the proposals were drawn.
+        proposed: (K,) tokens.
+        uniform: (K + 1,) random numbers in [0, 1).
 
     Returns:
         (K + 1,) tokens: those accepted, then the one after them, repeated to the end; and the number accepted, (1,).
@@ -73,7 +72,7 @@ def judge(
     of_p, of_q = (x[:K].gather(1, proposed[:, None])[:, 0] for x in (p, q))  # (K,)
     accepted = (uniform[:K] * of_q < of_p).long().cumprod(0).sum(0, keepdim=True)  # (1,)
     rest = torch.cat(((p[:K] - q).clamp_min_(0), p[K:])).index_select(0, accepted)  # (1, V)
-    exists = rest.sum(-1, keepdim=True) > 0  # but for rounding it does, after a rejection
+    exists = rest.sum(-1, keepdim=True) > 0  # true after a rejection, except for rounding
     rest = torch.where(exists, rest, p.index_select(0, accepted))
     token = draw(rest, uniform[K:])  # (1,)
     is_accepted = torch.arange(K + 1, device=p.device) < accepted
@@ -90,16 +89,16 @@ class Draft(Protocol):
 
     @property
     def q(self) -> torch.Tensor | None:
-        """(K, V), the distributions that `proposed` is drawn from; None: the draft is certain of them."""
+        """(K, V), the distributions that `proposed` is drawn from; None: the draft is certain of its tokens."""
 
     def start(self, options: SamplingOptions) -> None:
         """Begin a text."""
 
     def propose(self, text: list[int], uniform: torch.Tensor) -> bool:
-        """Set `proposed` and `q`, given the tokens so far and K random numbers; False if there is no proposal."""
+        """Set `proposed` and `q`, given the tokens so far and K random numbers; returns False without a proposal."""
 
     def keep(self, accepted: int) -> None:
-        """Of the last proposals, keep so many, and forget the rest."""
+        """Keep the first `accepted` of the last proposals, and forget the rest."""
 
 
 class NgramDraft:
@@ -112,11 +111,11 @@ class NgramDraft:
 
     def start(self, options: SamplingOptions) -> None:
         self._after: dict[tuple[int, ...], int] = {}  # n-gram -> where its last occurrence ends
-        self._indexed = 0  # tokens of the text
+        self._indexed = 0  # tokens of the text whose n-grams are in _after
 
     def propose(self, text: list[int], uniform: torch.Tensor) -> bool:
         lengths = range(LONGEST_NGRAM, SHORTEST_NGRAM - 1, -1)
-        for end in range(self._indexed + 1, len(text)):  # not the n-grams at the end of the text itself
+        for end in range(self._indexed + 1, len(text)):  # without the n-grams at the end, which are looked up
             for length in lengths:
                 if end >= length:
                     self._after[tuple(text[end - length : end])] = end
@@ -126,7 +125,7 @@ class NgramDraft:
             return False
         count = len(self.proposed)
         found = text[place : place + count]
-        while len(found) < count:  # the text repeats itself up to its end
+        while len(found) < count:  # it reaches the end of the text, which repeats itself
             found += found[: count - len(found)]
         self.proposed.copy_(torch.tensor(found))
         return True
@@ -136,14 +135,14 @@ class NgramDraft:
 
 
 class ModelDraft:
-    """Proposes what a smaller model draws."""
+    """Proposes tokens drawn from a smaller model."""
 
     def __init__(self, model: LanguageModel, count: int) -> None:
         parameter = next(model.parameters())
         device, block_size = parameter.device, model.config.block_size
         self._lean, self._count, self._graphs = lean(model), count, Graphs(device)
         self._cache = StaticCache(model.config, 1, block_size, device, parameter.dtype)
-        self._kept = min(block_size // 2, block_size - count - 1)  # tokens of the text, when the cache is renewed
+        self._kept = min(block_size // 2, block_size - count - 1)  # tokens of the text in a renewed cache
         assert self._kept > 0
         self._logits = torch.zeros(1, model.vocab_size, device=device)
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
@@ -153,7 +152,7 @@ class ModelDraft:
         self.q = torch.zeros(count, model.vocab_size, dtype=torch.float64, device=device)
 
     def start(self, options: SamplingOptions) -> None:
-        self._options = replace(options, repetition_penalty=1.0)  # any q will do
+        self._options = replace(options, repetition_penalty=1.0)  # any q leads to the distribution of the model
         self._known = 0  # tokens of the text in the cache
 
     def propose(self, text: list[int], uniform: torch.Tensor) -> bool:
@@ -165,12 +164,12 @@ class ModelDraft:
         for _ in range(self._count):
             self._decode()
             self._graphs.run(self._options, self._draw)
-        self._decode()  # so that the cache has all proposals
+        self._decode()  # puts the last proposal into the cache
         self._known = len(text) + self._count
         return True
 
     def _renew(self, text: list[int]) -> None:
-        """Fill the cache with the last tokens of the text, but for the very last."""
+        """Fill the cache with the last tokens of the text, except the very last one."""
         self._cache.reset()
         idx = torch.tensor([text[-self._kept - 1 : -1]], device=self._token.device)  # (1, T)
         if idx.numel():
@@ -201,14 +200,14 @@ class ModelDraft:
 
 
 class Speculator:
-    """Generates one sequence at a time, with a draft. Its tensors and graphs serve one text after the other.
+    """Generates one sequence at a time, with a draft. Its tensors and graphs are reused for the next text.
 
-    Its methods are called in inference mode.
+    Call its methods in inference mode.
 
     Args:
         model: in eval mode.
-        draft: a smaller model with the same vocabulary, in eval mode; None: the text itself.
-        count: tokens to propose at a time.
+        draft: a smaller model with the same vocabulary, in eval mode; None: n-grams of the text itself.
+        count: number of tokens to propose at a time.
     """
 
     def __init__(self, model: LanguageModel, draft: LanguageModel | None, count: int = PROPOSED) -> None:
@@ -219,7 +218,7 @@ class Speculator:
         self._graphs, self._count = Graphs(device), count
         self._cache = StaticCache(model.config, 1, model.config.block_size, device, parameter.dtype)
         self._logits = torch.zeros(count + 1, model.vocab_size, device=device)
-        self._token = torch.zeros(1, dtype=torch.int64, device=device)  # the newest
+        self._token = torch.zeros(1, dtype=torch.int64, device=device)  # the newest token
         self._seen = torch.zeros(1, model.vocab_size, dtype=torch.bool, device=device)
         self._uniform = torch.zeros(2 * count + 1, dtype=torch.float64, device=device)
         self._result = torch.zeros(2 * count + 3, dtype=torch.float64, device=device)
@@ -227,7 +226,7 @@ class Speculator:
     def blocks(
         self, prompt: Sequence[int], max_new_tokens: int, options: SamplingOptions, seed: int
     ) -> Iterator[Block]:
-        """The tokens after a prompt, in blocks of those that a pass gave."""
+        """Yield the tokens after a prompt, one block for each pass."""
         self._options, self._generator = options, torch.Generator().manual_seed(seed)
         self._cache.reset()
         self._seen.zero_()
@@ -249,11 +248,11 @@ class Speculator:
             missing -= len(tokens)
 
     def _propose(self, text: list[int]) -> int:
-        """The number of tokens that the draft proposes now: as many as it always does, or none."""
+        """Ask the draft for proposals; returns their number: `count`, or 0 if it has none or the cache is full."""
         if self._config.position == "learned":
             make_room(self._model, self._cache)
         self._draw_uniform()
-        # A window slides by one token at a time, and what a rejected token overwrote would be lost.
+        # A window slides by one token at a time: what a rejected token had overwritten would be lost.
         has_room = self._cache.lengths[0] + self._count + 1 <= self._cache.capacity
         return self._count if has_room and self._draft.propose(text, self._uniform[: self._count]) else 0
 
@@ -262,7 +261,11 @@ class Speculator:
         self._uniform.copy_(numbers)
 
     def _pass(self, proposed: int) -> tuple[list[int], list[float], int]:
-        """One pass over the newest token and the proposals: the new tokens, their logprobs, how many are accepted."""
+        """Run one pass over the newest token and the proposals.
+
+        Returns:
+            The new tokens, their log-probabilities, and the number of accepted proposals.
+        """
         longest = self._cache.lengths[0] + proposed + 1
         attended = bucket(longest, self._cache.capacity)
         slides = longest > self._config.block_size
@@ -283,14 +286,14 @@ class Speculator:
         return tokens, logprobs, accepted
 
     def _judge(self, proposed: int) -> None:
-        """From the logits of a pass to the result: the number accepted, the tokens, and their log-probabilities."""
+        """Turn the logits of a pass into `_result`: the number accepted, the tokens, and their log-probabilities."""
         logits, tokens = self._logits[: proposed + 1], self._draft.proposed[:proposed]
         seen = self._seen
         if self._options.repetition_penalty != 1 and proposed:
-            new = points(tokens, logits.size(1)).cumsum(0) > 0  # (K, V)
+            new = one_hot(tokens, logits.size(1)).cumsum(0) > 0  # (K, V)
             seen = seen | torch.cat((torch.zeros_like(seen), new))  # (K + 1, V)
         p = probabilities(logits, self._options, seen)
-        q = points(tokens, logits.size(1)) if self._draft.q is None else self._draft.q[:proposed]
+        q = one_hot(tokens, logits.size(1)) if self._draft.q is None else self._draft.q[:proposed]
         uniform = self._uniform[self._count : self._count + proposed + 1]
         tokens, accepted = judge(p, q, tokens, uniform)
         logprobs = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]  # (K + 1,)
@@ -300,29 +303,29 @@ class Speculator:
         self._result[: len(result)] = result
 
     def _read(self, proposed: int) -> tuple[list[int], list[float], int]:
-        """The result of `_judge`, on the host; waits for the device."""
+        """Read the result of `_judge`; waits for the device."""
         accepted, *numbers = self._result[: 2 * proposed + 3].tolist()
         count = int(accepted) + 1
         return [int(number) for number in numbers[:count]], numbers[proposed + 1 :][:count], int(accepted)
 
 
 class Speculators:
-    """The speculators of a model and a draft, which serve one text after the other."""
+    """The speculators of a model and a draft, kept from text to text."""
 
     def __init__(self, draft: LanguageModel | None, count: int) -> None:
         self._draft, self._count = draft, count
-        self._reserve: Reserve[Speculator] = Reserve()
+        self._pool: DecoderPool[Speculator] = DecoderPool()
 
     @torch.inference_mode()
     def generate(
         self, model: LanguageModel, prompt: Sequence[int], max_new_tokens: int, options: SamplingOptions, seed: int
     ) -> Iterator[Block]:
-        """The next tokens of one sequence, with a sliding window: see `generate` for the arguments.
+        """Generate the next tokens of one sequence, with a sliding window: see `decode.generate` for the arguments.
 
-        Greedy, they are those of `generate`, except for rounding. Drawn, they have the same distribution.
+        Greedy tokens are those of `decode.generate`, except for rounding. Sampled ones have the same distribution.
         """
         assert prompt
         assert not model.training
         models = [model] if self._draft is None else [model, self._draft]
-        with self._reserve.borrow(1, models, lambda: Speculator(model, self._draft, self._count)) as speculator:
+        with self._pool.borrow(1, models, lambda: Speculator(model, self._draft, self._count)) as speculator:
             yield from speculator.blocks(prompt, max_new_tokens, options, seed)

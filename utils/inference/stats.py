@@ -19,9 +19,9 @@ class GenerationStats:
 
     prompt_tokens: tokens of the prompts that the model saw.
     prefill_seconds: time from the prompts to the first new tokens.
-    steps: passes of the model, each of one token for every sequence of a batch, or with a draft of several.
-    decoded: tokens that they gave.
-    decode_seconds: their duration.
+    steps: passes of the model after the prefill, each of one token for every sequence, or of several with a draft.
+    decoded: tokens that these passes generated.
+    decode_seconds: duration of these passes.
     attended: tokens in the caches, summed over steps and sequences.
     proposed, accepted: tokens that a draft proposed, and those of them that the model accepted.
     """
@@ -40,7 +40,7 @@ class GenerationStats:
         self.prefill_seconds += seconds
 
     def add_block(self, block: Block, decoded: int, seconds: float) -> None:
-        """Add a block, of which `decoded` tokens belong to sequences that had not ended."""
+        """Add a block; `decoded` of its tokens belong to sequences that had not ended."""
         self.steps += block.passes
         self.decoded += decoded
         self.attended += block.context
@@ -49,7 +49,7 @@ class GenerationStats:
         self.decode_seconds += seconds
 
     def rows(self, model: LanguageModel, cached: bool = True) -> list[tuple[str, str]]:
-        """(name, value) of each quantity, for people.
+        """(name, value in words) of each quantity.
 
         Args:
             cached: whether each step read the weights and the cache once, so that the bytes it read are known.
@@ -64,7 +64,7 @@ class GenerationStats:
             each = f"{self.decoded / self.steps:.2f} tokens a pass"
             share = f"{self.accepted / self.proposed:.0%} of {self.proposed:,} proposed tokens accepted"
             rows.append(("draft", f"{share}, {each}"))
-        if self.decode_seconds and cached and not self.proposed:  # a draft reads, too
+        if self.decode_seconds and cached and not self.proposed:  # what a draft model reads is not counted
             rate = self.bytes_read(model) / self.decode_seconds
             limit = read_limit(next(model.parameters()).device)
             share = f"{rate / limit:.0%} of the {limit / 1e9:.1f} GB/s that this machine reads"
@@ -72,7 +72,7 @@ class GenerationStats:
         return rows
 
     def bytes_read(self, model: LanguageModel) -> float:
-        """Bytes read by decoding: the weights once a step, and the keys and values of the attended tokens."""
+        """The bytes read by decoding: the weights once a step, and the keys and values of the attended tokens."""
         config, itemsize = model.config, next(model.parameters()).element_size()
         per_token = 2 * config.n_layer * config.kv_heads * config.head_width * itemsize
         return self.steps * weight_bytes(model) + self.attended * per_token

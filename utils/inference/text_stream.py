@@ -1,4 +1,4 @@
-"""Decodes tokens to text one by one, in whole characters and without any part of a stop string."""
+"""Decoding of tokens to text one by one, in whole characters and without any part of a stop string."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MOST_PENDING = 64  # tokens in a row that may end within a character; more are n
 
 
 class TextStream:
-    """The text of one sequence; holds back what a later token could still change.
+    """The text of one sequence. Holds back the text that a later token could still change.
 
     Args:
         stops: strings that end the text and are not part of it; they may span several tokens.
@@ -20,12 +20,12 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
         self.stopped = False
         self._tokenizer, self._stops = tokenizer, [stop for stop in stops if stop]
-        self._tokens: list[int] = []  # of which the last ends within a character
+        self._tokens: list[int] = []  # the last tokens, if they end within a character
         self._taken = 0  # characters of their text that were returned
-        self._held = ""  # may be the beginning of a stop string
+        self._held = ""  # text that may be the beginning of a stop string
 
     def add(self, token: int) -> str:
-        """Append a token; returns the text that this makes certain, nothing after a stop string."""
+        """Append a token; returns the text that this makes certain, or nothing after a stop string."""
         if self.stopped:
             return ""
         self._held += self._characters(token)
@@ -53,7 +53,7 @@ class TextStream:
         return text, count
 
     def rest(self) -> str:
-        """Finish; returns the text that was held back, with U+FFFD for bytes that are not a whole character."""
+        """Finish the text; returns the part that was held back, with U+FFFD for bytes of an incomplete character."""
         if self.stopped:
             return ""
         text = self._held + self._tokenizer.decode(self._tokens)[self._taken :]
@@ -75,6 +75,6 @@ class TextStream:
         return text
 
     def _overlap(self, stop: str) -> int:
-        """How many characters at the end of the held text could be the beginning of `stop`."""
+        """The number of characters at the end of the held text that could be the beginning of `stop`."""
         lengths = range(min(len(stop) - 1, len(self._held)), 0, -1)
         return next((length for length in lengths if self._held.endswith(stop[:length])), 0)

@@ -1,4 +1,4 @@
-"""What single tokens say where a character may take several of them: their bytes, and the characters they complete."""
+"""The text of single tokens when a character may span several: their bytes, and the characters that they complete."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from utils.inference.text_stream import INCOMPLETE
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """The text of a token; of one that is part of a character, its bytes: bytes:\\xe2\\x82."""
+    """The text of a token, or its bytes if it is part of a character: bytes:\\xe2\\x82."""
     text = tokenizer.decode([token])
     if INCOMPLETE not in text:
         return text
@@ -24,11 +24,16 @@ class TokenCharacters:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token: int) -> tuple[str, str]:
-        """What the tokens before this one leave unfinished, if it does not go on with that; what it completes."""
+        """Add a token.
+
+        Returns:
+            U+FFFD for unfinished bytes of the tokens before, if this token does not continue them, and the characters
+            that this token completes.
+        """
         is_whole = INCOMPLETE not in self._tokenizer.decode([token])
         unfinished = self.rest() if is_whole else ""
         return unfinished, self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def rest(self) -> str:
-        """What the last tokens leave unfinished."""
+        """U+FFFD for bytes of the last tokens that no token completed."""
         return self._decoder.decode(b"", final=True)

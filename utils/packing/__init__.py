@@ -1,1 +1,1 @@
-"""Training data from prepared datasets: shards read in place, rows of whole documents, shuffles that store nothing."""
+"""Training data from prepared datasets: memory-mapped shards, rows of whole documents, shuffles that store nothing."""

@@ -1,4 +1,4 @@
-"""The documents of a split of a prepared dataset: where each begins and ends, and where it comes from."""
+"""The documents of a split of a prepared dataset: where each begins and ends, and its origin."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from utils.packing.joined import Joined
 
 
 class Documents:
-    """The documents of the shards of a split, numbered in their order.
+    """The documents of a split, numbered through all its shards.
 
-    tokens: of all documents, one after the other.
+    tokens: the tokens of all documents, one document after the other.
 
     Raises:
         DatasetError: a file cannot be read.
@@ -31,7 +31,7 @@ class Documents:
         return len(self._ends)
 
     def bounds(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Start in the tokens, and number of tokens, of documents, int64."""
+        """The offsets in `tokens` at which documents start, and their lengths in tokens, int64 each."""
         ends = self._ends.take(numbers).astype(np.int64)
         starts = np.where(numbers > 0, self._ends.take(np.maximum(numbers - 1, 0)).astype(np.int64), 0)
         return starts, ends - starts
@@ -41,17 +41,17 @@ class Documents:
         return np.diff(np.asarray(self._ends, dtype=np.int64), prepend=0)
 
     def at(self, places: np.ndarray) -> np.ndarray:
-        """The number of the document that the token at each place is in."""
+        """The number of the document that contains the token at each place."""
         return self._ends.searchsorted(places)
 
     def origin(self, number: int) -> tuple[int, int]:
-        """Where a document comes from: index in `Dataset.sources`, and line or row there."""
+        """The origin of a document: its index in `Dataset.sources`, and its line or row in that source."""
         source, record = self._origins.take(np.array([2 * number, 2 * number + 1])).tolist()
         return source, record
 
 
 def mapped(dataset: Dataset, shard: Shard, suffix: str, count: int, dtype: str) -> np.ndarray:
-    """(count,): a file of a shard, memory-mapped; as a plain array, which is quicker to cut."""
+    """(count,): a file of a shard, memory-mapped, but as a plain ndarray, which is faster to slice than np.memmap."""
     kind = np.dtype(dtype).newbyteorder("<")
     if not count:  # an empty file cannot be mapped
         return np.zeros(0, kind)
@@ -62,8 +62,8 @@ def mapped(dataset: Dataset, shard: Shard, suffix: str, count: int, dtype: str) 
         raise DatasetError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-class Marked:
-    """Some of the documents, to tell which tokens are theirs."""
+class DocumentSubset:
+    """A subset of the documents, which can be asked whether it contains a token."""
 
     def __init__(self, documents: Documents, numbers: Sequence[int]) -> None:
         chosen = np.array(sorted(set(numbers)), dtype=np.int64)
@@ -73,8 +73,8 @@ class Marked:
     def __len__(self) -> int:
         return len(self.starts)
 
-    def have(self, places: np.ndarray) -> np.ndarray:
-        """Whether the token at each place is in one of them, bool."""
+    def contain(self, places: np.ndarray) -> np.ndarray:
+        """Whether the token at each place is in one of these documents, bool."""
         if not len(self.starts):
             return np.zeros(places.shape, dtype=bool)
         before = np.searchsorted(self.starts, places, side="right") - 1

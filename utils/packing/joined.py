@@ -9,24 +9,24 @@ import numpy as np
 
 
 class Joined:
-    """One-dimensional arrays one after the other, of which parts are taken as of one array.
+    """A concatenation of one-dimensional arrays that is indexed like one array.
 
     Args:
-        parts: of one dtype; at least one.
-        added: a number for each part that is added to its elements.
+        parts: the arrays, at least one, all of the same dtype.
+        added: for each part, a number that is added to its elements.
     """
 
     def __init__(self, parts: Sequence[np.ndarray], added: Sequence[int] | None = None) -> None:
         self.parts = list(parts)
         self._added = [0] * len(self.parts) if added is None else list(added)
-        self._firsts = np.cumsum([0, *map(len, self.parts)])  # of each part, and the number of all
+        self._firsts = np.cumsum([0, *map(len, self.parts)])  # the first index of each part, and the total length
         self.dtype: np.dtype[Any] = self.parts[0].dtype
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
     def take(self, places: np.ndarray) -> np.ndarray:
-        """The elements at `places`, of any shape, each from 0 to len - 1."""
+        """The elements at `places`, an array of any shape with indices from 0 to len - 1."""
         numbers = self.parts_of(places)
         if numbers.size == 0 or numbers.min() == numbers.max():
             return self._of_part(int(numbers.flat[0]) if numbers.size else 0, places)
@@ -37,11 +37,11 @@ class Joined:
         return found
 
     def parts_of(self, places: np.ndarray) -> np.ndarray:
-        """The number of the part that each place is in."""
+        """The number of the part that contains each place."""
         return np.searchsorted(self._firsts[1:], places, side="right")
 
     def searchsorted(self, values: np.ndarray) -> np.ndarray:
-        """For ascending elements: how many of them are at most `values`, of any shape."""
+        """np.searchsorted with side="right": the number of elements at most each of `values`; elements must ascend."""
         lasts = np.array([int(part[-1]) + add for part, add in zip(self.parts, self._added, strict=True) if len(part)])
         filled = [number for number, part in enumerate(self.parts) if len(part)]
         places = np.searchsorted(lasts, values, side="right")
@@ -58,7 +58,7 @@ class Joined:
         return found + self.dtype.type(self._added[number]) if self._added[number] else found
 
     def __getitem__(self, chosen: slice) -> Joined:
-        """A part of the sequence, still without copies."""
+        """A slice with step 1, still without copies."""
         start, stop, step = chosen.indices(len(self))
         assert step == 1
         pairs = [

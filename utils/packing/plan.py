@@ -1,8 +1,8 @@
 """Which documents share a row: best-fit packing [Ding et al. 2024, Fewer truncations improve language modeling].
 
-Documents go from the longest to the shortest into the row with the least room that still holds them. One that is longer
-than a row is cut into rows; what remains of it opens a row, because only there may a row begin within a document.
-Documents of one length are placed at a time, so that a million of them take a second; the plan is kept in a file.
+Documents, from the longest to the shortest, go into the row with the least room that still holds them. A document
+longer than a row is cut into whole rows; its remainder opens a new row, since only the start of a row may lie within a
+document. All documents of one length are placed at once, so a million take a second; the plan is kept in a file.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import numpy as np
 from utils.crc32 import crc32
 from utils.files import write_atomic
 
-VERSION = 1  # of the plan for given lengths
-HEADER = 8  # numbers before the arrays: the CRC-32 of all that follows, two facts, the lengths of five arrays
+VERSION = 1  # to be raised when the same lengths give another plan
+HEADER = 8  # numbers before the arrays: the CRC-32 of the rest, two totals, the lengths of five arrays
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of stretches of the tokens: first those cut out of long documents, then those with several documents.
+    """Rows as segments of the tokens: first the rows cut out of long documents, then the packed rows.
 
-    cut_rows: (long + 1,) int64: the whole rows of long document i are cut_rows[i] .. cut_rows[i + 1] - 1.
-    cut_starts: (long,) int64, where these documents begin in the tokens.
-    rows: (rows + 1,) int64: row r of the others has the segments rows[r] .. rows[r + 1] - 1.
+    cut_rows: (long + 1,) int64: long document i fills the rows cut_rows[i] .. cut_rows[i + 1] - 1.
+    cut_starts: (long,) int64: the token at which each long document begins.
+    rows: (rows + 1,) int64: packed row r has the segments rows[r] .. rows[r + 1] - 1.
     starts, lengths: (segments,) int64, in tokens.
-    used: tokens in all rows. cut_tokens: those in long documents.
+    used: number of tokens in all rows. cut_tokens: number of tokens in long documents.
     """
 
     cut_rows: np.ndarray
@@ -41,11 +41,11 @@ class Plan:
 
     @property
     def cut(self) -> float:
-        """Share of the tokens that are in documents longer than a row."""
+        """The fraction of tokens in documents longer than a row."""
         return self.cut_tokens / max(self.used, 1)
 
     def save(self, path: Path) -> None:
-        """Raises OSError if it cannot be written."""
+        """Write the plan to a file. Raises OSError if it cannot be written."""
         arrays = [self.cut_rows, self.cut_starts, self.rows, self.starts, self.lengths]
         numbers = [self.used, self.cut_tokens, *map(len, arrays)]
         content = np.concatenate([np.array(numbers), *arrays]).astype("<i8").tobytes()
@@ -65,7 +65,7 @@ def load_plan(path: Path) -> Plan | None:
 
 
 def best_fit(lengths: np.ndarray, block_size: int) -> Plan:
-    """The plan for documents of these lengths (in tokens, at least 1), which stand one after the other."""
+    """Plan the rows for consecutive documents of these lengths, in tokens (at least 1)."""
     firsts = np.cumsum(lengths) - lengths
     is_long = lengths > block_size
     pieces = np.where(is_long, lengths // block_size, 0)  # whole rows of a long document
@@ -78,7 +78,7 @@ def best_fit(lengths: np.ndarray, block_size: int) -> Plan:
     rows = np.concatenate([np.arange(len(opening)), row_of_whole])
     starts = np.concatenate([firsts[opening] + pieces[opening] * block_size, firsts[whole]])
     sizes = np.concatenate([rest[opening], lengths[whole]])
-    order = np.argsort(rows, kind="stable")  # the rest of a long document stays the first of its row
+    order = np.argsort(rows, kind="stable")  # keeps the remainder of a long document first in its row
     return Plan(
         np.concatenate([[0], np.cumsum(pieces[long])]),
         firsts[long],
@@ -94,12 +94,12 @@ def _place(lengths: np.ndarray, room: np.ndarray, block_size: int) -> tuple[np.n
     """The row of each document, and the number of rows.
 
     Args:
-        lengths: of the documents, descending, at most block_size.
-        room: in the rows that there are already.
+        lengths: lengths of the documents, descending, at most block_size.
+        room: free tokens in each of the rows opened so far.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
     count = len(room)
-    by_room: dict[int, list[np.ndarray]] = {}  # the rows with this much room
+    by_room: dict[int, list[np.ndarray]] = {}  # free tokens -> the rows that have so many
     for size in np.unique(room).tolist():
         by_room.setdefault(size, []).append(np.flatnonzero(room == size))
     sizes, begins, numbers = np.unique(-lengths, return_index=True, return_counts=True)
@@ -113,7 +113,7 @@ def _place(lengths: np.ndarray, room: np.ndarray, block_size: int) -> tuple[np.n
             taken = min(end - begin, used * each)
             rows[begin : begin + taken] = np.repeat(open_rows[:used], each)[:taken]
             begin += taken
-            last = taken - (used - 1) * each  # documents in the last of these rows
+            last = taken - (used - 1) * each  # documents that went into the last of these rows
             for left, which in (
                 (fitting - each * size, open_rows[: used - 1]),
                 (fitting - last * size, open_rows[used - 1 : used]),

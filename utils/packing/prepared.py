@@ -1,4 +1,4 @@
-"""A prepared dataset as training reads it: in place, checked, and cut into rows as the setting `packing` says."""
+"""A prepared dataset as training reads it: memory-mapped, verified, and cut into rows by the setting `packing`."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from tokenizer import Tokenizer, TokenizerError, build_tokenizer, load_tokenizer
 from utils.config.settings import DataConfig
 from utils.corpora.datasets import DATASET_JSON, TYPES, Dataset, DatasetError, read_dataset
 from utils.nn.targets import IGNORED
-from utils.packing.documents import Documents, Marked
+from utils.packing.documents import Documents, DocumentSubset
 from utils.packing.joined import Joined
 from utils.packing.plan import VERSION, Plan, best_fit, load_plan
 from utils.packing.rows import Layout, Packed, Rows, Single
 from utils.terminal.words import counted
 
-IDS_AT_ONCE = 1 << 22  # of a shard
-LOOKED_AT = 256  # rows in which loss_after is looked for
-MANY_LEAKS = 0.01  # of the documents of validation
+IDS_AT_ONCE = 1 << 22  # tokens of a shard that are read at a time
+LOOKED_AT = 256  # the first rows, which are searched for loss_after
+MANY_LEAKS = 0.01  # fraction of the validation documents above which a warning is printed
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dataset whose shards are what was prepared.
+    """A dataset whose shards were verified.
 
-    packing: of the setting.
-    plans: folder of the plans of packing.
-    loss_after: tokens of the text in a document after which its targets begin; empty: all count.
+    packing: the value of the setting.
+    plans: folder of the packing plans.
+    loss_after: tokens of the text after which the targets of a document count; empty if all targets count.
     """
 
     dataset: Dataset
@@ -45,21 +45,21 @@ class Prepared:
 
     @functools.cached_property
     def documents(self) -> Mapping[str, Documents]:
-        """Those of `train` and `val`."""
+        """The documents of `train` and of `val`."""
         return {name: Documents(self.dataset, self.dataset.splits[name]) for name in ("train", "val")}
 
     @functools.cached_property
     def tokens(self) -> Joined:
-        """Those of training, then those of validation."""
+        """The training tokens, followed by the validation tokens."""
         return Joined([*self.documents["train"].tokens.parts, *self.documents["val"].tokens.parts])
 
     @functools.cached_property
-    def leaks(self) -> Marked:
-        """The documents of validation that nearly equal one of training."""
-        return Marked(self.documents["val"], self.dataset.leaks)
+    def leaks(self) -> DocumentSubset:
+        """The validation documents that nearly equal a training document."""
+        return DocumentSubset(self.documents["val"], self.dataset.leaks)
 
     def rows(self, split: str, block_size: int) -> Rows | None:
-        """The rows of `train` or `val`; None: packing is random."""
+        """The rows of `train` or `val`; None if packing is random."""
         if self.packing == "random":
             return None
         if (split, block_size) not in self._rows:
@@ -79,7 +79,7 @@ class Prepared:
         return Packed(plan, block_size)
 
     def check_end_of_text(self, split: str) -> None:
-        """Raises DatasetError unless the first document begins with the token that dataset.json says."""
+        """Raises DatasetError unless the first document begins with the end_of_text of dataset.json."""
         tokens = self.documents[split].tokens
         first = int(tokens.take(np.zeros(1, dtype=np.int64))[0]) if len(tokens) else self.dataset.end_of_text
         if first != self.dataset.end_of_text:
@@ -89,14 +89,14 @@ class Prepared:
             )
 
     def save_plans(self) -> Joined:
-        """Keep the plans that were made for later runs, if they can be written; returns the tokens."""
+        """Write new plans for later runs, if possible; returns the tokens."""
         with contextlib.suppress(OSError):
             for path, plan in self._made.items():
                 plan.save(path)
         return self.tokens
 
     def note(self) -> str:
-        """What a person should know of the dataset before training on it."""
+        """One line about the dataset for the start of training."""
         train, val = (self.dataset.splits[name].documents for name in ("train", "val"))
         return (
             f"{self.dataset.folder}: prepared with tokenizer {self.tokenizer.kind}, {self.tokenizer.vocab_size:,} "
@@ -104,30 +104,30 @@ class Prepared:
         )
 
     def leaks_note(self) -> str | None:
-        """What is wrong with the loss of validation, if there are more than a few leaks."""
+        """The warning that leaks distort the validation loss; None if there are only a few leaks."""
         leaks, documents = len(self.leaks), self.dataset.splits["val"].documents
         if leaks <= MANY_LEAKS * documents:
             return None
         return (
             f"{self.dataset.folder}: {leaks:,} of {documents:,} validation documents ({leaks / documents:.1%}) nearly "
-            "equal a training document: val/loss says too little about other texts; the last evaluation is also "
-            "made without them"
+            "equal a training document, which makes val/loss look better than it is; the last evaluation is also made "
+            "without them"
         )
 
     def packing_facts(self, block_size: int) -> Mapping[str, float]:
-        """Of the rows of training: how many there are, the share of cut or cropped tokens, and that of padding."""
+        """The number of training rows, and the fractions of tokens that are cut or cropped, and of padding."""
         rows = self.rows("train", block_size)
         if rows is None:
             return {}
         return {"rows": len(rows), "cut_tokens": round(rows.layout.cut, 6), "padding": round(rows.padding, 6)}
 
     def bytes_per_token(self) -> float:
-        """Mean over the training tokens."""
+        """Mean bytes of text per training token."""
         split = self.dataset.splits["train"]
         return split.bytes / max(split.tokens, 1)
 
     def byte_scale(self) -> float:
-        """Bytes of the text per byte that its tokens stand for, of validation."""
+        """Bytes of the validation text divided by the bytes that its tokens decode to."""
         if self.tokenizer.keeps_text:
             return 1.0
         n_bytes, tokens = self.dataset.splits["val"].bytes, self.documents["val"].tokens
@@ -145,16 +145,16 @@ def open_prepared(
     warn: Callable[[str], None],
     report: Callable[[str], None],
 ) -> Prepared:
-    """The dataset in `folder`; shards that were written to since they were last compared are compared again.
+    """Open the dataset in `folder`, and verify the shards that were modified since they were last verified.
 
     Args:
-        plans: folder of the plans of packing.
-        tokenizer: of the model that is trained further; None: a new one.
+        plans: folder of the packing plans.
+        tokenizer: that of the model that is trained further; None for a new model.
         warn, report: print one line to the user.
 
     Raises:
-        UserError: it is no dataset, a shard was edited, it was made with another tokenizer than is asked for, or a
-            split is shorter than a sample.
+        UserError: the folder is not a dataset, a shard was edited, the dataset was made with a different tokenizer than
+            the requested one, or a split is shorter than a sample.
     """
     dataset = read_dataset(folder)
     own = load_tokenizer(dataset.tokenizer_path)
@@ -165,15 +165,15 @@ def open_prepared(
             f"{folder}: it was prepared with tokenizer {own.kind}, {own.vocab_size:,} tokens; the model has another "
             f"one: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
         )
-    if config.tokenizer != DataConfig().tokenizer:  # otherwise only the source of the setting says if it is asked for
+    if config.tokenizer != DataConfig().tokenizer:  # the default cannot be told from a request for it
         check_made_with(dataset, own, config)
-    own = tokenizer or own  # of the same hash, with as many ids as the model has rows
+    own = tokenizer or own  # same hash, but its vocabulary may be padded to the embedding rows of the model
     verify_shards(dataset, own.vocab_size)
     try:
         loss_after = () if config.loss_after is None else tuple(own.encode(config.loss_after))
     except TokenizerError:
         raise DatasetError(
-            f"{folder}: loss_after {config.loss_after!r} has characters that no document has: expected a text of them"
+            f"{folder}: loss_after {config.loss_after!r} has characters that no document contains"
         ) from None
     prepared = Prepared(dataset, own, config.packing, plans, loss_after)
     for split, name in (("train", "training"), ("val", "validation")):
@@ -189,7 +189,7 @@ def open_prepared(
         if rows is not None and loss_after and not _has_targets(rows):
             raise DatasetError(
                 f"{folder}: loss_after {config.loss_after!r} is in none of the first rows of its {name} split, so that "
-                f"nothing would be learned: expected a text of its documents, within block_size {block_size}"
+                f"nothing would be learned: expected a text that its documents have within block_size {block_size}"
             )
     report(prepared.note())
     if (note := prepared.leaks_note()) is not None:
@@ -198,10 +198,13 @@ def open_prepared(
 
 
 def verify_shards(dataset: Dataset, vocab_size: int, thorough: bool = False) -> None:
-    """Compare shards with their checksums, and their ids with the vocabulary: those that `Dataset.verify` looks at.
+    """Compare shards with their checksums, and their token ids with the vocabulary size.
+
+    Args:
+        thorough: compare all shards, not only those that `Dataset.verify` finds modified.
 
     Raises:
-        DatasetError: a shard is missing, was edited, or has ids beyond the vocabulary; the message names it.
+        DatasetError: a shard is missing, was edited, or has ids outside the vocabulary; the message names it.
     """
 
     def look(path: Path) -> None:
@@ -215,14 +218,14 @@ def verify_shards(dataset: Dataset, vocab_size: int, thorough: bool = False) -> 
 
 
 def check_made_with(dataset: Dataset, own: Tokenizer, config: DataConfig) -> None:
-    """Raises DatasetError unless a dataset was prepared with the tokenizer that `config` asks for.
+    """Raises DatasetError unless the dataset was prepared with the tokenizer of `config`.
 
     Args:
         own: the tokenizer of the dataset.
     """
     kind, _, path = config.tokenizer.partition(":")
     fits = kind == own.kind
-    if fits and path and os.path.exists(os.path.expanduser(path)):  # else the copy in the dataset is the only one
+    if fits and path and os.path.exists(os.path.expanduser(path)):  # otherwise only the dataset's copy is left
         fits = build_tokenizer(config, ()).hash() == dataset.tokenizer_hash
     if not fits:
         raise DatasetError(
@@ -232,6 +235,6 @@ def check_made_with(dataset: Dataset, own: Tokenizer, config: DataConfig) -> Non
 
 
 def _has_targets(rows: Rows) -> bool:
-    """Whether a target counts in the first rows."""
+    """Whether any target in the first rows counts."""
     _, targets = rows.batch(rows.places(np.arange(min(len(rows), LOOKED_AT))))
     return bool((targets != IGNORED).any())

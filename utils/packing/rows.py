@@ -1,4 +1,4 @@
-"""Rows of whole documents for training: one in each row, or packed best-fit; what is left of a row is padding."""
+"""Rows of whole documents for training: one document in each row, or several, packed best-fit; the rest is padding."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from utils.nn.targets import IGNORED
 from utils.packing.documents import Documents
 from utils.packing.plan import Plan
 
-PADDING = -1  # in the place of a token
+PADDING = -1  # the place of a position that has no token
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Stretches of tokens in the rows of a batch, each array (segments,) int64.
+    """Runs of consecutive tokens that the rows of a batch consist of; each array is (segments,) int64.
 
-    rows: which row of the batch each is in; columns: where it begins there.
-    starts: where it begins in the tokens of the split; lengths: its tokens.
+    rows: the row of the batch that each segment is in; columns: the column at which it begins.
+    starts: the token of the split at which it begins; lengths: its number of tokens.
     """
 
     rows: np.ndarray
@@ -30,7 +30,7 @@ class Segments:
 
 
 class Layout(Protocol):
-    """Which stretches of the tokens each row has."""
+    """The segments of each row."""
 
     def __len__(self) -> int: ...
 
@@ -38,17 +38,17 @@ class Layout(Protocol):
 
     @property
     def cut(self) -> float:
-        """Share of the tokens that are in documents longer than a row."""
+        """The fraction of the split's tokens that cutting or cropping affects."""
         ...
 
     @property
     def used(self) -> int:
-        """Tokens in all rows, without padding."""
+        """The number of tokens in all rows, padding excluded."""
         ...
 
 
 class Single:
-    """A row for each document, cropped to `block_size` tokens."""
+    """One row for each document, cropped to `block_size` tokens."""
 
     def __init__(self, documents: Documents, block_size: int) -> None:
         self._documents, self._block_size = documents, block_size
@@ -63,7 +63,7 @@ class Single:
 
     @property
     def cut(self) -> float:
-        """Share of the tokens that are in no row."""
+        """The fraction of tokens that are cropped."""
         return 1 - self.used / max(len(self._documents.tokens), 1)
 
     @property
@@ -112,10 +112,10 @@ class Packed:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a split, as batches.
+    """The rows of a split, from which batches are made.
 
-    end_of_text: the token that each document begins with, and that pads a row.
-    loss_after: tokens after which the targets of a document begin; empty: all count.
+    end_of_text: the token that each document begins with; also fills the padding.
+    loss_after: tokens of the text after which the targets of a document count; empty if all targets count.
     """
 
     documents: Documents
@@ -129,11 +129,11 @@ class Rows:
 
     @property
     def padding(self) -> float:
-        """Share of all rows that is padding."""
+        """The fraction of all positions that is padding."""
         return 1 - self.layout.used / max(len(self) * self.block_size, 1)
 
     def places(self, numbers: np.ndarray) -> np.ndarray:
-        """Where each token of these rows is in the split, (B, T) int64; PADDING where there is none."""
+        """The position in the split of each token of these rows, (B, T) int64; PADDING where a row has no token."""
         found = np.full(len(numbers) * self.block_size, PADDING)
         segments = self.layout.segments(numbers)
         within = ramps(segments.lengths)
@@ -142,10 +142,10 @@ class Rows:
         return found.reshape(len(numbers), self.block_size)
 
     def batch(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and targets of rows by their `places`, (B, T) int64 each: IGNORED is the target of padding.
+        """Inputs and targets of the rows with these `places`, (B, T) int64 each; the target of padding is IGNORED.
 
-        The last token of a document predicts the end-of-text token. With `loss_after`, what precedes the end of that
-        text in its document and row is IGNORED, too.
+        The target of a document's last token is the end-of-text token. With `loss_after`, the targets before the end of
+        that text, in each document of a row, are IGNORED as well.
         """
         tokens = self.documents.tokens
         is_padding = places == PADDING
@@ -162,10 +162,10 @@ class Rows:
 
 
 def follows(rows: np.ndarray, text: Sequence[int], start: int) -> np.ndarray:
-    """Whether `text` ends in a row at or before each token, in the same document; bool, as `rows` (B, T).
+    """Whether `text` occurs in the same document and row, ending at or before each token; bool, (B, T) like `rows`.
 
     Args:
-        start: the token that documents begin with, which `text` does not have.
+        start: the token that each document begins with; not part of `text`.
     """
     columns = np.arange(rows.shape[1])
     ends = np.ones(rows.shape, dtype=bool)
@@ -178,7 +178,7 @@ def follows(rows: np.ndarray, text: Sequence[int], start: int) -> np.ndarray:
 
 
 def ramps(lengths: np.ndarray) -> np.ndarray:
-    """0 .. length - 1 for each of `lengths`, one after the other.
+    """The concatenation of np.arange(length) for each of `lengths`.
 
     >>> ramps(np.array([2, 0, 3])).tolist()
     [0, 1, 0, 1, 2]

@@ -1,4 +1,4 @@
-"""Packing of token ids in memory, as training packs the documents of a prepared dataset: for notebooks and lessons."""
+"""Packing of token ids in memory, as training packs the documents of a prepared dataset; for notebooks and lessons."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from utils.packing.rows import Packed
 
 
 def pack_sequences(sequences: Sequence[Sequence[int]], block_size: int) -> list[list[int]]:
-    """Token ids of documents as rows of at most `block_size` ids: documents that fit stay whole, longer ones are cut.
+    """Pack the token ids of documents into rows of at most `block_size` ids. Only longer documents are cut.
 
-    The packing is that of the setting `packing: documents` (`utils.packing.plan`).
+    The rows are those of the setting `packing: documents` (`utils.packing.plan`).
 
     >>> pack_sequences([[0, 1, 2], [0, 3], [0, 4, 5, 6, 7, 8], [0]], block_size=4)
     [[0, 4, 5, 6], [7, 8, 0, 3], [0, 1, 2, 0]]
@@ -35,7 +35,7 @@ def pack_sequences(sequences: Sequence[Sequence[int]], block_size: int) -> list[
 
 
 def add_special_tokens(sequences: Sequence[Sequence[int]], end_of_text: int) -> list[list[int]]:
-    """Each sequence of token ids with the end-of-text token in front, as every document of a prepared dataset has it.
+    """Put the end-of-text token before each sequence of token ids, as in the documents of a prepared dataset.
 
     >>> add_special_tokens([[5, 6], []], end_of_text=0)
     [[0, 5, 6], [0]]

@@ -1,4 +1,4 @@
-"""Permutations as functions: whatever their size, making one takes no time and no memory."""
+"""Permutations computed on demand: however large one is, it takes no time and no memory to create."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import functools
 import numpy as np
 
 ROUNDS = 6
-BLOCK = 4096  # places that are permuted together
-_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
-_MIXER = np.uint64(0xBF58476D1CE4E5B9)  # of splitmix64 [Steele et al. 2014]
+BLOCK = 4096  # places that are computed together
+_ODD = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio
+_MIXER = np.uint64(0xBF58476D1CE4E5B9)  # from SplitMix64 [Steele et al. 2014]
 
 
 @functools.lru_cache(maxsize=16)
 def epoch_words(seed: int, stream: int, epoch: int, count: int) -> np.ndarray:
-    """(count,) raw words of Philox4x64-10 for a pass of a stream, uint64: numpy guarantees that they never change."""
+    """Raw words of Philox4x64-10 for a pass of a stream, (count,) uint64; numpy guarantees that they never change."""
     return np.random.Philox(key=[seed, stream], counter=[0, 0, 0, epoch]).random_raw(count)
 
 
 def permuted(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
-    """What stands at `places` (uint64, each below n) in a random order of 0 .. n - 1, int64.
+    """The elements at `places` (uint64, each below n) of a random permutation of 0 .. n - 1, int64.
 
-    A Feistel network [Luby and Rackoff 1988] permutes the numbers below the next power of two; one that it takes beyond
-    n - 1 goes through it again until it is below [Black and Rogaway 2002].
+    A Feistel network [Luby and Rackoff 1988] permutes the numbers below a power of two; a result that is not below n is
+    permuted again until it is [Black and Rogaway 2002].
 
     Args:
         keys: (ROUNDS,) random words, uint64.
@@ -47,15 +47,15 @@ def _network(numbers: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _block(seed: int, stream: int, epoch: int, n: int, block: int) -> np.ndarray:
-    """The places block * BLOCK .. of the order of a pass: many at once take hardly longer than a few."""
+    """Elements block * BLOCK onwards of the order of a pass; a whole block hardly takes longer than a few elements."""
     places = np.arange(block * BLOCK, min((block + 1) * BLOCK, n), dtype=np.uint64)
     return permuted(places, n, epoch_words(seed, stream, epoch, ROUNDS + 1)[1:])
 
 
 class Order:
-    """The random order of n samples in a pass of a stream.
+    """The random order of n samples in one pass of a stream.
 
-    word: a further random word of this pass.
+    word: one more random word for this pass.
     """
 
     def __init__(self, seed: int, stream: int, epoch: int, n: int) -> None:
@@ -63,7 +63,7 @@ class Order:
         self.word = int(epoch_words(seed, stream, epoch, ROUNDS + 1)[0])
 
     def __getitem__(self, chosen: slice) -> np.ndarray:
-        """What stands at these places of the order, int64."""
+        """The samples at these places of the order, int64."""
         start, stop, _ = chosen.indices(self.n)
         blocks = range(start // BLOCK, max(stop - 1, start) // BLOCK + 1)
         parts = [_block(*self._key, block) for block in blocks]
@@ -72,7 +72,7 @@ class Order:
 
 
 def in_random_order(seed: int, stream: int, first: int, count: int, n: int) -> np.ndarray:
-    """Numbers first .. first + count - 1 of a stream over n samples, each pass of which visits each once: (count,)."""
+    """Elements first .. first + count - 1 of a stream whose passes each visit all n samples once, (count,) int64."""
     parts = []
     for epoch in range(first // n, (first + count - 1) // n + 1):
         begin = epoch * n

@@ -1,4 +1,4 @@
-"""Windows of a text as samples, in an order that is a pure function of (seed, stream, n)."""
+"""Windows of a text as samples; sample n of a stream is a pure function of (seed, stream, n)."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 from utils.packing.joined import Joined
 from utils.packing.shuffle import Order
 
-# Streams of random numbers: one for each use, so that they are independent.
+# Each use has its own stream of random numbers, so that they are independent.
 STREAMS = {"train": 0, "train_eval": 1, "val": 2}
 
 
 @functools.lru_cache(maxsize=8)
 def _epoch_order(seed: int, stream: str, epoch: int, n_windows: int, n_phases: int) -> tuple[int, np.ndarray]:
-    """The offset of the first window of a pass (0 .. n_phases - 1), and the order of its windows, a permutation.
+    """The offset of the first window of a pass (0 .. n_phases - 1), and a permutation of its windows.
 
-    Philox4x64-10 [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011] with key
-    (seed, stream); the pass is the high word of its counter. Only raw words are used: numpy guarantees
-    that they never change, unlike the output of its distributions.
+    Philox4x64-10 [Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011] with key (seed, stream) and
+    the pass as the high word of its counter. Only raw words are used, because numpy guarantees that they never change,
+    unlike the output of its distributions.
     """
     words = np.random.Philox(key=[seed, STREAMS[stream]], counter=[0, 0, 0, epoch]).random_raw(n_windows + 1)
     return int(words[0] % np.uint64(n_phases)), np.argsort(words[1:], kind="stable")
 
 
 def windows_of_pass(n_tokens: int, block_size: int) -> int:
-    """How many windows a pass over a split visits."""
+    """The number of windows that one pass over a split visits."""
     return max(n_tokens // block_size - 1, 1)
 
 
@@ -35,12 +35,13 @@ def sample_offsets(
 ) -> np.ndarray:
     """Start offsets of samples first .. first + count - 1 of a stream, shape (count,), int64.
 
-    A pass cuts the tokens into adjacent windows of block_size, from a random start, and visits each once, in
-    random order. Offsets drawn independently would leave a third of the text unseen after as many samples as
-    a pass has; the effect on the loss is within the noise of seeds (docs/LOG.md).
+    A pass cuts the tokens into adjacent windows of block_size, from a random start, and visits each once, in random
+    order. After as many samples as a pass has, independently drawn offsets would have left a third of the text unseen;
+    the effect on the loss is within the noise of seeds (docs/LOG.md).
 
     Args:
-        lazily: the order is a function that stores nothing, for a dataset of any size; another one than without.
+        lazily: compute the order on demand (`shuffle.Order`), so that a dataset of any size needs no memory for it; the
+            resulting order is different.
     """
     n_windows = windows_of_pass(n_tokens, block_size)
     n_phases = n_tokens - n_windows * block_size
@@ -58,5 +59,5 @@ def sample_offsets(
 
 
 def sample_windows(tokens: np.ndarray | Joined, offsets: np.ndarray, block_size: int) -> np.ndarray:
-    """(B, T + 1): the samples that start at `offsets` (B,), each with the token that follows it."""
+    """The samples that start at `offsets` (B,), each followed by one more token: (B, T + 1)."""
     return tokens.take(offsets[:, None] + np.arange(block_size + 1))

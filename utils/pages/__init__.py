@@ -1,1 +1,1 @@
-"""The pages of runs in a browser: a table of all, curves, one run, several compared."""
+"""The pages of runs in a browser: a table of all runs, curves, one run, and comparisons."""

@@ -1,4 +1,4 @@
-"""Several runs against each other: the verdict of `compare` and the differences of `diff`, as JSON."""
+"""A comparison of several runs as JSON: the verdict of `compare` and the differences of `diff`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ SHOWN = 2000  # characters of a value
 
 
 def compare_runs(runs: Sequence[IndexedRun], metric: str | None, root: Path) -> dict[str, Any]:
-    """Groups of seeds, verdicts and differences; what cannot be found out is a problem in words.
+    """Groups of seeds, verdicts and differences; `problems` says what could not be determined.
 
     Args:
-        root: the project folder, whose git repository knows the commits.
+        root: the project folder, whose git repository has the commits.
     """
     names = [one_line(name) for name in names_of(runs)]
     answer: dict[str, Any] = {
@@ -55,7 +55,6 @@ def _comparison(found: Comparison) -> dict[str, Any]:
     return {
         "metric": printable(found.metric),
         "groups": [[printable(group.name), *group_cells(group)] for group in found.groups],
-        "members": [[one_line(run) for run in group.runs] for group in found.groups],
         "splits": [printable(line) for line in found.splits],
         "verdicts": verdicts,
         "at": [

@@ -1,4 +1,4 @@
-"""The curves of a chart: smoothed, thinned and grouped for the page, and afterwards only what has been added."""
+"""The curves of a chart: smoothed, thinned and grouped. Later requests get only the points that were added."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from utils.experiments.thinning import kept_points
 from utils.pages.keys import key_of
 from utils.pages.series import RESERVED, Series, SeriesStore
 from utils.runs.index import IndexedRun, resolved_setting
-from utils.runs.metrics import metric as registered_metric
 from utils.terminal.words import one_line, printable, setting_text
 
 MOST_POINTS = 4000  # of one curve; a screen has fewer columns
-DIGITS = 6  # of a number, which is more than a screen shows
+DIGITS = 6  # significant digits of a number; a screen shows fewer
 LONGEST_COUNT = 18  # digits of the number of points in a cursor
 
 
@@ -31,9 +30,9 @@ class ChartRequest:
     smooth: weight of the past in an exponential moving average, from 0 (as logged) to below 1.
     group: a setting, or a column of the table: runs of equal value are drawn as their mean and a band of one standard
         deviation around it.
-    points: of each curve.
+    points: number of points in each curve.
     start, end: the part of the axis that is shown; None: all.
-    known: run -> its cursor: what the page has of the curve already.
+    known: run or group -> the cursor of the curve that the page already has.
     """
 
     metric: str
@@ -48,10 +47,10 @@ class ChartRequest:
 
 
 def chart(runs: Sequence[IndexedRun], store: SeriesStore, request: ChartRequest) -> dict[str, Any]:
-    """The curves of the chart, or what they have gained since the cursors of the request.
+    """The curves of the chart, or the points that they have gained since the cursors of the request.
 
     Raises:
-        UserError: no metric can have this name, or a number of the request makes no sense.
+        UserError: the name cannot be that of a metric, or `smooth` is out of bounds.
     """
     if not 0 <= request.smooth < 1:
         raise UserError(f"smoothing by {request.smooth:g}: expected a weight from 0 to below 1")
@@ -59,7 +58,7 @@ def chart(runs: Sequence[IndexedRun], store: SeriesStore, request: ChartRequest)
     if not name or name.lower() in RESERVED or (name.lower() == "tokens" and name != "tokens"):
         raise UserError(f"{one_line(name)!r} is not a metric")
     series = store.read(runs, name)
-    answer: dict[str, Any] = {"metric": name, "label": one_line(y_label(name)), "direction": _direction(name)}
+    answer: dict[str, Any] = {"metric": name, "label": one_line(y_label(name))}
     if request.group:
         answer["groups"] = _groups(runs, series, request)
     else:
@@ -68,15 +67,8 @@ def chart(runs: Sequence[IndexedRun], store: SeriesStore, request: ChartRequest)
     return answer
 
 
-def _direction(name: str) -> str:
-    try:
-        return registered_metric(name).direction
-    except KeyError:
-        return "none"
-
-
 def _curve(run: IndexedRun, series: Series, request: ChartRequest) -> dict[str, Any] | None:
-    """One curve; with a cursor only its new points; None if there are none."""
+    """One curve, or only its new points if the page has a cursor of it; None if there are no new ones."""
     key, count = key_of(run.id), len(series.values)
     cursor = f"{series.generation}.{count}"
     if request.known.get(key) == cursor:
@@ -90,15 +82,13 @@ def _curve(run: IndexedRun, series: Series, request: ChartRequest) -> dict[str, 
         facts["added"] = True
         added = sum(map(math.isfinite, series.values[first:]))
         places, values = places[len(places) - added :], values[len(values) - added :]
-    else:
-        facts["points"] = count
-        if series.problem:
-            facts["problem"] = printable(series.problem)
+    elif series.problem:
+        facts["problem"] = printable(series.problem)
     if request.start is not None or request.end is not None:
         low = -math.inf if request.start is None else request.start
         high = math.inf if request.end is None else request.end
         inside = [i for i, place in enumerate(places) if low <= place <= high]
-        if inside:  # with a neighbour on each side, so that the lines go on to the edge
+        if inside:  # with a neighbour on each side, so that the lines reach the edges
             part = slice(max(0, inside[0] - 1), inside[-1] + 2)
             places, values = places[part], values[part]
         else:
@@ -118,9 +108,9 @@ def shown_points(series: Series, request: ChartRequest) -> tuple[Sequence[float]
 
 
 def _groups(runs: Sequence[IndexedRun], series: Sequence[Series], request: ChartRequest) -> list[dict[str, Any]]:
-    """The groups of runs, with their bands; one run alone has its curve as the mean.
+    """The groups of runs with their means and bands; a group of one run has its curve instead of a mean.
 
-    They are made again whenever a run has gained points: a group is at most 400 places.
+    A group is computed anew whenever one of its runs has gained points, because it has at most 400 points itself.
     """
     members: dict[str, list[tuple[IndexedRun, Series]]] = {}
     for run, of_run in zip(runs, series, strict=True):
@@ -159,14 +149,14 @@ def _groups(runs: Sequence[IndexedRun], series: Sequence[Series], request: Chart
 
 
 def group_value(run: IndexedRun, column: str) -> str:
-    """What a run is grouped by, in words."""
+    """The value of `column` for a run, in words."""
     if column in ("tag", "status"):
         return str((run.record.get("tag") if column == "tag" else run.status) or "none")
     return setting_text(resolved_setting(run, column))
 
 
 def rounded(values: Sequence[float]) -> list[float] | list[int]:
-    """Finite numbers in as few characters as show them: whole ones, or with DIGITS of the smallest."""
+    """Shorten finite numbers for JSON: to integers if all are whole, otherwise to DIGITS digits of the smallest."""
     if all(map(float.is_integer, values)):
         return list(map(int, values))
     smallest = min(filter(None, map(abs, values)))

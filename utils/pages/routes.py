@@ -1,7 +1,7 @@
-"""The pages of runs and what they ask for: everything under /runs.
+"""The pages of runs and their data: everything under /runs.
 
-A request names runs and files by keys that are looked up in what the folder has (`keys.py`): no path is made of what a
-request says. All answers are JSON, shown by scripts of ours as text; the pages themselves are files without any data.
+A request names runs and files by keys (`keys.py`) that are looked up among the contents of the folder: no path is made
+from a request. All answers are JSON, which our scripts show as text; the pages themselves are files without data.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from utils.web.errors import ApiError
 PREFIX = "/runs"
 STATIC = Path(__file__).parent / "static"
 PAGES = {"": "table.html", "/run": "run.html", "/compare": "compare.html"}
-STYLE = Path(html.__file__).with_name("page.css")  # of all our pages
+STYLE = Path(html.__file__).with_name("page.css")  # shared with the reports
 ASSETS = {"base.css": STYLE, **{path.name: path for path in sorted(STATIC.glob("*")) if path.suffix in (".js", ".css")}}
 TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
-OPEN_PATHS = (*(PREFIX + page for page in PAGES), *(f"{PREFIX}/static/{name}" for name in ASSETS))  # no data in them
-EDIT_HEADER = "X-Workbench-Edit"  # no form and no page of another origin can send it without being asked
+OPEN_PATHS = (*(PREFIX + page for page in PAGES), *(f"{PREFIX}/static/{name}" for name in ASSETS))  # these hold no data
+EDIT_HEADER = "X-Workbench-Edit"  # no form can send it, and no page of another origin without a CORS preflight
 MOST_RUNS = 200  # of a chart or a comparison
 MOST_TEXT = 4000  # characters of a condition or a name
-WHERE_SECONDS = 10.0  # for a condition of the table
+WHERE_SECONDS = 10.0  # for evaluating a condition of the table
 
 Keys = Annotated[list[str], Query(alias="run", max_length=MOST_RUNS, description="keys of runs")]
 Key = Annotated[str, Query(alias="run", max_length=MOST_TEXT, description="the key of a run")]
@@ -53,7 +53,7 @@ Number = Annotated[float | None, Query(allow_inf_nan=False)]
 
 
 class Edit(BaseModel):
-    """What changes in the notes of a run; None leaves a value as it is."""
+    """Changes to the notes of a run; None leaves a value as it is."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -66,11 +66,11 @@ class Edit(BaseModel):
 
 
 def router(runs_dir: Path, edit: bool = False, playground: bool = False) -> APIRouter:
-    """The pages of the runs in a folder, for an app of `create_app`.
+    """Make the routes of the pages of the runs in a folder, for an app made by `create_app`.
 
     Args:
-        edit: tags and notes can be changed.
-        playground: the app has one at /, to which the table links.
+        edit: whether the pages can change tags and notes.
+        playground: whether the app has a playground at /, to which the table links.
     """
     table, store = RunRows(runs_dir), SeriesStore()
     threading.Thread(target=importlib.import_module, args=("duckdb",), daemon=True).start()  # the first chart needs it
@@ -96,18 +96,18 @@ def _add_pages(routes: APIRouter) -> None:
 
 
 def _add_table(routes: APIRouter, table: RunRows, edit: bool, playground: bool) -> None:
-    @routes.get("/api/runs", summary="The table of runs, or the rows that have changed since")
+    @routes.get("/api/runs", summary="The table of runs, or the rows that have changed since a version")
     def runs(since: Annotated[str | None, Query(max_length=100)] = None) -> Response:
         return _json({**table.changes(since), "edit": edit, "playground": playground})
 
-    @routes.get("/api/choose", summary="The keys of the runs that fulfil a condition in SQL")
+    @routes.get("/api/choose", summary="The keys of the runs that match a condition in SQL")
     def choose(where: Name) -> Response:
         from utils.experiments.sql import choose_runs
         from utils.pages.keys import key_of
 
         return _json([key_of(run.id) for run in choose_runs(table.runs(), where, seconds=WHERE_SECONDS)])
 
-    @routes.get("/api/compare", summary="Verdict and differences of several runs")
+    @routes.get("/api/compare", summary="The verdict on several runs, and their differences")
     def compare(run: Keys, metric: Name | None = None) -> Response:
         runs = _named(table, run)
         if len({one.path for one in runs}) < 2:
@@ -116,12 +116,12 @@ def _add_table(routes: APIRouter, table: RunRows, edit: bool, playground: bool) 
 
 
 def _add_curves(routes: APIRouter, table: RunRows, store: SeriesStore) -> None:
-    @routes.get("/api/metrics", summary="The metrics that some of these runs have logged")
+    @routes.get("/api/metrics", summary="The metrics that any of these runs has logged")
     def metrics(run: Keys) -> Response:
         names = dict.fromkeys(name for one in _named(table, run) for name in logged_names(one))
         return _json([{"name": name, "shown": one_line(name)} for name in names])
 
-    @routes.get("/api/curves", summary="Curves of a metric, or the points that were added since")
+    @routes.get("/api/curves", summary="Curves of a metric, or the points that were added since a cursor")
     def curves(
         run: Keys,
         metric: Name,
@@ -134,7 +134,7 @@ def _add_curves(routes: APIRouter, table: RunRows, store: SeriesStore) -> None:
         end: Number = None,
         known: Annotated[list[str] | None, Query(max_length=MOST_RUNS)] = None,
     ) -> Response:
-        """known: CURSOR:KEY of each curve, or of each group, that the page has."""
+        """known: CURSOR:KEY of each curve, or of each group, that the page already has."""
         pairs = (text.partition(":") for text in known or ())
         has = {key: cursor for cursor, _, key in pairs}
         request = ChartRequest(metric, x, smooth, group or None, log_x, points, start, end, has)
@@ -142,7 +142,7 @@ def _add_curves(routes: APIRouter, table: RunRows, store: SeriesStore) -> None:
 
 
 def _add_run(routes: APIRouter, table: RunRows) -> None:
-    @routes.get("/api/run", summary="What is known about a run")
+    @routes.get("/api/run", summary="The facts about a run")
     def run(run: Key) -> Response:
         return _json(describe(_named(table, [run])[0], table.runs()))
 
@@ -176,8 +176,8 @@ def _add_edit(routes: APIRouter, table: RunRows) -> None:
     def change(body: Edit, header: Annotated[str, Header(alias=EDIT_HEADER)] = "") -> Response:
         from utils.experiments.notes import edit
 
-        if header != "1":  # that the page is ours, `Guard` has checked
-            raise ApiError(403, f"refused: only a page of this server changes notes, with the header {EDIT_HEADER}: 1")
+        if header != "1":  # `Guard` has checked that the request comes from one of our pages or from a program
+            raise ApiError(403, f"refused: a change needs the header {EDIT_HEADER}: 1")
         run = _named(table, [body.run])[0]
         tags = {"add_tags": tuple(body.add_tags), "remove_tags": tuple(body.remove_tags)}
         try:
@@ -189,7 +189,7 @@ def _add_edit(routes: APIRouter, table: RunRows) -> None:
 
 
 def _named(table: RunRows, keys: Sequence[str]) -> list[IndexedRun]:
-    """The runs of these keys.
+    """The runs with these keys, each once.
 
     Raises:
         ApiError: there is no such run.
@@ -204,7 +204,7 @@ def _named(table: RunRows, keys: Sequence[str]) -> list[IndexedRun]:
 
 
 def _json(value: Any) -> Response:
-    """A value as JSON; names of files may hold bytes that are no text."""
+    """A response with a value as JSON; names of files may contain bytes that are not text."""
     try:
         content = orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS)
     except TypeError:
@@ -213,5 +213,5 @@ def _json(value: Any) -> Response:
 
 
 def _asset(path: Path) -> Response:
-    """A file of ours."""
+    """A response with one of our own files."""
     return Response(path.read_bytes(), media_type=TYPES[path.suffix], headers={"Cache-Control": "no-cache"})

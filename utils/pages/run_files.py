@@ -1,4 +1,4 @@
-"""The files of a run as its page lists and sends them: regular files inside its directory, and nothing else."""
+"""The files of a run that its page lists and sends: regular files inside its directory, and nothing else."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ CHUNK = 1 << 18  # bytes that are sent at once
 
 @dataclass(frozen=True)
 class RunFile:
-    """One file. name: its path inside the run, as a page shows it. key: names it in a request."""
+    """One file of a run.
+
+    name: its path inside the run, as a page shows it.
+    key: its name in a request.
+    """
 
     name: str
     key: str
@@ -28,9 +32,9 @@ class RunFile:
 
 
 def list_files(run: Path) -> list[RunFile]:
-    """The regular files of a run, sorted by name. Links to folders are not followed; links to files are left out.
+    """List the regular files of a run, sorted by name. Links to folders are not followed; links to files are left out.
 
-    A folder without run.json is no run: a link beside the runs may lead anywhere.
+    A folder without run.json has none, because it is not a run: a link among the runs may lead anywhere.
     """
     found: list[RunFile] = []
     if not is_regular(run / RECORD, run):
@@ -53,13 +57,13 @@ def list_files(run: Path) -> list[RunFile]:
 
 
 def _file_key(inside: str) -> str:
-    """A path inside a run with plain parts is its own key."""
+    """The key of a path inside a run: the path itself if all of its parts are plain."""
     parts = inside.split(os.sep)
     return "/".join(parts) if all(key_of(part) == part for part in parts) else key_of(inside)
 
 
 def open_file(run: Path, key: str) -> tuple[RunFile, io.BufferedReader] | None:
-    """The file that a request names, open; None if the list of the run has no such file, or it cannot be read."""
+    """Open the file that a request names; None if the run has no such file, or it cannot be read."""
     file = next((file for file in list_files(run) if file.key == key), None)
     try:
         return None if file is None else (file, open_regular(file.path, run))
@@ -68,7 +72,7 @@ def open_file(run: Path, key: str) -> tuple[RunFile, io.BufferedReader] | None:
 
 
 def chunks(file: io.BufferedReader) -> Iterator[bytes]:
-    """The content of an open file, which is closed at the end."""
+    """Yield the content of an open file, and close it at the end."""
     with file:
         while data := file.read(CHUNK):
             yield data

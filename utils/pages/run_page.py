@@ -1,4 +1,4 @@
-"""What the page of one run says: what `show` prints, settings with sources, samples, histograms, metrics."""
+"""The data of the page of one run: what `show` prints, settings with sources, samples, histograms, metrics."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 import orjson
 
-from utils.config.fields import FIELDS, SECTION_OF, field_fact
-from utils.config.settings import TRAJECTORY
+from utils.config.fields import FIELDS, SECTION_OF
 from utils.experiments.explain import settings_with_sources
 from utils.experiments.tables import EVALUATIONS_SHOWN, number_cell, provenance_facts, result_facts
 from utils.files import open_regular
@@ -24,18 +23,18 @@ from utils.runs.metrics import NOT_METRICS
 from utils.runs.names import names_of_run
 from utils.terminal.words import one_line, printable, setting_text
 
-# What files that this workbench did not write may raise.
+# The errors of reading a file that this workbench may not have written.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
-ENDS = 1 << 17  # bytes of each end of a log, in which all its metrics are met
-TEXTS = 50  # samples that a page shows, the newest
-TEXT_LENGTH = 20_000  # characters of one
+ENDS = 1 << 17  # bytes at each end of a log, which contain all of its metrics
+TEXTS = 50  # newest samples that a page shows
+TEXT_LENGTH = 20_000  # characters of one sample
 TIMES = 60  # histograms of one tensor that a page shows
-HISTOGRAM_BYTES = 64 << 20  # of a log of histograms that are read, the newest
-LINES = 20_000  # characters of a text of facts
+NEWEST_BYTES = 64 << 20  # at the end of a log of samples or histograms
+LONGEST_FACT = 20_000  # characters
 
 
 def describe(run: IndexedRun, others: Iterable[IndexedRun]) -> dict[str, Any]:
-    """Everything on the page of a run but its curves and lists, as JSON."""
+    """The facts on the page of a run, as JSON: everything except curves, samples, histograms and files."""
     problems = [run.problem] if run.problem else []
     if not run.readable:
         return {
@@ -75,7 +74,7 @@ def describe(run: IndexedRun, others: Iterable[IndexedRun]) -> dict[str, Any]:
 
 
 def _texts(facts: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(name, printable(text[:LINES])) for name, text in facts if text]
+    return [(name, printable(text[:LONGEST_FACT])) for name, text in facts if text]
 
 
 def _evaluations(run: IndexedRun) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def _evaluations(run: IndexedRun) -> dict[str, Any]:
 
 
 def _settings(run: IndexedRun) -> list[dict[str, Any]]:
-    """Every setting with its value, where that was set, and its meaning."""
+    """Every setting with its value, the source of the value, and its meaning."""
     sources, own = settings_with_sources(run), non_default_settings(run)
     found = []
     for key, value in run.settings.items():
@@ -104,21 +103,20 @@ def _settings(run: IndexedRun) -> list[dict[str, Any]]:
         facts = {
             "key": one_line(str(key)),
             "section": SECTION_OF.get(key, "no longer a setting"),
-            "value": printable(setting_text(value)[:LINES]),
+            "value": printable(setting_text(value)[:LONGEST_FACT]),
             "source": one_line(sources.get(key, "")),
             "own": key in own,
         }
         if resolved != value:
-            facts["resolved"] = printable(setting_text(resolved)[:LINES])
+            facts["resolved"] = printable(setting_text(resolved)[:LONGEST_FACT])
         if key in FIELDS:
             facts["meaning"] = FIELDS[key].description or ""
-            facts["changes_numbers"] = field_fact(key, "kind") == TRAJECTORY
         found.append(facts)
     return found
 
 
 def logged_names(run: IndexedRun) -> list[str]:
-    """The metrics of a run, from both ends of its log, sorted: val/loss and train/loss first."""
+    """The metrics of a run, found at both ends of its log, sorted: val/loss and train/loss first."""
     names: set[str] = set()
     try:
         with open_regular(run.path / METRICS_LOG, run.path) as file:
@@ -131,7 +129,7 @@ def logged_names(run: IndexedRun) -> list[str]:
     for line in (*head, *tail):
         try:
             names |= orjson.loads(line).keys()
-        except (ValueError, AttributeError):  # a part of a line
+        except (ValueError, AttributeError):  # an incomplete line
             continue
     first = {"val/loss": 0, "train/loss": 1}
     return sorted(names - NOT_METRICS, key=lambda name: (first.get(name, 2), name.startswith("system/"), name))
@@ -140,26 +138,27 @@ def logged_names(run: IndexedRun) -> list[str]:
 def samples(run: IndexedRun) -> list[dict[str, Any]]:
     """The newest sample texts of a run, newest first."""
     found = []
-    for record in _newest(run.path, SAMPLES_LOG, HISTOGRAM_BYTES)[-TEXTS:]:
+    for record in _newest(run.path, SAMPLES_LOG, NEWEST_BYTES)[-TEXTS:]:
         if isinstance(record.get("text"), str) and isinstance(record.get("step"), int):
             found.append({"step": record["step"], "text": printable(record["text"][:TEXT_LENGTH])})
     return found[::-1]
 
 
 def histograms(run: IndexedRun, name: str | None) -> dict[str, Any]:
-    """The tensors of which a run has histograms, and those of one of them over time; without a name, of the first."""
+    """The names of the tensors that have histograms, and the histograms of one of them over time.
+
+    Args:
+        name: the tensor; None: the first one.
+    """
     names: dict[str, None] = {}
-    by_name: dict[str, dict[int, dict[str, Any]]] = {}
-    for record in _newest(run.path, HISTOGRAMS_LOG, HISTOGRAM_BYTES):
+    steps = []
+    for record in _newest(run.path, HISTOGRAMS_LOG, NEWEST_BYTES):
         tensor = record.get("name")
         if isinstance(tensor, str):
             names.setdefault(tensor)
-            if tensor == name or (name is None and tensor == next(iter(names))):
-                facts = _histogram(record)
-                if facts:
-                    by_name.setdefault(tensor, {})[facts["step"]] = facts  # a resume repeats none: the log was cut
-    chosen = name if name is not None else next(iter(names), None)
-    steps = list(by_name.get(chosen or "", {}).values())
+            if tensor == (next(iter(names)) if name is None else name) and (facts := _histogram(record)):
+                steps.append(facts)
+    chosen = next(iter(names), None) if name is None else name
     stride = max(1, -(-len(steps) // TIMES))
     return {"names": list(names), "name": chosen, "steps": steps[::-1][::stride][::-1]}
 
@@ -175,7 +174,7 @@ def _histogram(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _newest(run: Path, log: Path, limit: int) -> list[dict[str, Any]]:
-    """The records in the last `limit` bytes of a log; lines that are no records are left out."""
+    """The records in the last `limit` bytes of a log; lines that are not records are left out."""
     path = run / log
     try:
         with open_regular(path, run) as file:

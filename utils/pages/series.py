@@ -1,4 +1,4 @@
-"""The points of one metric of many runs, kept in memory and extended by what their logs have gained."""
+"""The points of one metric of many runs, kept in memory and extended as their logs grow."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from utils.runs.metrics import decode_number
 from utils.runs.run import resume_times
 
 MOST_POINTS = 4_000_000  # kept in memory for all runs and metrics together; a point takes 32 bytes
-SERIES_POINTS = 40  # that a series without any takes as much memory as
-CHECKED_BYTES = 256  # before the end of what was read: if they have changed, the log is another one
+SERIES_POINTS = 40  # the memory of a series without points, in points
+CHECKED_BYTES = 256  # before the end of what was read; if they have changed, it is another log
 
 QUERY = """
 SELECT coalesce(step, 0), coalesce("time", 0), coalesce(tokens, 0), coalesce({value}, 0),
@@ -31,7 +31,7 @@ SELECT coalesce(step, 0), coalesce("time", 0), coalesce(tokens, 0), coalesce({va
 FROM read_json($files, format = 'newline_delimited', columns = $columns, ignore_errors = true, filename = 'file')
      AS lines(step, "time", tokens, {columns}file)
 """
-RESERVED = ("step", "time", "file")  # no metric that a log can have; DuckDB ignores case
+RESERVED = ("step", "time", "file")  # columns of the query, which no metric may be named after; DuckDB ignores case
 
 _generations = itertools.count(1)
 
@@ -42,13 +42,13 @@ def _doubles() -> array[float]:
 
 @dataclass
 class Series:
-    """One metric of one run, in the order of its log, as `Curve` has it: with the place of each value on every axis.
+    """One metric of one run in the order of its log, with the place of each value on every axis, as in `Curve`.
 
-    generation: another one for each time that the log was read from its beginning.
-    offset: bytes of the log that were read.
+    generation: a number that is new whenever the log is read from its beginning.
+    offset: number of bytes of the log that were read.
     mark: a checksum of the bytes before `offset`.
-    last_time: of the last record, in seconds since the epoch; None: there was none.
-    elapsed: seconds of training up to there.
+    last_time: time of the last record, in seconds since the epoch; None: there is no record.
+    elapsed: seconds of training up to the last record.
     problem: why the log cannot be read.
     """
 
@@ -70,14 +70,14 @@ class Series:
 
 
 class SeriesStore:
-    """Series by run and metric; what was not asked for lately is dropped when they are too many."""
+    """Series by run and metric; the least recently used ones are dropped when there are too many points."""
 
     def __init__(self) -> None:
         self._series: dict[tuple[Path, str], Series] = {}
         self._lock = threading.Lock()
 
     def read(self, runs: Sequence[IndexedRun], metric: str) -> list[Series]:
-        """The series of each run, as far as its log goes now."""
+        """The series of each run, up to the current end of its log."""
         with self._lock:
             known = {run.path: self._series.pop((run.path, metric), None) for run in runs}
             for run in runs:
@@ -99,7 +99,7 @@ class SeriesStore:
 
 
 def _size(series: Series) -> int:
-    """Points that take the memory of a series: a metric that no run has logged takes some, too."""
+    """The memory of a series, in points; a series without any takes some, too."""
     return SERIES_POINTS + len(series.values)
 
 
@@ -107,7 +107,7 @@ def _size(series: Series) -> int:
 
 
 def _extend(series: Series, run: IndexedRun, metric: str) -> bool:
-    """Read what was appended to the log since; False if it is no longer the same log."""
+    """Read what was appended to the log; returns False if it is no longer the same log."""
     log = run.path / METRICS_LOG
     try:
         size = log.stat().st_size
@@ -156,7 +156,7 @@ class _Log:
 
 
 def _read_all(runs: Sequence[IndexedRun], metric: str) -> dict[Path, Series | None]:
-    """The series of these runs from the beginning of their logs, by DuckDB: five times as fast as line by line."""
+    """Read whole logs with DuckDB, which is five times as fast as line by line."""
     found: dict[Path, Series | None] = {}
     logs = []
     for run in runs:
@@ -172,7 +172,7 @@ def _read_all(runs: Sequence[IndexedRun], metric: str) -> dict[Path, Series | No
 
 
 def _series_of(logs: Sequence[_Log], metric: str) -> Iterator[tuple[_Log, Series]]:
-    """All logs by one query; if one of them cannot be read, each by its own."""
+    """Read all logs with one query, or if one of them cannot be read, with a query for each."""
     import duckdb
 
     try:
@@ -194,15 +194,14 @@ def _query(logs: Sequence[_Log], metric: str) -> Iterator[tuple[_Log, Series]]:
     query = QUERY.format(value=value, columns="" if metric == "tokens" else "value, ")
     parameters = {"names": names, "files": [escaped(name) for name in names], "columns": columns}
     with duckdb.connect(":memory:", config={"memory_limit": MEMORY_LIMIT}) as connection:
-        columns_read = list(connection.execute(query, parameters).fetchnumpy().values())
-    *columns_read, place = columns_read
+        *columns_read, place = connection.execute(query, parameters).fetchnumpy().values()
     bounds = [int(bound) for bound in place.searchsorted(range(1, len(logs) + 2))]
     for log, first, last in zip(logs, bounds, bounds[1:], strict=False):
         yield log, _series(log, *(column[first:last] for column in columns_read))
 
 
 def _series(log: _Log, step: Any, time: Any, tokens: Any, values: Any, is_record: Any, has_value: Any) -> Series:
-    """A series from the columns of a log, arrays of NumPy with one row for each line that is not empty."""
+    """Make a series from the columns of a log: NumPy arrays with one row for each line that is not empty."""
     end, lines = _complete(log, len(step))
     step, time, tokens, values, is_record, has_value = (
         column[:lines] for column in (step, time, tokens, values, is_record, has_value)
@@ -225,7 +224,7 @@ def _series(log: _Log, step: Any, time: Any, tokens: Any, values: Any, is_record
 
 
 def _complete(log: _Log, rows: int) -> tuple[int, int]:
-    """Bytes and lines of the complete lines among those that were read; others came while it was read, or are torn."""
+    """The bytes and the number of the complete lines that were read; later ones are torn, or were added meanwhile."""
     with open_regular(log.path, log.run.path) as file:
         file.seek(max(0, log.size - 1))
         is_whole = file.read(1) == b"\n"

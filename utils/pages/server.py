@@ -1,4 +1,4 @@
-"""The server of `experiments.py ui`: the pages of runs alone."""
+"""The server of `experiments.py ui`: only the pages of runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.web.guard import is_loopback
 
 
 def pages_app(runs_dir: Path, *, edit: bool = False, loopback: bool = True) -> FastAPI:
-    """An app that serves the pages of the runs in a folder, with / leading to them."""
+    """Create an app with the pages of the runs in a folder; / redirects to them."""
     app = create_app("Runs", loopback=loopback)
     app.include_router(router(runs_dir, edit))
 
@@ -30,8 +30,8 @@ def serve_pages(runs_dir: Path, host: str, port: int, *, edit: bool = False) -> 
     """Serve the pages until a signal.
 
     Raises:
-        UserError: the address cannot be served at.
-        StopSignal: always at the end.
+        UserError: the address is not available.
+        StopSignal: at the end, with the signal that ended the server.
     """
     if warning := exposure(host):
         print(printable(warning), flush=True)

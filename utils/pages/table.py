@@ -1,4 +1,4 @@
-"""The table of all runs, kept in memory; a page that has it gets only the rows that have changed since."""
+"""The table of all runs, kept in memory; a page that already has it gets only the rows that have changed since."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from utils.runs.log import read_lines
 from utils.runs.run import status_of
 from utils.terminal.words import HASH_LENGTH, one_line, printable
 
-WATCHED = (RECORD, NOTES, CONFIG, METRICS_LOG, EVALUATIONS)  # a run whose files are as they were is not read again
+WATCHED = (RECORD, NOTES, CONFIG, METRICS_LOG, EVALUATIONS)  # a run is read again when one of these files has changed
 NOT_SHOWN = ("id", "status", "problem", "start", "age", "path")  # facts that come first in a row, or not at all
 NAMED_TWICE = ("run_tag", "run_note")  # settings that the columns tag and note show
 HASHES = ("commit", "config_hash", "corpus_hash")
 NOTE_LENGTH = 300  # characters of a note in the table; the page of the run has the whole
-FRESH_SECONDS = 0.5  # an answer is used again for so long
+FRESH_SECONDS = 0.5  # how long the table is used before the folder is looked at again
 
 Signature = tuple[tuple[int, int, int] | None, ...]
 
@@ -40,8 +40,9 @@ Signature = tuple[tuple[int, int, int] | None, ...]
 class _Entry:
     """A run as it was last read.
 
-    summary: of a run that is being trained: what its log says, read up to `offset`.
-    values: the row, without its first columns; version: when it last changed.
+    summary: the summary of a running run, from its log up to `offset`.
+    values: the row of the run, without its key.
+    version: the version of the table in which the row last changed.
     """
 
     run: IndexedRun
@@ -74,7 +75,7 @@ class RunRows:
     # ------------------------------------------------------------------------------------------------- for the pages
 
     def runs(self) -> list[IndexedRun]:
-        """All runs, the oldest first; those that cannot be read come first."""
+        """All runs: first those that cannot be read, then the others, oldest first."""
         with self._lock:
             self._refresh()
             return sorted(
@@ -91,9 +92,9 @@ class RunRows:
             return None if entry is None else entry.run
 
     def changes(self, since: str | None) -> dict[str, Any]:
-        """The rows that have changed since an earlier answer, whose `version` is `since`; all without it.
+        """The rows that have changed since the answer with the version `since`; None: all rows.
 
-        rows: [key, id, status, problem, seconds since the epoch of its start, *values of columns].
+        rows: [key, id, status, problem, start in seconds since the epoch, *values of columns].
         """
         with self._lock:
             self._refresh()
@@ -111,10 +112,10 @@ class RunRows:
                 answer["removed"] = [key for version, key in self._removed if version > known]
             return answer
 
-    # ---------------------------------------------------------------------------------------------------- its upkeep
+    # ------------------------------------------------------------------------------------------------------- updates
 
     def forget(self, key: str) -> None:
-        """Read the run again at the next request: it was changed by us, perhaps within one tick of the clock."""
+        """Read the run again at the next request, because we changed it, perhaps within one tick of the clock."""
         with self._lock:
             if key in self._entries:
                 self._entries[key].signature = ()
@@ -133,14 +134,14 @@ class RunRows:
         self._read_at = time.monotonic()
 
     def _read_all(self) -> dict[str, IndexedRun | None]:
-        """Fill an empty table by the index, which may have a cache of its own."""
+        """Fill an empty table from the index, which may have a cache of its own."""
         signatures = {key_of(name): _signature(self.runs_dir / name) for name in self._names()}
         for run in read_index(self.runs_dir):
             self._entries[key_of(run.id)] = _Entry(run, signatures.get(key_of(run.id), ()), {})
         return dict.fromkeys(self._entries)
 
     def _read_changed(self) -> dict[str, IndexedRun | None]:
-        """Read what is new or has changed; the keys of these, and of what is gone, with the runs as they were."""
+        """Read new and changed runs; returns the keys of new, changed and removed runs, each with the run before."""
         changed: dict[str, IndexedRun | None] = {}
         names = {key_of(name): name for name in self._names()}
         for key in [key for key in self._entries if key not in names]:
@@ -163,7 +164,7 @@ class RunRows:
             return []
 
     def _shape_changes(self, key: str, before: IndexedRun | None) -> bool:
-        """Whether the columns may be others now."""
+        """Whether a change of this run may change the columns."""
         entry = self._entries.get(key)
         if entry is None or before is None:
             return True
@@ -176,7 +177,7 @@ class RunRows:
         )
 
     def _choose_columns(self) -> bool:
-        """Find the columns that say something; True if they are others than before."""
+        """Choose the columns; returns True if they have changed."""
         runs = [entry.run for entry in self._entries.values()]
         differing = [
             key
@@ -205,7 +206,7 @@ class RunRows:
 
 
 def _signature(path: Path) -> Signature:
-    """What changes when a file of the run does."""
+    """Times, sizes and inodes of the files in WATCHED, to see whether one has changed."""
     found: list[tuple[int, int, int] | None] = []
     for name in WATCHED:
         try:
@@ -217,12 +218,12 @@ def _signature(path: Path) -> Signature:
 
 
 def _status_has_changed(run: IndexedRun) -> bool:
-    """Whether a run that was being trained no longer is, or the other way round."""
+    """Whether a run has stopped or started to train without a change of its record, as after a crash."""
     return run.readable and run.record.get("status") == "running" and status_of(run.path, run.record) != run.status
 
 
 def _row(entry: _Entry) -> dict[str, Any]:
-    """The row of a run. The log of one that is being trained is read on from where it was read before."""
+    """The row of a run. Of the log of a running one, only the new part is read."""
     run = entry.run
     if run.status != "running":
         return run.row()
@@ -234,7 +235,7 @@ def _row(entry: _Entry) -> dict[str, Any]:
 
 
 def _read_on(entry: _Entry) -> None:
-    """Bring the summary of a run up to the end of its log, as `summary_of_log` makes it from the beginning."""
+    """Extend the summary of a run to the end of its log; `summary_of_log` makes the same from the whole log."""
     log = entry.run.path / METRICS_LOG
     try:
         if log.stat().st_size < entry.offset:
@@ -245,12 +246,12 @@ def _read_on(entry: _Entry) -> None:
                 if b'"val/loss"' in line:
                     add_losses(entry.summary, orjson.loads(line))
             entry.summary["steps"] = orjson.loads(lines[-1])["step"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # not written by us
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # the log is gone, or that of another program
         return
 
 
 def _cell(column: str, value: Any) -> Any:
-    """A value as JSON, safe to show: texts without characters that a screen obeys, not longer than a table needs."""
+    """A value as JSON that is safe to show: texts without control characters, no longer than a table needs."""
     if isinstance(value, str):
         if column in HASHES:
             return one_line(value[:HASH_LENGTH])

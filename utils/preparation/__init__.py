@@ -1,1 +1,1 @@
-"""What prepare.py does: it reads texts, cleans them, removes duplicates, and tokenizes them into a dataset."""
+"""The work of prepare.py: read texts, clean them, remove duplicates, and tokenize them into a dataset."""

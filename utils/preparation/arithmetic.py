@@ -1,4 +1,4 @@
-"""The problems of section `arithmetic` as a prepared dataset: a document is a problem with its answer."""
+"""The problems of section `arithmetic` as a prepared dataset: each document is a problem with its answer."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizer import Tokenizer, build_tokenizer
+from tokenizer import NUL, Tokenizer, build_tokenizer
 from utils.config.settings import OPERATORS, ArithmeticConfig, Config, DataConfig
 from utils.corpora.arithmetic import EQUALS, Problem, problem_set
 from utils.corpora.datasets import TOKENIZER_JSON, Dataset, ShardWriter, Split, is_dataset, read_dataset
 from utils.corpora.sources import ARITHMETIC, CorpusError
 from utils.folders import remove
 
-VERSION = 1  # of the problems that settings give; part of a dataset's name
+VERSION = 1  # to be raised when the same settings give other problems; part of a dataset's name
 DTYPE = "uint16"
-END_OF_TEXT = "\0"  # what `tokenizer: char` has as its end-of-text token
 
 
 def arithmetic_tokenizer() -> Tokenizer:
-    """One token for each character of any problem, whatever the settings, so that models can be trained further."""
+    """A tokenizer for the characters of all possible problems, so that a model can be trained further on others."""
     characters = sorted({*"0123456789", *EQUALS, *"".join(OPERATORS)})
-    return build_tokenizer(DataConfig(tokenizer="char"), [END_OF_TEXT, *characters])
+    return build_tokenizer(DataConfig(tokenizer="char"), [NUL, *characters])
 
 
 def arithmetic_dataset(settings: ArithmeticConfig, corpora_dir: Path) -> Path:
-    """The folder of the dataset with the problems of `settings`; it is written unless it is there already.
+    """The folder of the dataset with the problems of `settings`, which is written unless it exists already.
 
     Raises:
-        CorpusError: it cannot be written, or too few problems are held out.
+        CorpusError: the dataset cannot be written, or a split would have no problems.
     """
     text = json.dumps([VERSION, settings.model_dump(mode="json")], sort_keys=True)
     folder = corpora_dir / f"arithmetic-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
@@ -42,7 +41,7 @@ def arithmetic_dataset(settings: ArithmeticConfig, corpora_dir: Path) -> Path:
     try:
         temporary.mkdir(parents=True)
         _write(temporary, settings)
-        with contextlib.suppress(OSError):  # another process was faster, and has written the same
+        with contextlib.suppress(OSError):  # another process has written the same dataset meanwhile
             os.rename(temporary, folder)
     except OSError as error:
         raise CorpusError(f"{folder}: the problems cannot be written: {error.strerror}") from None
@@ -54,7 +53,7 @@ def arithmetic_dataset(settings: ArithmeticConfig, corpora_dir: Path) -> Path:
 
 
 def with_problems(config: Config, corpora_dir: Path) -> DataConfig:
-    """Section `data` with the folder of the problems in the place of `dataset: arithmetic`; any other one stays.
+    """Section `data`, in which `dataset: arithmetic` is replaced by the folder of the problems.
 
     Raises:
         CorpusError: the problems cannot be written.
@@ -68,7 +67,7 @@ def check_block_size(data: DataConfig, block_size: int) -> None:
     """Raises CorpusError if a row is too short for the longest problem with its answer, which would be cropped.
 
     Args:
-        data: of `with_problems`.
+        data: the result of `with_problems`.
     """
     longest = read_dataset(Path(data.dataset)).facts.get("longest", 0)
     if data.packing != "random" and longest > block_size:
@@ -79,7 +78,7 @@ def check_block_size(data: DataConfig, block_size: int) -> None:
 
 
 def _write(folder: Path, settings: ArithmeticConfig) -> None:
-    """Make `folder` the dataset."""
+    """Write the dataset into `folder`."""
     problems, tokenizer = problem_set(settings), arithmetic_tokenizer()
     splits = {"train": problems.train, "val": problems.held_out}
     if empty := [name for name, of_split in splits.items() if not of_split]:
@@ -96,8 +95,8 @@ def _write(folder: Path, settings: ArithmeticConfig) -> None:
 def _write_split(
     folder: Path, name: str, problems: Sequence[Problem], settings: ArithmeticConfig, tokenizer: Tokenizer
 ) -> Split:
-    texts = [END_OF_TEXT + problem.prompt(settings) + problem.solution(settings) for problem in problems]
-    ids = tokenizer.encode_array("".join(texts)).astype(DTYPE)  # a character is a token
+    texts = [NUL + problem.prompt(settings) + problem.solution(settings) for problem in problems]
+    ids = tokenizer.encode_array("".join(texts)).astype(DTYPE)  # each character is one token
     writer, begin = ShardWriter(folder, name, 0), 0
     try:
         for number, text in enumerate(texts, start=1):

@@ -1,4 +1,4 @@
-"""prepare.py list, show and verify: the datasets that there are."""
+"""The commands list, show and verify of prepare.py, for existing datasets."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from utils.folders import size_of
 from utils.packing.prepared import verify_shards
 from utils.preparation.report import CARD, REPORT
 from utils.preparation.work import is_being_prepared
+from utils.terminal.tables import plain_table
 from utils.terminal.words import counted, size
 
 
 def work_folders(folder: Path) -> list[tuple[str, Path]]:
-    """Name and work folder of each dataset that is not finished."""
+    """The name and work folder of each unfinished dataset."""
     found = sorted(folder.glob(".*.preparing"))
     return [(path.name.removeprefix(".").removesuffix(".preparing"), path) for path in found]
 
 
 def list_datasets(folder: Path) -> list[dict[str, Any]]:
-    """One row for each dataset in a folder, and for each that is not finished."""
+    """One row for each dataset in a folder, finished or not."""
     rows = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if is_dataset(path):
@@ -60,42 +61,37 @@ def _row(dataset: Dataset) -> dict[str, Any]:
 
 def list_lines(rows: list[dict[str, Any]], folder: Path) -> Iterator[Any]:
     """The rows as a table."""
-    from rich.table import Table
-
     if not rows:
         yield f"{folder} has no datasets yet: python prepare.py SOURCE --out NAME makes one"
         return
-    table = Table(box=None, pad_edge=False)
-    for name, justify in (("name", "left"), ("tokenizer", "left"), ("documents", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name in ("train tokens", "val tokens", "disk", "status"):
-        table.add_column(name, justify="left" if name == "status" else "right")
+    table = plain_table(["name", "tokenizer"], ["documents", "train tokens", "val tokens", "disk"])
+    table.add_column("status")
     for row in rows:
         kind = f"{row['tokenizer']} {row['vocab_size']:,}" if row.get("tokenizer") else ""
         counts = [f"{row[key]:,}" if key in row else "" for key in ("documents", "train_tokens", "val_tokens")]
         table.add_row(row["name"], kind, *counts, size(row["disk"]) if "disk" in row else "", row["status"])
     yield table
     if any(row["status"] == "interrupted" for row in rows):
-        yield "interrupted: the command that began it goes on with it"
+        yield "interrupted: to continue, repeat the command that began the preparation"
     yield from (row["problem"] for row in rows if "problem" in row)
 
 
 def named_dataset(name: str, folder: Path) -> Dataset:
-    """The dataset in `folder` of a name, or at a path.
+    """The dataset `name` in `folder`, or at the path `name`.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such dataset.
     """
     if (path := find_dataset(name, folder)) is not None:
         return read_dataset(Path(os.path.abspath(path)))
     names = [row["name"] for row in list_datasets(folder)]
     if name in (unfinished for unfinished, _ in work_folders(folder)):
-        raise UserError(f"{name}: not finished; the command that began it goes on with it")
+        raise UserError(f"{name}: not finished; to continue, repeat the command that began the preparation")
     raise UserError(f"no dataset {name} in {folder}: there is {', '.join(names) or 'none'}{nearest(name, names)}")
 
 
 def show_dataset(dataset: Dataset) -> dict[str, Any]:
-    """All that is known of a dataset: a row of the list, its report, and where it is."""
+    """All facts about a dataset: its row of the list, its folder and its report."""
     try:
         report = read_json(dataset.folder / REPORT, dataset.folder)
     except (OSError, ValueError):
@@ -112,17 +108,17 @@ def show_lines(dataset: Dataset) -> Iterator[str]:
 
 
 def verify_dataset(dataset: Dataset) -> list[str]:
-    """Read every byte of a dataset.
+    """Read every byte of a dataset and check it.
 
     Returns:
-        What was found right, a line each.
+        A line for each check that passed.
 
     Raises:
-        DatasetError: what is wrong with it.
+        DatasetError: a check failed.
     """
     tokenizer = load_tokenizer(dataset.tokenizer_path)
     if tokenizer.hash() != dataset.tokenizer_hash:
-        raise DatasetError(f"{dataset.tokenizer_path}: not the tokenizer that the dataset was made with")
+        raise DatasetError(f"{dataset.tokenizer_path}: not the tokenizer that the dataset was prepared with")
     verify_shards(dataset, tokenizer.vocab_size, thorough=True)
     count, total = sum(1 for _ in dataset.files()), sum(size for _, size, _ in dataset.files())
     for split in dataset.splits.values():
@@ -135,7 +131,7 @@ def verify_dataset(dataset: Dataset) -> list[str]:
             if (ids[begins] != dataset.end_of_text).any():
                 raise DatasetError(f"{dataset.path(shard)}: a document does not begin with the end-of-text token")
     return [
-        f"{dataset.name}: {counted(count, 'file')} of shards, {size(total)}: all checksums are right",
-        f"tokenizer.json is the one that the dataset was made with ({dataset.tokenizer_hash[:16]})",
+        f"{dataset.name}: {counted(count, 'shard file')}, {size(total)}: all checksums match",
+        f"tokenizer.json is the one that the dataset was prepared with ({dataset.tokenizer_hash[:16]})",
         "every document begins with end-of-text, and every token is in the vocabulary",
     ]

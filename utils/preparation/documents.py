@@ -1,4 +1,4 @@
-"""Between the passes of a preparation: which documents stay, and which are for validation."""
+"""Between the two passes of a preparation: which documents are kept, and which are for validation."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 from utils.preparation.duplicates import find_duplicates, find_leaks
 from utils.preparation.reading import COMPARED_CHARACTERS, DOCUMENT, compared_text
 
-CUT_WINDOW = 1 << 12  # bytes before the place of a cut in which a line or a word ends
-KEYS = 1 << 64  # of documents
+CUT_WINDOW = 1 << 12  # bytes before a cut that are searched for the end of a line or a word
+KEYS = 1 << 64  # the keys of documents are below this
 
 
 @dataclass
 class TextPart:
     """The documents of one part of the first pass.
 
-    documents: (n,) of `DOCUMENT`, whose records count from the beginning of their file.
-    removed, val: (n,) which are left out, and which are for validation.
+    documents: (n,) of dtype `DOCUMENT`, but with records counted from the start of their file.
+    removed, val: (n,) bool: the documents that are left out, and those for validation.
     """
 
     stem: Path
@@ -36,17 +36,20 @@ class TextPart:
         return Path(f"{self.stem}.text")
 
     def span(self, number: int) -> tuple[int, int]:
-        """Bytes at which a document begins and ends."""
+        """The bytes at which a document begins and ends."""
         ends = self.documents["end"]
         return int(ends[number - 1]) if number else 0, int(ends[number])
 
 
 @dataclass
 class Documents:
-    """All documents of a preparation, in order, by the parts that they lie in."""
+    """All documents of a preparation, numbered through the parts that contain them.
+
+    leaks: number among the validation documents -> number, among the training documents, of one that it nearly equals.
+    """
 
     parts: Sequence[TextPart]
-    leaks: Mapping[int, int] = field(default_factory=dict)  # number among those for validation -> for training
+    leaks: Mapping[int, int] = field(default_factory=dict)
 
     @cached_property
     def _firsts(self) -> list[int]:
@@ -56,12 +59,12 @@ class Documents:
         return self._firsts[-1]
 
     def place(self, number: int) -> tuple[TextPart, int]:
-        """The part of a document, and its number there."""
+        """The part that contains a document, and the number of the document in that part."""
         index = bisect.bisect_right(self._firsts, number) - 1
         return self.parts[index], number - self._firsts[index]
 
     def compared_text(self, number: int) -> str:
-        """What stands for a document when documents are compared."""
+        """The text that represents a document in comparisons."""
         part, index = self.place(number)
         start, end = part.span(index)
         with part.text.open("rb") as file:
@@ -71,7 +74,7 @@ class Documents:
         return compared_text(beginning, length, int(part.documents["key"][index]).to_bytes(8, "little"))
 
     def kept(self, val: bool | None = None) -> np.ndarray:
-        """The numbers of the documents that stay, in order: all, or those for validation or training."""
+        """The numbers of the documents that are kept, ascending: of all, or of those for validation or training."""
         chosen = [np.zeros(0, dtype=np.int64)]
         for first, part in zip(self._firsts, self.parts, strict=False):
             stays = ~part.removed if val is None else ~part.removed & (part.val == val)
@@ -79,7 +82,7 @@ class Documents:
         return np.concatenate(chosen)
 
     def fingerprints(self) -> Iterator[bytes]:
-        """Of all documents, in order."""
+        """The fingerprints of all documents, in order."""
         for part in self.parts:
             if count := len(part.documents):
                 content = Path(f"{part.stem}.fingerprints").read_bytes()
@@ -92,13 +95,14 @@ class Documents:
             part.removed[index] = True
 
     def find_duplicates(self, threshold: float | None) -> dict[int, int]:
-        """Document -> the earlier one that it repeats."""
+        """Document -> the earlier document that it repeats."""
         return find_duplicates(self.fingerprints(), self.compared_text, threshold)
 
     def split(self, val_fraction: float) -> None:
-        """Choose those for validation by the hash of their text, so that more documents change nothing for these.
+        """Choose the documents for validation by the hash of their text, so that adding documents moves no others.
 
-        With two documents or more, each split gets at least one. Equal ones stay together, unless there are no others.
+        With two or more documents, each split gets at least one. Equal documents go into the same split, unless all are
+        equal.
         """
         limit = min(int(val_fraction * KEYS), KEYS - 1)
         counts = {False: 0, True: 0}
@@ -132,10 +136,11 @@ class Documents:
 
 
 def load_documents(stems: Sequence[Path], bases: Sequence[int]) -> Documents:
-    """The documents of all parts.
+    """Load the documents of all parts.
 
     Args:
-        bases: records of its file that lie before each part.
+        stems: path of each part, without the suffix.
+        bases: for each part, the number of records before it in the same file.
     """
     parts = []
     for stem, base in zip(stems, bases, strict=True):
@@ -148,7 +153,7 @@ def load_documents(stems: Sequence[Path], bases: Sequence[int]) -> Documents:
 def cut_single(documents: Documents, val_fraction: float) -> None:
     """Split the only document by position: its beginning is for training, its end for validation.
 
-    The cut is at the end of a line or a word, if one is near.
+    If there is the end of a line or a word shortly before the exact position, the cut is there.
     """
     part, index = documents.place(documents.kept()[0])
     start, end = part.span(index)

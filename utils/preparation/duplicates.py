@@ -1,7 +1,7 @@
-"""Documents that repeat an earlier one: equal texts, and texts that are nearly equal.
+"""Documents that equal or nearly equal an earlier one.
 
-The similarity of two texts is the Jaccard index of their shingles: of the sets of all runs of 9 characters, in lower
-case and with any white space as one space. MinHash and locality-sensitive hashing [Broder 1997; Leskovec et al., Mining
+The similarity of two texts is the Jaccard index of their sets of shingles: all runs of 9 characters, in lower case and
+with each run of white space as one space. MinHash and locality-sensitive hashing [Broder 1997; Leskovec et al., Mining
 of Massive Datasets, chapter 3] propose candidates, whose similarity is then computed exactly.
 """
 
@@ -18,19 +18,19 @@ from utils.corpora.filters import text_of
 from utils.errors import UserError
 
 THRESHOLD = 0.8
-SHINGLE = 9  # characters: so many that long texts that have nothing to do with each other share few
+SHINGLE = 9  # characters: enough that unrelated long texts share few shingles
 BANDS, ROWS = 25, 5  # a pair of similarity 0.8 is found with probability 0.9999, of 0.7 with 0.990, of 0.5 with 0.55
 SEED = 1
 HASH_BYTES = 16
-HASHED_CHARACTERS = 1 << 18  # at a time
-BUCKET_DOCUMENTS = 100  # documents with one hash of a band that later ones are compared with
-MOST_CANDIDATES = 50  # whose similarity to a document is computed
-KEPT_BYTES = 1 << 26  # of shingles, for further comparisons
+HASHED_CHARACTERS = 1 << 18  # characters that are hashed at a time
+BUCKET_DOCUMENTS = 100  # documents with the same hash of a band that later ones are compared with
+MOST_CANDIDATES = 50  # candidates whose similarity to a document is computed
+KEPT_BYTES = 1 << 26  # bytes of shingles that are cached for further comparisons
 Document = TypeVar("Document", str, Mapping[str, Any])
 
 
 def fingerprint(text: str) -> bytes:
-    """What finding duplicates needs to keep of a text: a hash of it all, and a hash for each band of its MinHash.
+    """The fingerprint by which duplicates are found: a hash of the whole text, and one for each band of its MinHash.
 
     All fingerprints are 116 bytes long.
 
@@ -50,19 +50,19 @@ def fingerprint(text: str) -> bytes:
 
 
 def _jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """The similarity of two texts with these shingles, from 0 to 1."""
+    """The similarity, from 0 to 1, of two texts with these shingles."""
     common = len(np.intersect1d(a, b, assume_unique=True))
     return common / (len(a) + len(b) - common)
 
 
 def _shingles(text: str) -> np.ndarray:
-    """The set of hashes of a text's shingles, of 64 bits each: that two of a corpus are equal by chance is unlikely."""
-    hashes = np.sort(np.concatenate(list(_shingle_hashes(text))))  # np.unique would take longer
+    """The distinct hashes of a text's shingles; with 64 bits each, a collision within a corpus is unlikely."""
+    hashes = np.sort(np.concatenate(list(_shingle_hashes(text))))  # np.unique takes longer
     return hashes[np.append(True, hashes[1:] != hashes[:-1])]
 
 
 def _shingle_hashes(text: str) -> Iterator[np.ndarray]:
-    """The hashes of all shingles of a text, part by part; a text that is too short is one shingle."""
+    """The hashes of all shingles of a text, part by part; a text shorter than a shingle is padded to one."""
     text = " ".join(text.lower().split()).ljust(SHINGLE, "\0")
     for start in range(0, len(text) - SHINGLE + 1, HASHED_CHARACTERS):
         part = text[start : start + HASHED_CHARACTERS + SHINGLE - 1].encode("utf-32-le", "surrogatepass")
@@ -70,7 +70,7 @@ def _shingle_hashes(text: str) -> Iterator[np.ndarray]:
 
 
 def _joined(values: np.ndarray, size: int) -> np.ndarray:
-    """A polynomial modulo 2**64 of each run of `size` values along the last dimension."""
+    """A polynomial hash, modulo 2**64, of each run of `size` values along the last dimension."""
     total = np.zeros((*values.shape[:-1], values.shape[-1] - size + 1), dtype=np.uint64)
     for offset in range(size):
         total *= np.uint64(0x9E3779B97F4A7C15)
@@ -79,7 +79,7 @@ def _joined(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def _mixed(hashes: np.ndarray) -> np.ndarray:
-    """Every bit depends on all bits (the finalizer of SplitMix64)."""
+    """Mix the bits, so that each depends on all others (the finalizer of SplitMix64)."""
     hashes = (hashes ^ (hashes >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     hashes = (hashes ^ (hashes >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return hashes ^ (hashes >> np.uint64(31))
@@ -88,18 +88,18 @@ def _mixed(hashes: np.ndarray) -> np.ndarray:
 def find_duplicates(
     fingerprints: Iterable[bytes], text_of: Callable[[int], str], threshold: float | None = THRESHOLD
 ) -> dict[int, int]:
-    """Documents that repeat an earlier one, by their numbers in order.
+    """Find documents that repeat an earlier one.
 
-    A document is compared with those earlier ones that repeat none themselves, so what a document repeats is kept when
-    the keys of the result are removed.
+    A document is compared only with earlier documents that are not duplicates themselves. The original of each
+    duplicate is therefore kept when the keys of the result are removed.
 
     Args:
-        fingerprints: of all documents, in order, from 0.
-        text_of: the text of a document; it is asked for candidates only.
-        threshold: the similarity from which a text repeats another, at least 0.7; None: only equal texts do.
+        fingerprints: the fingerprints of all documents, in order.
+        text_of: returns the text of a document, given its number from 0; called only for candidates.
+        threshold: the similarity from which a text repeats another, at least 0.7; None if only equal texts do.
 
     Returns:
-        document -> the earlier document that it repeats.
+        number of a document -> number of the earlier document that it repeats.
     """
     hashes, bands = _parts(fingerprints)
     first: dict[bytes, int] = {}
@@ -128,15 +128,15 @@ def find_leaks(
     val_text: Callable[[int], str],
     threshold: float = THRESHOLD,
 ) -> dict[int, int]:
-    """Documents of the validation split that equal or nearly equal one of the training split.
+    """Find documents of the validation split that equal or nearly equal one of the training split.
 
     Args:
         train, val: fingerprints of the documents, in order.
-        train_text, val_text: the text of a document; asked for candidates only.
+        train_text, val_text: return the text of a document, given its number; called only for candidates.
         threshold: the similarity from which a text nearly equals another, at least 0.7.
 
     Returns:
-        document of the validation split -> a document of the training split.
+        number of a validation document -> number of a training document.
     """
     train_hashes, train_bands = _parts(train)
     val_hashes, val_bands = _parts(val)
@@ -157,7 +157,7 @@ def find_leaks(
 
 
 def _parts(fingerprints: Iterable[bytes]) -> tuple[list[bytes], np.ndarray]:
-    """The hash of each text, and the hashes of its bands (documents, BANDS)."""
+    """The hash of each text, and the hashes of its bands, (documents, BANDS)."""
     table = np.frombuffer(b"".join(fingerprints), dtype=np.uint8).reshape(-1, HASH_BYTES + 4 * BANDS)
     hashes = table[:, :HASH_BYTES].tobytes()
     bands = np.ascontiguousarray(table[:, HASH_BYTES:]).view("<u4")
@@ -170,13 +170,13 @@ def _occurs_twice(values: np.ndarray) -> np.ndarray:
 
 
 def _keys(bands: np.ndarray, chosen: np.ndarray | None = None) -> list[tuple[int, int]]:
-    """The chosen bands with their hashes."""
+    """(band, hash) of the chosen bands."""
     numbers = range(BANDS) if chosen is None else np.flatnonzero(chosen).tolist()
     return [(band, int(bands[band])) for band in numbers]
 
 
 class _Candidates:
-    """Documents by the hashes of their bands, and their similarity to others."""
+    """An index of documents by the hashes of their bands, to find documents that are similar to a text."""
 
     def __init__(self, text_of: Callable[[int], str], threshold: float) -> None:
         self._text_of, self._threshold = text_of, threshold
@@ -193,7 +193,7 @@ class _Candidates:
                 self._buckets[key].append(number)
 
     def find(self, text: str, keys: Iterable[tuple[int, int]]) -> int | None:
-        """A document that is similar to a text; those that share most bands with it are compared first."""
+        """A document that is similar to a text. Documents that share the most bands with it are compared first."""
         shared = Counter(number for key in keys for number in self._buckets.get(key, ()))
         if not shared:
             return None
@@ -212,17 +212,17 @@ class _Candidates:
 
 
 def deduplication(documents: Iterable[Document], threshold: float | None = THRESHOLD) -> list[Document]:
-    """Documents without those that repeat an earlier one.
+    """Remove the documents that repeat an earlier one.
 
     Args:
         documents: texts, or mappings with a `text`.
-        threshold: the similarity from which a document repeats another, at least 0.7; None: only equal texts do.
+        threshold: the similarity from which a document repeats another, at least 0.7; None if only equal texts do.
 
     >>> deduplication(["The cat sat on the mat.", "A dog.", "the cat sat  on the mat!", "A dog."])
     ['The cat sat on the mat.', 'A dog.']
 
     Raises:
-        UserError: a threshold below 0.7 or above 1; or the package rensa is not installed.
+        UserError: the threshold is below 0.7 or above 1, or the package rensa is not installed.
     """
     if threshold is not None and not 0.7 <= threshold <= 1:
         raise UserError(f"threshold must be from 0.7 to 1, not {threshold}")

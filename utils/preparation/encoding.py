@@ -1,7 +1,7 @@
-"""The second pass of a preparation: a tokenizer that has learned, and the documents as token ids.
+"""The second pass of a preparation: encode the documents, after the tokenizer has learned its vocabulary.
 
     tokens/00000.bin       token ids of some documents of a part, those for training first, or of a piece of a long one
-    tokens/00000.lengths   how many tokens each has, uint64; written last: the part is whole
+    tokens/00000.lengths   number of tokens of each, uint64; written last, so it marks a complete part
 
 Each document begins with the end-of-text token.
 """
@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -20,19 +21,19 @@ from tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from utils.preparation.documents import Documents, TextPart
 from utils.preparation.workers import Report
 
-JOB_BYTES = 1 << 22  # of text that a worker encodes at a time
+JOB_BYTES = 1 << 22  # bytes of text of a job
 BATCH = 1 << 20  # bytes of text that are encoded together
-CUT_WINDOW = 1 << 20  # bytes in which a safe place for a cut is looked for
+CUT_WINDOW = 1 << 20  # bytes that are searched for a safe place to cut
 SAMPLE_PIECES = 64
 
 
 @dataclass(frozen=True)
 class EncodeJob:
-    """Documents of one part, or a piece of a long one.
+    """Documents of one part, or a piece of a long document, for a worker to encode.
 
-    spans: (n, 2) bytes at which each document begins and ends; of a piece, where it would if any place were safe.
-    origins: (n, 2) source and record of each. n_train: how many of them, the first ones, are for training.
-    begins, ends: False where a long document goes on before or after the piece.
+    spans: (n, 2) bytes at which each document begins and ends; the bounds of a piece are moved on to safe cuts.
+    origins: (n, 2) source and record of each. n_train: the first n_train of them are for training.
+    begins, ends: False if the document continues before or after the piece.
     """
 
     number: int
@@ -55,7 +56,7 @@ class EncodeJob:
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
     def lengths(self) -> np.ndarray | None:
-        """The finished part's; None if it is not whole."""
+        """The number of tokens of each document, once the part is encoded; None if it is incomplete."""
         try:
             lengths = np.fromfile(f"{self.stem}.lengths", dtype="<u8")
             size = os.path.getsize(f"{self.stem}.bin")
@@ -65,11 +66,11 @@ class EncodeJob:
         return lengths if whole else None
 
     def tokens(self) -> np.ndarray:
-        return np.asarray(np.memmap(f"{self.stem}.bin", dtype=self.dtype, mode="r"))
+        return np.fromfile(f"{self.stem}.bin", dtype=self.dtype)
 
 
 def encode_jobs(documents: Documents, folder: Path, tokenizer: Path, dtype: str, cuttable: bool) -> list[EncodeJob]:
-    """All the work, in order; the same for the same documents, whoever does it.
+    """Divide the documents into jobs, in order. The jobs do not depend on the number of workers.
 
     Args:
         cuttable: whether a long document may be encoded in pieces.
@@ -101,7 +102,7 @@ def encode_jobs(documents: Documents, folder: Path, tokenizer: Path, dtype: str,
 
 
 def _together(numbers: np.ndarray, ends: np.ndarray) -> Iterator[np.ndarray]:
-    """Documents in groups of at most JOB_BYTES; a longer one is a group."""
+    """Documents in groups of at most JOB_BYTES; a longer document is a group of its own."""
     first = 0
     while first < len(numbers):
         begin = ends[numbers[first] - 1] if numbers[first] else 0
@@ -116,10 +117,10 @@ def _tokenizer(path: Path, _mtime: int) -> Tokenizer:
 
 
 def encode(job: EncodeJob, report: Report) -> None:
-    """Write one part.
+    """Encode the documents of a job, and write their tokens.
 
     Raises:
-        TokenizerError: a text has no tokens.
+        TokenizerError: a text cannot be encoded.
         OSError: the part cannot be written.
     """
     tokenizer = _tokenizer(job.tokenizer, job.tokenizer.stat().st_mtime_ns)
@@ -140,21 +141,21 @@ def encode(job: EncodeJob, report: Report) -> None:
     Path(f"{job.stem}.lengths").write_bytes(np.array(lengths, dtype="<u8").tobytes())
 
 
-def _batches(job: EncodeJob, file: object, tokenizer: Tokenizer) -> Iterator[list[str]]:
-    """The texts of the documents, some at a time."""
+def _batches(job: EncodeJob, file: BinaryIO, tokenizer: Tokenizer) -> Iterator[list[str]]:
+    """The texts of the documents, in batches."""
 
     def read(start: int, end: int) -> str:
-        file.seek(start)  # type: ignore[attr-defined]
-        return str(file.read(end - start), "utf-8")  # type: ignore[attr-defined]
+        file.seek(start)
+        return str(file.read(end - start), "utf-8")
 
     if not (job.begins and job.ends):
         start, end = map(int, job.spans[0])
-        start = start if job.begins else _safe(file, start, tokenizer)
-        yield [read(start, end if job.ends else _safe(file, end, tokenizer))]
+        start = start if job.begins else _safe_cut(file, start, tokenizer)
+        yield [read(start, end if job.ends else _safe_cut(file, end, tokenizer))]
         return
     begin, after = int(job.spans[:, 0].min()), int(job.spans[:, 1].max())
-    file.seek(begin)  # type: ignore[attr-defined]
-    data = memoryview(file.read(after - begin))  # type: ignore[attr-defined]
+    file.seek(begin)
+    data = memoryview(file.read(after - begin))
     texts: list[str] = []
     size = 0
     for start, end in (job.spans - begin).tolist():
@@ -167,28 +168,28 @@ def _batches(job: EncodeJob, file: object, tokenizer: Tokenizer) -> Iterator[lis
         yield texts
 
 
-def _safe(file: object, place: int, tokenizer: Tokenizer) -> int:
-    """The first byte from `place` on at which the text may be cut; near `place` if none is found in CUT_WINDOW."""
-    file.seek(place)  # type: ignore[attr-defined]
-    window: bytes = file.read(CUT_WINDOW)  # type: ignore[attr-defined]
+def _safe_cut(file: BinaryIO, place: int, tokenizer: Tokenizer) -> int:
+    """The first byte from `place` on at which cutting the text is safe; near `place` if CUT_WINDOW has no such byte."""
+    file.seek(place)
+    window: bytes = file.read(CUT_WINDOW)
     skipped = next((i for i, byte in enumerate(window[:4]) if not 0x80 <= byte < 0xC0), 0)
     text = window[skipped:].decode(errors="ignore")
     return place + skipped + len(text[: tokenizer.first_cut(text) or 0].encode())
 
 
 def training_sample(documents: Documents, characters: int) -> list[str]:
-    """The documents for training; of more than `characters`, parts at equal distances."""
+    """The documents for training, or, if they have more than `characters` bytes, evenly spaced parts of them."""
     total = sum(end - start for _, start, end in _training_spans(documents))
     if total <= characters:
         return [_read(text, start, end) for text, start, end in _training_spans(documents)]
     length = characters // SAMPLE_PIECES
     begins = iter([total * i // SAMPLE_PIECES for i in range(SAMPLE_PIECES)])
-    begin, place, found = next(begins), 0, []  # of the piece, and of the document, in all text for training
+    begin, place, found = next(begins), 0, []  # where the piece and the document begin in all the training text
     for text, start, end in _training_spans(documents):
         after = place + end - start
         while begin < after:
             found.append(_read(text, start + max(begin - place, 0), min(end, start + begin + length - place)))
-            if begin + length > after:  # the piece goes on in the next document
+            if begin + length > after:  # the piece continues in the next document
                 break
             begin = next(begins, total)
         place = after
@@ -203,7 +204,7 @@ def _training_spans(documents: Documents) -> Iterator[tuple[Path, int, int]]:
 
 
 def _read(path: Path, start: int, end: int) -> str:
-    """The characters that lie wholly between two bytes of a file."""
+    """The complete characters between two bytes of a file."""
     with path.open("rb") as file:
         file.seek(start)
         return file.read(end - start).decode(errors="ignore")

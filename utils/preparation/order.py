@@ -1,4 +1,4 @@
-"""What a preparation is asked for, and what became of the documents."""
+"""The options of a preparation, and its outcome."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from utils.corpora.source_files import SourceFile
 from utils.preparation.documents import Documents
 from utils.preparation.reading import EXAMPLES, Part
 
-FORMAT = 1  # of the parts in the work folder, and of what the passes make of a text
-VERSIONS = ("numpy", "tokenizers", "tiktoken")  # packages that decide about ids
+FORMAT = 1  # to be raised when the parts in the work folder, or the results of the passes, change
+VERSIONS = ("numpy", "tokenizers", "tiktoken")  # packages that token ids depend on
 SETTINGS = ("tokenizer", "bpe_vocab_size", "special_tokens", "unknown_token", "val_fraction")
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is asked for.
+    """The dataset to make, from the options of the command line.
 
     target: the folder of the dataset.
-    config: its tokenizer, and the share of validation.
+    config: gives the tokenizer and val_fraction.
     tolerated: how many records without a text may be left out.
-    leaks: whether to look for documents for validation that nearly equal one for training.
-    notes: what a person says of the dataset: `licence`, `origin`.
-    replace: a dataset of this name may be replaced.
+    leaks: whether to look for validation documents that nearly equal a training document.
+    notes: the user's notes on the dataset: `licence`, `origin`.
+    replace: whether an existing dataset of this name may be replaced.
     """
 
     sources: Sequence[str]
@@ -48,7 +48,7 @@ class Preparation:
 
     @property
     def work_target(self) -> Path:
-        """The dataset whose work folder is used: a dry run has its own."""
+        """The path from which the work folder takes its name: another one for a dry run than for the dataset."""
         return self.target.with_name(f"{self.target.name}.dry") if self.dry_run else self.target
 
     @property
@@ -64,13 +64,13 @@ class Preparation:
         return self.pipeline.near_duplicates if self.pipeline is not None else None
 
     def settings(self) -> dict[str, Any]:
-        """All that decides what becomes of the sources."""
+        """All settings that the contents of the dataset depend on, except for the cleaning."""
         values = self.config.model_dump(mode="json", include=set(SETTINGS))
         reading = {key: value for key, value in asdict(self.reading).items() if key != "corpora_dir"}
         return {**values, **reading, "tolerated": self.tolerated, "leaks": self.leaks}
 
     def plan(self, files: Sequence[SourceFile], tokenizer: Tokenizer | None) -> dict[str, Any]:
-        """Equal for two preparations that make the same dataset, as far as can be told without reading the files."""
+        """Equal for two preparations that make the same dataset, as far as this is known before the files are read."""
         return {
             "format": FORMAT,
             "settings": self.settings(),
@@ -84,11 +84,11 @@ class Preparation:
 
 @dataclass
 class Outcome:
-    """What became of the documents: for the report.
+    """The outcome of a preparation for the documents, from which the report is made.
 
-    parts: of the first pass. bases: records of its file that lie before each part.
+    parts: parts of the first pass. bases: for each part, the number of records before it in the same file.
     left_out: reason -> number of records, and the first places.
-    duplicates: documents that repeat an earlier one. single: whether one text was split by position.
+    duplicates: number of documents that repeat an earlier one. single: whether one text was split by position.
     """
 
     files: Sequence[SourceFile]
@@ -100,15 +100,15 @@ class Outcome:
     documents: Documents | None = None
     left_out: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
 
-    def place(self, order: Preparation, number: int) -> str:
-        """Where a document comes from."""
+    def place(self, options: Preparation, number: int) -> str:
+        """The place of a document in its source, in words."""
         assert self.documents is not None
         part, index = self.documents.place(number)
         row = part.documents[index]
-        return where(self.files[row["source"]], order.reading, int(row["record"]))
+        return where(self.files[row["source"]], options.reading, int(row["record"]))
 
-    def summary(self, order: Preparation) -> dict[str, Any]:
-        """The content of report.json, as far as it does not depend on tokens."""
+    def summary(self, options: Preparation) -> dict[str, Any]:
+        """The part of report.json that does not depend on tokens."""
         assert self.documents is not None
         train, val = self.documents.kept(False), self.documents.kept(True)
         pairs = list(self.documents.leaks.items())
@@ -124,20 +124,20 @@ class Outcome:
             "cleaning": [] if self.cleaning is None else self.cleaning.to_json(),
             "duplicates": self.duplicates,
             "leaks": {
-                "looked_for": order.leaks and not self.single,
+                "looked_for": options.leaks and not self.single,
                 "documents": len(pairs),
                 "share": len(pairs) / len(val) if len(val) else 0.0,
                 "examples": [
-                    {"val": self.place(order, int(val[a])), "train": self.place(order, int(train[b]))}
+                    {"val": self.place(options, int(val[a])), "train": self.place(options, int(train[b]))}
                     for a, b in pairs[:EXAMPLES]
                 ],
             },
-            "notes": order.notes,
+            "notes": options.notes,
         }
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that decide about ids."""
+    """The versions of Python and of the packages that token ids depend on."""
     found = {"python": platform.python_version()}
     for name in VERSIONS:
         try:

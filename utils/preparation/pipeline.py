@@ -1,4 +1,4 @@
-"""A preparation from its sources to its dataset: two passes over parts, and what is decided between them."""
+"""A preparation from its sources to its dataset: two passes over the documents, and the decisions between them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizer import Tokenizer, TokenizerError, build_tokenizer, load_tokenizer, tokenizer_class
+from tokenizer import NUL, Tokenizer, TokenizerError, build_tokenizer, load_tokenizer, tokenizer_class
 from utils.config.settings import DataConfig
 from utils.corpora.blocks import blocks
 from utils.corpora.cleaning import Cleaned, CleaningReport
@@ -23,105 +23,106 @@ from utils.preparation.encoding import training_sample
 from utils.preparation.order import Outcome, Preparation, versions
 from utils.preparation.reading import EXAMPLES, Part, ReadJob, effects, finished_part, read_unit
 from utils.preparation.report import write_report
-from utils.preparation.shards import type_of_ids, write_shards
+from utils.preparation.shards import write_shards
 from utils.preparation.work import WorkFolder, work_folder
 from utils.preparation.workers import in_order
 from utils.terminal.console import Terminal
 from utils.terminal.progress import PreparationProgress
 from utils.terminal.words import counted, one_line
+from utils.tokenization.protocol import id_dtype
 from utils.tokenization.subwords import TRAINING_CHARACTERS
 
-END_OF_TEXT = "\0"  # the character that stands for it where tokens are characters
 
-
-def prepare(order: Preparation, terminal: Terminal) -> Dataset | Outcome:
-    """Make a dataset, or go on with one that was interrupted.
+def prepare(options: Preparation, terminal: Terminal) -> Dataset | Outcome:
+    """Make a dataset, or continue a preparation that was interrupted.
 
     Returns:
-        The dataset; of a dry run, what would become of the documents.
+        The dataset, or the outcome of a dry run.
 
     Raises:
-        UserError: a mistake in the sources, or a dataset of this name exists. Nothing is left behind.
-        OSError: the disk is full or fails. What is done stays in the work folder.
+        UserError: there is a mistake in the sources, or a dataset of this name exists. Nothing is left behind.
+        OSError: the disk is full or fails. Finished parts stay in the work folder.
     """
-    found = find_files(order.sources, Path(order.reading.corpora_dir), order.reading.json)
+    found = find_files(options.sources, Path(options.reading.corpora_dir), options.reading.json)
     for note in found.notes:
         terminal.print(note)
     tokenizer = None
-    if not tokenizer_class(order.config).learns:
-        tokenizer = build_tokenizer(order.config, ())
-        check_end_of_text(tokenizer, order.config)
-    all_units = units(found.files, order.reading)
-    plan = order.plan(found.files, tokenizer)
+    if not tokenizer_class(options.config).learns:
+        tokenizer = build_tokenizer(options.config, ())
+        check_end_of_text(tokenizer, options.config)
+    all_units = units(found.files, options.reading)
+    plan = options.plan(found.files, tokenizer)
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-    with work_folder(order.work_target) as work:
-        if (finished := existing(order, digest, found.files, work)) is not None:
+    with work_folder(options.work_target) as work:
+        if (finished := existing_dataset(options, digest, found.files, work)) is not None:
             work.delete()
-            terminal.print(f"{order.target}: prepared already, from these files with these settings")
+            terminal.print(f"{options.target}: already prepared from these files with these settings")
             return finished
         try:
             if work.begin({"plan": digest, "mtimes": [file.mtime_ns for file in found.files]}):
-                terminal.print(f"going on with the parts in {work.path}")
-            outcome = read_all(order, work, all_units, found.files, terminal)
-            _note_absent_separator(order, outcome, terminal)
-            decide(order, outcome, work, terminal)
-            if order.dry_run:
+                terminal.print(f"continuing with the parts in {work.path}")
+            outcome = read_all(options, work, all_units, found.files, terminal)
+            _note_absent_separator(options, outcome, terminal)
+            decide(options, outcome, work, terminal)
+            if options.dry_run:
                 work.delete()
                 return outcome
-            tokenizer = learned(order, work, outcome, tokenizer, terminal)
+            tokenizer = learned(options, work, outcome, tokenizer, terminal)
             assert outcome.documents is not None
-            splits = write_shards(outcome.documents, work, tokenizer, order.workers, terminal)
-            dataset = described(order, work, outcome, tokenizer, splits, digest)
-            write_report(dataset, outcome.summary(order), order.target.name, outcome.cleaning)
+            splits = write_shards(outcome.documents, work, tokenizer, options.workers, terminal)
+            dataset = describe_dataset(options, work, outcome, tokenizer, splits, digest)
+            write_report(dataset, outcome.summary(options), options.target.name, outcome.cleaning)
             dataset.save()
-            work.publish(order.replace)
+            work.publish(options.replace)
         except UserError:
             work.delete()
             raise
         except OSError as error:
-            reason = f"{error.strerror}; what is done stays there, and the same command goes on with it"
+            reason = f"{error.strerror}; finished parts stay there; run the same command again to continue"
             raise OSError(error.errno, reason, str(work.path)) from error
-    dataset = read_dataset(order.target)
-    verify_shards(dataset, tokenizer.vocab_size)  # so that the first start of training need not
+    dataset = read_dataset(options.target)
+    verify_shards(dataset, tokenizer.vocab_size)  # so that the first training need not do it
     return dataset
 
 
-def existing(order: Preparation, digest: str, files: Sequence[SourceFile], work: WorkFolder) -> Dataset | None:
-    """The dataset of this name, if it is the one that is asked for; None if there is none or it may be replaced.
+def existing_dataset(
+    options: Preparation, digest: str, files: Sequence[SourceFile], work: WorkFolder
+) -> Dataset | None:
+    """The dataset of this name if it is the requested one; None if there is none, or if it may be replaced.
 
     Raises:
-        UserError: it is another one.
+        UserError: there is a different dataset, or something else, with this name.
     """
-    if order.dry_run or not order.target.exists():
+    if options.dry_run or not options.target.exists():
         return None
-    if is_dataset(order.target):
+    if is_dataset(options.target):
         try:
-            dataset = read_dataset(order.target)
+            dataset = read_dataset(options.target)
         except UserError as error:
-            if order.replace:
+            if options.replace:
                 return None
             work.delete_if_new()
             raise UserError(f"{error}; choose another name, or --replace it") from None
-        made_ns = (order.target / "dataset.json").stat().st_mtime_ns
+        made_ns = (options.target / "dataset.json").stat().st_mtime_ns
         if dataset.facts.get("plan") == digest and all(file.mtime_ns < made_ns for file in files):
             return dataset
-        if order.replace:
+        if options.replace:
             return None
     work.delete_if_new()
-    if not is_dataset(order.target):
-        raise UserError(f"{order.target}: exists already and is no dataset; choose another name")
+    if not is_dataset(options.target):
+        raise UserError(f"{options.target}: already exists and is not a dataset; choose another name")
     raise UserError(
-        f"{order.target}: exists already, made from other files or with other settings; "
+        f"{options.target}: already exists, made from other files or with other settings; "
         "choose another name, or --replace it"
     )
 
 
 def check_end_of_text(tokenizer: Tokenizer, config: DataConfig) -> None:
-    """Raises TokenizerError unless the tokenizer has a token that ends a text."""
+    """Raises TokenizerError unless the tokenizer has an end-of-text token."""
     if tokenizer.end_of_text is None:
         raise TokenizerError(
-            f"tokenizer {config.tokenizer}: has no token that ends a text, such as <|endoftext|> or </s>; "
-            "each document of a dataset begins with it"
+            f"tokenizer {config.tokenizer}: has no end-of-text token, such as <|endoftext|> or </s>, with which each "
+            "document of a dataset begins"
         )
 
 
@@ -129,40 +130,40 @@ def check_end_of_text(tokenizer: Tokenizer, config: DataConfig) -> None:
 
 
 def read_all(
-    order: Preparation, work: WorkFolder, all_units: Sequence[Unit], files: Sequence[SourceFile], terminal: Terminal
+    options: Preparation, work: WorkFolder, all_units: Sequence[Unit], files: Sequence[SourceFile], terminal: Terminal
 ) -> Outcome:
-    """All parts of the first pass, those that are missing by worker processes.
+    """Run the first pass. Worker processes read the parts that the work folder does not have yet.
 
     Raises:
-        UserError: a document that must not be there, with its place.
+        UserError: a document is not text, more records than tolerated have no text, or there are no documents.
     """
-    characters = tokenizer_class(order.config).learns_characters
-    rest = (order.reading, order.tolerated, order.pipeline, characters, order.fingerprints)
+    characters = tokenizer_class(options.config).learns_characters
+    rest = (options.reading, options.tolerated, options.pipeline, characters, options.fingerprints)
     jobs = [ReadJob(number, work.texts, unit, *rest) for number, unit in enumerate(all_units)]
     done = {job.number: part for job in jobs if (part := finished_part(job.stem)) is not None}
     missing = [job for job in jobs if job.number not in done]
     outcome = Outcome(files)
     with PreparationProgress(terminal, "reading", sum(unit.bytes for unit in all_units)) as progress:
         progress.skip(sum(all_units[number].bytes for number in done))
-        results = in_order(read_unit, missing, order.workers, progress.advance)
+        results = in_order(read_unit, missing, options.workers, progress.advance)
         source, base = -1, 0
         for job in jobs:
             part = done[job.number] if job.number in done else next(results)
             first = job.unit.files[0][0]
             base = base + outcome.parts[-1].records if first == source else 0
             source = first
-            _check_part(order, outcome, part, base)
+            _check_part(options, outcome, part, base)
             outcome.parts.append(part)
             outcome.bases.append(base)
-    shows = order.dry_run and any(part.removed for part in outcome.parts)
+    shows = options.dry_run and any(part.removed for part in outcome.parts)
     if not any(part.documents for part in outcome.parts) and not shows:
-        raise CorpusError(f"{', '.join(map(one_line, order.sources))}: no documents: {_reasons(outcome.parts)}")
+        raise CorpusError(f"{', '.join(map(one_line, options.sources))}: no documents{_reasons(outcome.parts)}")
     return outcome
 
 
-def _note_absent_separator(order: Preparation, outcome: Outcome, terminal: Terminal) -> None:
-    """Warn if a separator was given and no file has it, so that each is one document."""
-    separator, files = order.reading.separator, outcome.files
+def _note_absent_separator(options: Preparation, outcome: Outcome, terminal: Terminal) -> None:
+    """Warn if a separator was given that no file contains, so that each file is one document."""
+    separator, files = options.reading.separator, outcome.files
     if not separator or any(file.kind != "text" for file in files):
         return
     if sum(part.found for part in outcome.parts) > len(files):
@@ -178,12 +179,12 @@ def _has_windows_lines(file: SourceFile) -> bool:
     return b"\r\n" in next(blocks(Path(file.path)), b"")
 
 
-def _check_part(order: Preparation, outcome: Outcome, part: Part, base: int) -> None:
-    """Note what is left out of a part; raises CorpusError where that must not be."""
+def _check_part(options: Preparation, outcome: Outcome, part: Part, base: int) -> None:
+    """Note the documents of a part that are left out. Raises CorpusError if that is not allowed."""
 
     def place(found: Sequence[Any], short: bool = False) -> str:
         source, record, lines, reason = found
-        return f"{where(outcome.files[source], order.reading, base + record, lines, short)}: {reason}"
+        return f"{where(outcome.files[source], options.reading, base + record, lines, short)}: {reason}"
 
     if part.mistake is not None:
         remedy = "--errors replace puts U+FFFD in its place, --errors skip leaves the document out"
@@ -197,10 +198,10 @@ def _check_part(order: Preparation, outcome: Outcome, part: Part, base: int) -> 
             before, shown = outcome.left_out.get(reason, (0, []))
             outcome.left_out[reason] = (before + count, [*shown, *map(place, examples)][:EXAMPLES])
     n_bad, _ = outcome.left_out.get("no text in the record", (0, []))
-    if n_bad > order.tolerated:
-        limit = f"; {order.tolerated:,} tolerated" if order.tolerated else ""
-        last = part.bad[-1 if part.n_bad > order.tolerated else 0]
-        raise CorpusError(f"{place(last, short=True)}{limit} (--tolerate N leaves out as many)")
+    if n_bad > options.tolerated:
+        limit = f"; {options.tolerated:,} tolerated" if options.tolerated else ""
+        last = part.bad[-1 if part.n_bad > options.tolerated else 0]
+        raise CorpusError(f"{place(last, short=True)}{limit} (--tolerate N leaves out up to N such records)")
 
 
 def _reasons(parts: Sequence[Part]) -> str:
@@ -211,43 +212,44 @@ def _reasons(parts: Sequence[Part]) -> str:
         (bad, "without text"),
         (removed, "removed by the cleaning (--dry-run shows by which step)"),
     ]
-    return ", ".join(f"{count:,} {word}" for count, word in words if count) or "there are none"
+    reasons = ", ".join(f"{count:,} {word}" for count, word in words if count)
+    return f": {reasons}" if reasons else ""
 
 
 # -------------------------------------------------------------------------------------------------- between the passes
 
 
-def decide(order: Preparation, outcome: Outcome, work: WorkFolder, terminal: Terminal) -> None:
-    """Which documents stay, and which are for validation."""
+def decide(options: Preparation, outcome: Outcome, work: WorkFolder, terminal: Terminal) -> None:
+    """Decide which documents are kept, and which are for validation."""
     stems = [work.texts / f"{number:05d}" for number in range(len(outcome.parts))]
     documents = outcome.documents = load_documents(stems, outcome.bases)
-    if order.pipeline is not None:
-        outcome.cleaning = CleaningReport(order.pipeline)
+    if options.pipeline is not None:
+        outcome.cleaning = CleaningReport(options.pipeline)
         for stem in stems:
             for effect in effects(stem):
                 outcome.cleaning.add(Cleaned(text=None if effect["removed_by"] else "", **effect))
-    if order.exact or order.threshold is not None:
+    if options.exact or options.threshold is not None:
         terminal.print(f"comparing {counted(len(documents), 'document')}")
-        _remove_duplicates(order, outcome, documents)
+        _remove_duplicates(options, outcome, documents)
     if len(documents.kept()) == 1:
         outcome.single = True
-        cut_single(documents, order.config.val_fraction)
+        cut_single(documents, options.config.val_fraction)
     else:
-        documents.split(order.config.val_fraction)
-        if order.leaks:
+        documents.split(options.config.val_fraction)
+        if options.leaks:
             documents.find_leaks()
 
 
-def _remove_duplicates(order: Preparation, outcome: Outcome, documents: Documents) -> None:
+def _remove_duplicates(options: Preparation, outcome: Outcome, documents: Documents) -> None:
     assert outcome.cleaning is not None
-    repeats = documents.find_duplicates(order.threshold)
+    repeats = documents.find_duplicates(options.threshold)
     documents.remove(repeats)
     outcome.duplicates = len(repeats)
     examples = {"exact_duplicates": 0, "near_duplicates": 0}
     for number, earlier in repeats.items():
         (part, index), (other, other_index) = documents.place(number), documents.place(earlier)
         equal = part.documents["key"][index] == other.documents["key"][other_index]
-        step = "exact_duplicates" if order.exact and equal else "near_duplicates"
+        step = "exact_duplicates" if options.exact and equal else "near_duplicates"
         examples[step] += 1
         text = documents.compared_text(number) if examples[step] <= EXAMPLES else ""
         outcome.cleaning.add_removed(step, text)
@@ -257,9 +259,9 @@ def _remove_duplicates(order: Preparation, outcome: Outcome, documents: Document
 
 
 def learned(
-    order: Preparation, work: WorkFolder, outcome: Outcome, tokenizer: Tokenizer | None, terminal: Terminal
+    options: Preparation, work: WorkFolder, outcome: Outcome, tokenizer: Tokenizer | None, terminal: Terminal
 ) -> Tokenizer:
-    """The tokenizer: as given, as an interrupted process has learned it, or learned now.
+    """The tokenizer: the given one, or the one that an interrupted preparation has learned, or a new one.
 
     Raises:
         OSError: it cannot be written.
@@ -268,43 +270,43 @@ def learned(
         return load_tokenizer(work.tokenizer)
     if tokenizer is None:
         assert outcome.documents is not None
-        if tokenizer_class(order.config).learns_characters:
-            texts = [END_OF_TEXT, *(part.characters for part in outcome.parts)]
+        if tokenizer_class(options.config).learns_characters:
+            texts = [NUL, *(part.characters for part in outcome.parts)]
         else:
-            terminal.print(f"learning the tokenizer {order.config.tokenizer}")
+            terminal.print(f"learning the tokenizer {options.config.tokenizer}")
             texts = training_sample(outcome.documents, TRAINING_CHARACTERS)
-        tokenizer = build_tokenizer(order.config, texts)
-        check_end_of_text(tokenizer, order.config)
+        tokenizer = build_tokenizer(options.config, texts)
+        check_end_of_text(tokenizer, options.config)
     tokenizer.save(work.tokenizer)
     return tokenizer
 
 
-def described(
-    order: Preparation,
+def describe_dataset(
+    options: Preparation,
     work: WorkFolder,
     outcome: Outcome,
     tokenizer: Tokenizer,
     splits: dict[str, Split],
     digest: str,
 ) -> Dataset:
-    """The dataset in the work folder, which is not saved yet, with its tokenizer."""
+    """The dataset in the work folder, whose dataset.json is not written yet; writes its tokenizer."""
     assert tokenizer.end_of_text is not None
     assert outcome.documents is not None
     dataset = Dataset(
         work.dataset,
         tokenizer.hash(),
         tokenizer.end_of_text,
-        type_of_ids(tokenizer),
+        id_dtype(tokenizer.vocab_size).name,
         splits,
         [{"path": file.path, "kind": file.kind, "bytes": file.bytes} for file in outcome.files],
         sorted(outcome.documents.leaks),
         {
             "tokenizer": {"kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size},
-            "settings": order.settings(),
-            "cleaning": [] if order.pipeline is None else order.pipeline.to_json(),
+            "settings": options.settings(),
+            "cleaning": [] if options.pipeline is None else options.pipeline.to_json(),
             "versions": versions(),
             "plan": digest,
-            **order.notes,
+            **options.notes,
         },
     )
     tokenizer.save(dataset.tokenizer_path)

@@ -1,10 +1,10 @@
 """The first pass of a preparation: documents are read, cleaned and written as UTF-8 into the parts of the work folder.
 
 texts/00000.text           the documents of a unit of work, one after the other
-texts/00000.documents      where each ends and where it comes from (`DOCUMENT`)
-texts/00000.fingerprints   of each, for finding duplicates
-texts/00000.cleaned        what the cleaning did, a line for each document that it changed or removed
-texts/00000.json           what there is to report; written last: the part is whole
+texts/00000.documents      end and origin of each document (`DOCUMENT`)
+texts/00000.fingerprints   fingerprint of each document, for finding duplicates
+texts/00000.cleaned        effects of the cleaning, a line for each document that it changed or removed
+texts/00000.json           the report of the part (`Part`); written last, so it marks a complete part
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from utils.files import read_json, write_json
 from utils.preparation.duplicates import fingerprint
 from utils.preparation.workers import Report
 
-# end: bytes from the start of the part. key: of the text, for the split. record: its line or row, from 1.
+# end: bytes from the start of the part. key: hash of the text, for the split. record: its line or row, from 1.
 DOCUMENT = np.dtype([("end", "<u8"), ("key", "<u8"), ("record", "<u4"), ("source", "<u4")])
-LONG_CHARACTERS = 1 << 23  # of a document; a longer one is read, cleaned and encoded in pieces
-COMPARED_CHARACTERS = 1 << 20  # of a document that are compared with other documents
+LONG_CHARACTERS = 1 << 23  # a document with more characters is read, cleaned and encoded in pieces
+COMPARED_CHARACTERS = 1 << 20  # characters of a document that are compared with other documents
 CLEANED_TOGETHER = 1 << 22  # characters of a long document that are cleaned at a time
-EXAMPLES = 3  # of each thing that is reported
-LOOKED_UP_CHARACTERS = 1 << 16  # of a text, that are looked up at a time among those that occur
+EXAMPLES = 3  # examples of each thing that is reported
+LOOKED_UP_CHARACTERS = 1 << 16  # characters of a text that are looked up at a time in `_occurs`
 
 
 @dataclass(frozen=True)
 class ReadJob:
-    """One unit of work, and what becomes of its documents.
+    """A unit of work, and how its documents are processed.
 
-    number: of the part. tolerated: how many records without a text may be left out.
-    characters: whether to note which characters occur. fingerprints: whether to look for duplicates.
+    number: number of the part. tolerated: how many records without a text may be left out.
+    characters: whether to note which characters occur. fingerprints: whether to compute fingerprints.
     """
 
     number: int
@@ -62,14 +62,14 @@ class ReadJob:
 
 @dataclass
 class Part:
-    """What there is to report of a part.
+    """The report of a part.
 
-    records: lines or rows that were read, also those without a document.
-    removed: documents that the cleaning removed.
-    sizes: bytes of the files of the part, by suffix.
-    bad, not_text: the first places and reasons of records that have no text, or one that cannot be decoded; and the
-        record that is one too many.
-    mistake: the place of a document that makes the preparation fail: source, record, line breaks, reason.
+    records: number of lines or rows that were read, including those without a document.
+    removed: number of documents that the cleaning removed.
+    sizes: sizes of the part's files in bytes, by suffix.
+    bad, not_text: the first records that have no text, and documents that cannot be decoded: source, record, line
+        breaks, reason. `bad` also has the record that exceeds the tolerated number.
+    mistake: likewise, the document that makes the preparation fail.
     """
 
     documents: int = 0
@@ -87,12 +87,12 @@ class Part:
 
     @property
     def found(self) -> int:
-        """Documents before any was left out."""
+        """Number of documents before any were left out."""
         return self.documents + self.empty + self.removed + self.n_bad + self.n_not_text
 
 
 def finished_part(stem: Path) -> Part | None:
-    """The report of a part that is whole; None if it is not."""
+    """The report of a part; None if the part is incomplete."""
     try:
         part = Part(**read_json(stem.with_suffix(".json")))
         whole = all(os.path.getsize(f"{stem}{suffix}") == size for suffix, size in part.sizes.items())
@@ -102,7 +102,7 @@ def finished_part(stem: Path) -> Part | None:
 
 
 def read_unit(job: ReadJob, report: Report) -> Part:
-    """Write one part.
+    """Read a unit of work, and write its part.
 
     Raises:
         UserError: a file cannot be read.
@@ -166,7 +166,7 @@ def _take(document: Document, job: ReadJob, writer: _PartWriter, part: Part) -> 
 
 
 def _at_most(found: Iterator[str], length: int) -> Iterator[str]:
-    """Pieces until they have more than `length` characters."""
+    """The first pieces, until they have more than `length` characters together."""
     for piece in found:
         yield piece
         length -= len(piece)
@@ -175,7 +175,7 @@ def _at_most(found: Iterator[str], length: int) -> Iterator[str]:
 
 
 def _take_long(found: Iterator[str], document: Document, job: ReadJob, writer: _PartWriter, part: Part) -> None:
-    """Clean and write a document that is not in memory as a whole."""
+    """Clean and write a document piece by piece, so that it is never in memory as a whole."""
     has_text = stays = False
     cleaning = LongCleaning(job.pipeline) if job.pipeline is not None else None
     for piece in found if cleaning is None else _ending_with_lines(found):
@@ -198,7 +198,7 @@ def _take_long(found: Iterator[str], document: Document, job: ReadJob, writer: _
 
 
 def _ending_with_lines(found: Iterator[str]) -> Iterator[str]:
-    """The same text in pieces that end with a paragraph or a line where they can."""
+    """The same text in pieces that end with a paragraph or a line wherever possible."""
     rest = ""
     for piece in found:
         rest += piece
@@ -211,7 +211,7 @@ def _ending_with_lines(found: Iterator[str]) -> Iterator[str]:
 
 
 class _PartWriter:
-    """The files of a part. A document is written piece by piece, and ended or dropped."""
+    """Writes the files of a part. A document is written piece by piece, then kept (`end`) or dropped."""
 
     def __init__(self, job: ReadJob) -> None:
         self.job = job
@@ -235,14 +235,14 @@ class _PartWriter:
         self._hash = hashlib.blake2b(digest_size=8)
         self._beginning: list[str] = []
         self._n_beginning = 0
-        self._new: list[np.ndarray] = []  # characters that no document before it has
+        self._new: list[np.ndarray] = []  # characters that first occur in this document
 
     @property
     def documents(self) -> int:
         return len(self._documents)
 
     def write(self, text: str) -> None:
-        """Append to the document."""
+        """Append text to the current document."""
         data = text.encode()
         self._file.write(data)
         self._hash.update(data)
@@ -259,7 +259,7 @@ class _PartWriter:
                 self._new.append(new)
 
     def drop(self) -> None:
-        """Forget the document."""
+        """Discard the current document."""
         if self.length:
             self._file.seek(self.bytes)
             self._file.truncate()
@@ -268,7 +268,7 @@ class _PartWriter:
         self._begin()
 
     def end(self, document: Document) -> None:
-        """Keep the document."""
+        """Keep the current document."""
         self.bytes += self.length
         key = self._hash.digest()
         self._documents.append((self.bytes, int.from_bytes(key, "little"), document.record, document.source))
@@ -277,13 +277,13 @@ class _PartWriter:
         self._begin()
 
     def note(self, cleaned: Cleaned) -> None:
-        """Keep what the cleaning did to a text."""
+        """Record the effect of the cleaning on a text, if any."""
         if cleaned.removed_by or cleaned.counts:
             effect = {"removed_by": cleaned.removed_by, "counts": cleaned.counts, "examples": cleaned.examples}
             self._effects.append(json.dumps(effect))
 
     def characters(self) -> str:
-        """Those that occur, in the order of their code points."""
+        """The characters that occur, in code-point order."""
         return "".join(map(chr, np.flatnonzero(self._occurs)))
 
     def finish(self) -> dict[str, int]:
@@ -301,11 +301,11 @@ class _PartWriter:
 
 
 def compared_text(beginning: str, length: int, key: bytes) -> str:
-    """What stands for a document when documents are compared: of a long one the beginning, and a hash of all of it."""
+    """The text that represents a document in comparisons: if it is long, its beginning and a hash of all of it."""
     return beginning if length <= COMPARED_CHARACTERS else beginning + key.hex()
 
 
 def effects(stem: Path) -> Iterator[Any]:
-    """What the cleaning did to each document of a part that it changed or removed."""
+    """The effect of the cleaning on each document of a part that it changed or removed."""
     with contextlib.suppress(FileNotFoundError), open(f"{stem}.cleaned", encoding="utf-8") as file:
         yield from map(json.loads, file)

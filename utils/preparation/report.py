@@ -1,4 +1,4 @@
-"""report.json and CARD.md of a dataset: what it is, what was removed from it, and where it comes from."""
+"""report.json and CARD.md of a dataset: its contents, what was removed, and its origin."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from utils.terminal.words import counted, one_line, setting_text, size
 
 REPORT, CARD = "report.json", "CARD.md"
 SOURCES_SHOWN = 20
-LEAKS_WARNED = 0.01  # share of the documents for validation
 
 
 def write_report(dataset: Dataset, summary: dict[str, Any], name: str, cleaning: CleaningReport | None) -> None:
     """Write report.json and CARD.md.
 
     Args:
-        summary: what became of the documents (`Outcome.summary`).
-        name: of the dataset, which may still be in another folder.
+        summary: the outcome for the documents (`Outcome.summary`).
+        name: name of the dataset, whose folder may still have another one.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: a file cannot be written.
     """
     report = {"name": name, "splits": {key: split_facts(dataset, key) for key in dataset.splits}, **summary}
     write_json(dataset.folder / REPORT, report)
@@ -34,7 +33,7 @@ def write_report(dataset: Dataset, summary: dict[str, Any], name: str, cleaning:
 
 
 def split_facts(dataset: Dataset, name: str) -> dict[str, Any]:
-    """The size of a split, and how long its documents are."""
+    """The size of a split, and the lengths of its documents."""
     split = dataset.splits[name]
     lengths = np.concatenate([np.zeros(0, np.uint64), *_lengths(dataset, split)])
     return {
@@ -49,13 +48,13 @@ def split_facts(dataset: Dataset, name: str) -> dict[str, Any]:
 
 
 def _lengths(dataset: Dataset, split: Split) -> Iterator[np.ndarray]:
-    """How many tokens each document of a shard has."""
+    """The number of tokens of each document, shard by shard."""
     for shard in split.shards:
         yield np.diff(np.fromfile(dataset.path(shard, "ends"), dtype="<u8"), prepend=np.uint64(0))
 
 
 def card_lines(dataset: Dataset, report: Mapping[str, Any], cleaning: CleaningReport | None) -> Iterator[str]:
-    """CARD.md, which people read."""
+    """The lines of CARD.md, the description of the dataset for people."""
     tokenizer = dataset.facts["tokenizer"]
     yield f"# {escaped(report['name'])}"
     yield ""
@@ -84,12 +83,12 @@ def card_lines(dataset: Dataset, report: Mapping[str, Any], cleaning: CleaningRe
 
 
 def code(text: str) -> str:
-    """A text that may be anything, as code in Markdown."""
+    """Any text, as code in Markdown."""
     return f"`{one_line(text).replace('`', chr(39))}`"
 
 
 def escaped(text: str) -> str:
-    """A text that may be anything, as text in Markdown: no HTML, no image, no border of a table."""
+    """Any text, escaped for Markdown so that it makes no HTML, image or table border."""
     return re.sub(r"[<|!\[`]", r"\\\g<0>", one_line(text))
 
 
@@ -115,18 +114,18 @@ def _left_out(report: Mapping[str, Any], cleaning: CleaningReport | None) -> Ite
             yield f"    - {code(example)}"
     yield from ("", "## Cleaning", "")
     if cleaning is None:
-        yield "None: the texts are as they were (prepare.py --clean)."
+        yield "None: the texts were not changed (prepare.py --clean)."
     else:
         yield from cleaning.lines()
 
 
 def leak_words(leaks: Mapping[str, Any], val_documents: int) -> str:
-    """How many documents for validation are known from training."""
+    """The number of validation documents that nearly equal a training document, in words."""
     if not leaks["looked_for"]:
         return "not looked for"
     return (
-        f"{leaks['documents']:,} of {val_documents:,} documents for validation ({leaks['share']:.1%}) nearly equal one "
-        "for training"
+        f"{leaks['documents']:,} of {val_documents:,} validation documents ({leaks['share']:.1%}) nearly equal a "
+        "training document"
     )
 
 

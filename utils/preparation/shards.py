@@ -1,10 +1,8 @@
-"""The shards of a dataset, from the parts that worker processes encode."""
+"""Writes the shards of a dataset from the parts that worker processes encode."""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-import numpy as np
 
 from tokenizer import Tokenizer
 from utils.corpora.datasets import Shard, ShardWriter, Split
@@ -14,27 +12,23 @@ from utils.preparation.work import WorkFolder
 from utils.preparation.workers import in_order
 from utils.terminal.console import Terminal
 from utils.terminal.progress import PreparationProgress
+from utils.tokenization.protocol import id_dtype
 
-SHARD_TOKENS = 1 << 27  # from which a shard is full
-
-
-def type_of_ids(tokenizer: Tokenizer) -> str:
-    """The type of token ids in a dataset: the smaller one that has room for the vocabulary."""
-    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+SHARD_TOKENS = 1 << 27  # a shard with so many tokens gets no further documents
 
 
 def write_shards(
     documents: Documents, work: WorkFolder, tokenizer: Tokenizer, workers: int, terminal: Terminal
 ) -> dict[str, Split]:
-    """The shards of both splits, from parts that worker processes encode.
+    """Encode the documents in worker processes, and write the shards of both splits.
 
     Raises:
-        TokenizerError: a text has no tokens.
+        TokenizerError: a text cannot be encoded.
         OSError: a file cannot be written.
     """
-    dtype = type_of_ids(tokenizer)
+    dtype = id_dtype(tokenizer.vocab_size)
     cuttable = tokenizer.first_cut(" a. b") is not None
-    jobs = encode_jobs(documents, work.tokens, work.tokenizer, f"<u{np.dtype(dtype).itemsize}", cuttable)
+    jobs = encode_jobs(documents, work.tokens, work.tokenizer, f"<u{dtype.itemsize}", cuttable)
     missing = [job for job in jobs if job.lengths() is None]
     todo = {job.number for job in missing}
     writers = {name: _SplitWriter(work.dataset, name) for name in ("train", "val")}
@@ -49,7 +43,7 @@ def write_shards(
 
 
 def _append(job: EncodeJob, writers: dict[str, _SplitWriter]) -> None:
-    """Write the documents of an encoded part into the shards of their splits."""
+    """Append the documents of an encoded part to the shards of their splits."""
     lengths, tokens = job.lengths(), job.tokens()
     assert lengths is not None
     begin = 0
@@ -70,7 +64,7 @@ def _append(job: EncodeJob, writers: dict[str, _SplitWriter]) -> None:
 
 
 class _SplitWriter:
-    """The shards of a split."""
+    """Writes the shards of a split."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
@@ -79,7 +73,7 @@ class _SplitWriter:
         self._bytes = 0
 
     def writer(self, n_bytes: int) -> ShardWriter:
-        """The writer for the next documents, which have so many bytes of text."""
+        """The writer for the next documents, whose text has `n_bytes`."""
         self._bytes += n_bytes
         if self._writer is None:
             self._writer = ShardWriter(self._folder, self._name, len(self._shards))

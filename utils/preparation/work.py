@@ -1,4 +1,4 @@
-"""The hidden folder beside a dataset in which its parts wait, so that a preparation that was killed can go on."""
+"""The hidden work folder beside a dataset, which keeps finished parts so that a killed preparation can be continued."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def work_path(target: Path) -> Path:
 
 
 class WorkFolder:
-    """The folder, for the process that holds its lock.
+    """A work folder, whose lock this process holds.
 
-    path: `texts/` and `tokens/` have the parts, `dataset/` becomes the dataset.
+    path: the folder; its `texts/` and `tokens/` have the parts, and `dataset/` becomes the dataset.
     """
 
     def __init__(self, target: Path) -> None:
@@ -35,10 +35,10 @@ class WorkFolder:
         self.tokenizer = self.path / TOKENIZER_JSON
 
     def begin(self, plan: Any) -> bool:
-        """Keep the parts that were made by the same plan, and delete all others.
+        """Keep the parts if they were made by the same plan; otherwise delete them.
 
         Returns:
-            Whether there were parts to keep.
+            Whether parts were kept.
 
         Raises:
             OSError: the disk is full or read-only.
@@ -58,10 +58,10 @@ class WorkFolder:
         return kept and any(self.texts.iterdir())
 
     def publish(self, replace: bool) -> None:
-        """Rename the dataset to its place, and delete all else.
+        """Move the dataset to its place, and delete the work folder.
 
         Raises:
-            OSError: it cannot be renamed.
+            OSError: the dataset cannot be moved.
         """
         sync_folder(self.dataset)
         if replace and self.target.exists():
@@ -83,7 +83,7 @@ class WorkFolder:
 
 @contextlib.contextmanager
 def work_folder(target: Path) -> Iterator[WorkFolder]:
-    """Hold the work folder of a dataset; made if there is none.
+    """Lock the work folder of a dataset, which is created if it does not exist.
 
     Raises:
         UserError: another process prepares the same dataset, or the folder cannot be made.
@@ -102,10 +102,13 @@ def work_folder(target: Path) -> Iterator[WorkFolder]:
 
 
 def _locked(path: Path) -> int:
-    """Take the lock of a folder, which may be deleted meanwhile by the process that has it.
+    """Take the lock of a folder, which another process may delete at any time.
+
+    Returns:
+        The file descriptor of the lock.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds the lock.
     """
     while True:
         path.mkdir(parents=True, exist_ok=True)
@@ -128,7 +131,7 @@ def _locked(path: Path) -> int:
 
 
 def _lives(lock: Path) -> bool:
-    """Without flock: whether the process that signed the lock still lives; one of another machine may."""
+    """For file systems without flock: whether the process that signed the lock is alive, or on another machine."""
     holder = _holder(lock)
     if holder is None or holder == Holder.this():
         return False

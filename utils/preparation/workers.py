@@ -1,7 +1,7 @@
-"""One function over many jobs in worker processes, with the results in the order of the jobs.
+"""Runs one function over many jobs in worker processes, and yields the results in the order of the jobs.
 
-Each worker has a pipe of its own. So none waits forever when the process that gave it work is killed, and one that is
-killed itself is noticed.
+Each worker has its own pipe, so that it ends when its parent process is killed, and so that the parent process notices
+when a worker is killed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from utils.errors import OutOfMemoryError, UserError
 
 Report = Callable[[int], None]
 RESULT, PROGRESS, FAILURE = "result", "progress", "failure"
-REPORT_BYTES = 1 << 22  # of progress that a worker reports at a time
+REPORT_BYTES = 1 << 22  # a worker reports its progress in amounts of at least this many bytes
 
 
 class Worker(NamedTuple):
@@ -30,15 +30,15 @@ class Worker(NamedTuple):
 def in_order(
     function: Callable[[Any, Report], Any], jobs: Sequence[Any], workers: int, report: Report
 ) -> Iterator[Any]:
-    """`function(job, report)` of each job.
+    """Yield `function(job, report)` for each job.
 
     Args:
-        function: of the top level of a module.
-        workers: processes; with one, or one job, this process does the work.
+        function: a function defined at the top level of a module, so that it can be pickled.
+        workers: number of processes; with one worker or one job, this process does the work.
         report: called with the amounts that the function reports.
 
     Raises:
-        UserError, OSError: what the function raised.
+        UserError, OSError: raised by the function.
         OutOfMemoryError: a worker was killed.
     """
     workers = min(workers, len(jobs))
@@ -80,7 +80,7 @@ def _results(team: Sequence[Worker], jobs: Sequence[Any], report: Report) -> Ite
                     worker.process.join()
                     raise OutOfMemoryError(
                         f"a worker process was killed (exit status {worker.process.exitcode}), perhaps because memory "
-                        "is too small: --workers 1 needs less; the same command goes on with what is done"
+                        "ran out: --workers 1 needs less; the same command continues with the finished parts"
                     ) from None
                 if kind == PROGRESS:
                     report(value)
@@ -97,15 +97,15 @@ def _results(team: Sequence[Worker], jobs: Sequence[Any], report: Report) -> Ite
 def _give(worker: Worker, waiting: Iterator[tuple[int, Any]], busy: dict[Connection, Worker]) -> None:
     """Send a worker the next job, if there is one."""
     if (job := next(waiting, None)) is not None:
-        with contextlib.suppress(BrokenPipeError):  # it was killed: noticed when it is waited for
+        with contextlib.suppress(BrokenPipeError):  # it was killed, which `_results` notices
             worker.pipe.send(job)
         busy[worker.pipe] = worker
 
 
 def _work(pipe: Connection, function: Callable[[Any, Report], Any]) -> None:
-    """What a worker does until its pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores have a worker each
+    """The main function of a worker: run jobs until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent process ends the workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each core has a worker already
     unreported = 0
 
     def report(amount: int) -> None:

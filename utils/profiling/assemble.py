@@ -43,7 +43,7 @@ def profile_training(setup: Setup, steps: int, warmup: int, terminal: Terminal) 
     with tempfile.TemporaryDirectory() as folder:
         writer = LogWriter(Path(folder) / METRICS_FILE)
         buffer = StepBuffer(writer, tracking.flush_interval, tracking.log_interval, state.tokens_per_step)
-        step = training_step(state, buffer)
+        step = training_step(state, terminal.warn, buffer)
         activations = activation_phase(state)
         step(no_phase)
         peak_is_known = reset_peak(device)

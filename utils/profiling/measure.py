@@ -29,7 +29,6 @@ from utils.profiling.operators import (
     short_name,
 )
 from utils.profiling.record import ATTENTION, MATRIX_PRODUCTS, OTHER_OPERATORS, OTHER_PHASE, OperatorTime, PhaseTime
-from utils.training.lanes import LaneUpdate
 from utils.training.state import TrainState
 from utils.training.step import (
     COMMUNICATION,
@@ -37,12 +36,10 @@ from utils.training.step import (
     MarkedClock,
     Phase,
     PhaseClock,
-    clip_gradients,
-    forward_backward,
     no_phase,
-    optimizer_step,
 )
 from utils.training.step_buffer import StepBuffer
+from utils.training.step_graph import make_update
 
 STEP = "step"
 STRETCHES = 5  # of consecutive steps, each timed as one; a single disturbance does not move their median
@@ -73,26 +70,27 @@ class StepTimes:
         return sum(phase.ms for phase in self.phases)
 
 
-def training_step(state: TrainState, buffer: StepBuffer | None = None) -> StepFunction:
+def training_step(state: TrainState, warn: Callable[[str], None], buffer: StepBuffer | None = None) -> StepFunction:
     """A function that makes the training loop's update of `state` each time it is called.
 
-    Args:
-        buffer: receives the numbers of each step and is flushed after it; None: nothing is logged.
-    """
+    On CUDA it launches a recorded update, as training does; a step that is measured in phases is not recorded.
 
-    in_lanes = state.ranks.several or state.config.train.lanes is not None
-    update = LaneUpdate(state) if in_lanes else None
+    Args:
+        warn: called with one line if updates cannot be recorded.
+        buffer: receives the numbers of each step, and is flushed as often as in training; None: nothing is logged.
+    """
+    update = make_update(state, warn)
 
     def step(phase: Phase) -> None:
-        loss, grad_norms = update.gradients(phase) if update is not None else (forward_backward(state, phase), None)
+        lr = apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)
+        loss, grad_norms = update.gradients(phase)
         with phase("optimizer"):
-            lr = apply_schedules(state.optimizer, state.step % state.max_iters, state.config.optimizer, state.max_iters)
-            grad_norms = clip_gradients(state) if grad_norms is None else grad_norms
-            optimizer_step(state, grad_norms)
+            update.apply(grad_norms)
         if buffer is not None:
             with phase("logging"):
                 buffer.add(state.step - 1, loss, grad_norms, lr)
-                buffer.flush()
+                if buffer.due():
+                    buffer.flush()
 
     state.model.train()
     return step

@@ -79,7 +79,7 @@ def time_shape(setup: Setup, config: Config, steps: int, warmup: int, terminal: 
         RuntimeError, MemoryError: the device cannot hold it.
     """
     state = build_state(config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
-    step = training_step(state)
+    step = training_step(state, terminal.warn)
     activations = activation_phase(state)
     step(activations or no_phase)
     for _ in range(warmup):

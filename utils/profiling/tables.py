@@ -112,9 +112,11 @@ def phase_table(profile: Profile) -> RenderableType:
         *(rate(total), share_of(total, profile.gemm)),
         style="dim",
     )
-    notes = (
-        ["Means of other steps, with a wait for the device after each phase."] if profile.step_ms is not None else []
-    )
+    notes = []
+    if profile.step_ms is not None:
+        notes.append("Means of other steps, with a wait for the device after each phase.")
+        if profile.config["train"].get("cuda_graph") and profile.machine.device.startswith("cuda"):
+            notes.append("Their kernels are launched one by one; the undisturbed step is a CUDA graph if it can be.")
     return _titled("Phases of a step", table, *notes)
 
 

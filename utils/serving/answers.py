@@ -1,4 +1,4 @@
-"""The texts of a request in the forms of the API: whole, or as the data of events."""
+"""Response bodies of the API, for whole texts and for the events of a stream."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from utils.serving.sequence import Job, Piece, Token
 
 
 class Echo(NamedTuple):
-    """What a text begins with.
+    """The prompt that a text begins with.
 
-    text: its prompt. skip: tokens of the prompt that the request does not have.
+    text: the prompt.
+    skip: tokens that the server put before it, which are not reported.
     """
 
     text: str = ""
@@ -23,11 +24,11 @@ class Echo(NamedTuple):
 
 
 class Answer:
-    """The head of a response, and how its texts are written: here for /v1/completions.
+    """Writes the texts of a response; this class for /v1/completions.
 
     Args:
-        top: the most likely tokens to report in the place of each; None: no logprobs.
-        echoes: of each text, if it begins with its prompt.
+        top: number of most likely tokens to report at each position; None: no logprobs.
+        echoes: the prompt of each text, if texts begin with their prompts.
     """
 
     kind, chunk_kind, prefix = "text_completion", "text_completion", "cmpl"
@@ -37,7 +38,7 @@ class Answer:
         self._tokenizer, self._top, self._echoes = tokenizer, top, echoes
         self._texts: dict[int, str] = {}
         self._lengths: dict[int, int] = {}  # whole characters before the next token of each text
-        self._characters: dict[int, TokenCharacters] = {}  # that they are made of
+        self._characters: dict[int, TokenCharacters] = {}  # decodes the tokens of each text
 
     def _text(self, token: int) -> str:
         if token not in self._texts:
@@ -45,12 +46,12 @@ class Answer:
         return self._texts[token]
 
     def whole(self, pieces: Mapping[int, Piece], usage: Mapping[str, int]) -> dict[str, Any]:
-        """The body of the response."""
+        """The body of a response that is not streamed."""
         choices = [self.choice(index, pieces[index], is_first=True) for index in sorted(pieces)]
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
 
     def chunk(self, index: int, piece: Piece, is_first: bool) -> dict[str, Any]:
-        """The data of an event: what is new of one text."""
+        """The data of an event: the next part of one text."""
         return {**self._head, "object": self.chunk_kind, "choices": [self.delta(index, piece, is_first)], "usage": None}
 
     def last_chunk(self, usage: Mapping[str, int]) -> dict[str, Any]:
@@ -85,7 +86,7 @@ class Answer:
         }
 
     def _tops(self, token: Token) -> dict[str, float] | None:
-        """The most likely tokens in the place of one, and itself."""
+        """The most likely tokens at the position of a token, and the token itself."""
         if token.logprob is None:
             return None
         tops: dict[str, float] = {}
@@ -96,7 +97,7 @@ class Answer:
 
 
 class ChatAnswer(Answer):
-    """As /v1/chat/completions writes its texts."""
+    """Writes the texts of a response of /v1/chat/completions."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
@@ -123,6 +124,6 @@ class ChatAnswer(Answer):
 
 
 def usage(prompts: Sequence[int], jobs: Sequence[Job]) -> dict[str, int]:
-    """The tokens of the prompts, each counted once, and of all texts so far."""
+    """Count the tokens of the prompts, each prompt once, and of all texts so far."""
     before, after = sum(prompts), sum(job.generated for job in jobs)
     return {"prompt_tokens": before, "completion_tokens": after, "total_tokens": before + after}

@@ -1,7 +1,7 @@
 """The running batch of one model: texts join after a pass over their prompt and leave when they end.
 
 The tokens of a text depend neither on what else is in the batch nor on when it joined, except for rounding: products of
-matrices with more rows are summed in another order. Its random numbers are its own.
+matrices with more rows are summed in another order. Each text has its own random stream.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SCORED_AT_ONCE = 256  # tokens of a prompt whose logits exist at a time
 
 
 class Delivery(NamedTuple):
-    """A piece for the reader of a job."""
+    """A piece of the text of a job."""
 
     job: Job
     piece: Piece
@@ -35,18 +35,19 @@ class Delivery(NamedTuple):
 class _Row:
     """A text in the batch.
 
-    newest: its last token, which is not in the cache yet.
-    seen: (V,) bool, tokens that the text has, if a repetition penalty asks for them.
+    numbers: the next random numbers, in reverse.
+    newest: the last token, which is not in the cache yet.
+    seen: (V,) bool, tokens that occur in the text; needed with a repetition penalty.
     """
 
     job: Job
-    numbers: list[float] = field(default_factory=list)  # random, in reverse
+    numbers: list[float] = field(default_factory=list)
     streams: RandomStreams | None = None
     newest: int = 0
     seen: torch.Tensor | None = None
 
     def number(self, device: torch.device) -> float:
-        """The next number of its random stream, as RandomStreams.draw would give it."""
+        """The next number of the job's random stream, as RandomStreams.draw would give it."""
         if self.streams is None:
             self.streams = RandomStreams([self.job.seed], device)
         if not self.numbers:
@@ -55,7 +56,7 @@ class _Row:
 
 
 class Batch:
-    """At most `slots` texts that a model generates together. Its methods are called in inference mode."""
+    """At most `slots` texts that a model generates together. Call its methods in inference mode."""
 
     def __init__(self, generator: Generator, slots: int) -> None:
         self._model, self._lean = generator.model, lean(generator.model)
@@ -76,21 +77,21 @@ class Batch:
         return len(self._rows) < self.slots
 
     def clear(self) -> list[Job]:
-        """Free all slots; returns the jobs that had them."""
+        """Free all slots; returns their jobs."""
         jobs = [row.job for row in self._rows]
         while self._rows:
             self._leave(len(self._rows) - 1)
         return jobs
 
     def drop_cancelled(self) -> int:
-        """Free the slots of jobs that nobody reads any more; returns their number."""
+        """Free the slots of cancelled jobs; returns their number."""
         gone = [place for place, row in enumerate(self._rows) if row.job.cancelled]
-        for place in reversed(gone):  # by the last row, which is none of those that go
+        for place in reversed(gone):  # last first, because the last row takes the place of the one that leaves
             self._leave(place)
         return len(gone)
 
     def join(self, job: Job) -> list[Delivery]:
-        """One pass over the prompt, and the first token; a job that needs more takes a slot."""
+        """Run one pass over the prompt and draw the first token; a job that needs more tokens takes a slot."""
         prompt = job.prompt[-self._block_size :]
         self._prompt_cache.reset()
         hidden = self._lean.hidden(torch.tensor([prompt], device=self._device), self._prompt_cache)  # (1, T, C)
@@ -110,7 +111,7 @@ class Batch:
         return delivered + drawn
 
     def step(self) -> list[Delivery]:
-        """The next token of each job in a slot."""
+        """Generate the next token of each job in a slot."""
         if self._model.config.position == "learned":
             make_room(self._model, self._cache)
         newest = torch.tensor([row.newest for row in self._rows], device=self._device)
@@ -127,7 +128,7 @@ class Batch:
             self._rows[place] = last
 
     def _draw(self, rows: list[_Row], logits: torch.Tensor) -> list[Delivery]:
-        """The next token of each row, from logits (B, V)."""
+        """Draw the next token of each row from logits (B, V)."""
         tokens = self._sample(rows, logits)  # (B,)
         logprobs = logits.float().log_softmax(-1)  # (B, V)
         chosen: list[float] = logprobs.gather(-1, tokens[:, None])[:, 0].tolist()
@@ -141,7 +142,7 @@ class Batch:
         return delivered
 
     def _sample(self, rows: list[_Row], logits: torch.Tensor) -> torch.Tensor:
-        """The next token of each row, (B,); rows with the same options are drawn together."""
+        """Draw the next token of each row, (B,); rows with the same options are drawn together."""
         numbers = torch.tensor([row.number(self._device) for row in rows], dtype=torch.float64)
         uniform = numbers.to("cpu" if self._device.type == "mps" else self._device)  # (B,)
         groups: dict[SamplingOptions, list[int]] = {}
@@ -158,7 +159,7 @@ class Batch:
         return tokens
 
     def _score(self, prompt: Sequence[int], hidden: torch.Tensor, count: int) -> tuple[Token, ...]:
-        """The tokens of a prompt, each as the model predicts it from those before; hidden (T, C)."""
+        """The tokens of a prompt, each with its logprob given those before; hidden (T, C)."""
         found = [Token(prompt[0], None)]
         for first in range(0, len(prompt) - 1, SCORED_AT_ONCE):
             targets = prompt[first + 1 : first + 1 + SCORED_AT_ONCE]
@@ -173,7 +174,7 @@ class Batch:
 def _sample(
     logits: torch.Tensor, options: SamplingOptions, uniform: torch.Tensor, rows: Sequence[_Row]
 ) -> torch.Tensor:
-    """The next token of each row, (B,), all with the same options."""
+    """Draw the next token of each row, (B,), all with the same options."""
     seen = [row.seen for row in rows if row.seen is not None]
     tokens = sample(logits, options, uniform, torch.stack(seen) if seen else None)
     for of_row, token in zip(seen, tokens, strict=False):

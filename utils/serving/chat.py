@@ -1,4 +1,4 @@
-"""How a conversation becomes a prompt: by the chat template of a published model, or by the setting qa_template."""
+"""Prompts of conversations, by the chat template of a published model or the setting qa_template."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Turn(Protocol):
 
 
 class ChatPrompt(NamedTuple):
-    """Token ids of a conversation, and where its answer ends: stop strings, and tokens that end it."""
+    """The token ids of a conversation, and the stop strings and tokens that end the answer."""
 
     ids: list[int]
     stops: Sequence[str] = ()
@@ -40,10 +40,10 @@ class ChatPrompt(NamedTuple):
 
 
 class Template(Protocol):
-    """Makes a prompt of a conversation.
+    """Makes a prompt from a conversation.
 
     Raises:
-        UserError: it has no place for a message, or part of it has no token.
+        UserError: the template has no place for a message, or part of the prompt has no token.
     """
 
     def __call__(self, messages: Sequence[Turn]) -> ChatPrompt: ...
@@ -61,7 +61,7 @@ class QuestionTemplate:
             if message.role != ("user", "assistant")[place % 2]:
                 raise UserError(
                     f"messages.{place}: the Q&A template takes questions (role user) and answers (role assistant) in "
-                    f"turns, not a message of the role {message.role}"
+                    f"turns, not a message with the role {message.role} here"
                 )
             text += self.generator.qa_prompt(message.content) if place % 2 == 0 else message.content + settings.qa_stop
         if len(messages) % 2 == 0:
@@ -71,7 +71,7 @@ class QuestionTemplate:
 
 
 class PublishedTemplate:
-    """The Jinja template of a published model, in a sandbox: it is text of a stranger.
+    """The Jinja template of a published model, rendered in a sandbox because it is not trusted.
 
     Args:
         facts: meta/pretrained.json of the run.
@@ -90,8 +90,8 @@ class PublishedTemplate:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             text = self._template.render(messages=turns, add_generation_prompt=True, **self._names)
-        except (TemplateError, TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"messages: the chat template of the model does not take them: {error}") from None
+        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
+            raise UserError(f"messages: the chat template of the model does not accept them: {error}") from None
         ids: list[int] = []
         parts = re.split("|".join(f"({re.escape(name)})" for name in self._special), text) if self._special else [text]
         for part in filter(None, parts):
@@ -102,26 +102,30 @@ class PublishedTemplate:
 
 
 def _raise(message: str) -> None:
-    """What templates call for a conversation that they do not take."""
+    """`raise_exception`, which templates call for a conversation that they do not accept."""
     raise TemplateError(message)
 
 
 def _text_of(token: Any) -> str:
-    """A special token in tokenizer_config.json: its text, or an object with it."""
+    """The text of a special token in tokenizer_config.json, which is a text or an object that contains it."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else ""
 
 
 def _special_texts(tokenizer: Tokenizer) -> dict[str, int]:
-    """The text of each special token."""
+    """The id of each special token, by its text."""
     return {tokenizer.decode([token]) or name: token for name, token in tokenizer.special_tokens.items()}
 
 
 def find_template(export: Path, generator: Generator) -> Template | None:
-    """How a conversation with the model of an export is written; None: it has no template for one.
+    """Find the template for conversations with the model of an export; None: it has none.
 
-    The first of: the chat template of the published model that the run began with; qa_template, if it is set now to
-    something else than the built-in default; that of the run's own configuration, in the same case.
+    The first of: the chat template of the published model that the run began with; the current qa_template, unless it
+    is the built-in default; the qa_template of the run's own configuration, unless it is the default. The last one
+    also replaces the template in the settings of `generator`.
+
+    Raises:
+        UserError: the chat template is damaged.
     """
     run = export.parent.parent if export.parts[-2:] == EXPORT.parts else export
     facts = read_json_or_empty(run / PRETRAINED, run)
@@ -140,10 +144,6 @@ def find_template(export: Path, generator: Generator) -> Template | None:
             return None
         if trained.qa_template == default.qa_template:
             return None
-        generator.settings = replace_template(generator.settings, trained)
+        update = {"qa_template": trained.qa_template, "qa_stop": trained.qa_stop}
+        generator.settings = generator.settings.model_copy(update=update)
     return QuestionTemplate(generator)
-
-
-def replace_template(settings: InferenceConfig, trained: InferenceConfig) -> InferenceConfig:
-    """The settings with the template that a run was trained with."""
-    return settings.model_copy(update={"qa_template": trained.qa_template, "qa_stop": trained.qa_stop})

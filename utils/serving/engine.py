@@ -1,8 +1,8 @@
 """Continuous batching: one thread that lets texts join the running batch of their model between two steps.
 
-The models take turns, a step each, because they share the processor. A newcomer's prompt is computed between two steps,
-one prompt at a time, so that running texts go on. Who reads slowly keeps nobody waiting: pieces are handed over and not
-waited for.
+The models take turns, one step each, because they share the processor. The prompt of a new text is computed between two
+steps, one prompt at a time, so that running texts continue. A slow reader delays nobody: the engine hands pieces over
+without waiting until they are read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from utils.errors import is_out_of_memory
 from utils.serving.batch import Batch, Delivery
 from utils.serving.sequence import Job, Piece
 
-HAND_OVER_SECONDS = 0.04  # that pieces are collected for: each event costs the processor 0.1 ms (docs/LOG.md)
-LONGEST_WAIT = 60  # seconds of Retry-After
+HAND_OVER_SECONDS = 0.04  # pieces are collected for so long, because each event costs 0.1 ms (docs/LOG.md)
+LONGEST_WAIT = 60  # seconds in Retry-After
 
 
 class QueueFullError(Exception):
-    """As many texts as allowed are waiting. retry_after: seconds until there is probably room."""
+    """The queue of a model is full. retry_after: seconds until there is probably room."""
 
     def __init__(self, waiting: int, retry_after: int) -> None:
         super().__init__(f"{waiting:,} texts are waiting already; try again in {retry_after} s")
@@ -51,8 +51,8 @@ class Counters:
     first_token_seconds: float = 0.0
 
 
-class Lane:
-    """A model with its batch, and the jobs that wait for a slot."""
+class ModelQueue:
+    """The running batch of a model, and the jobs that wait for a slot in it."""
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
@@ -65,18 +65,18 @@ class Lane:
 
 
 class Engine:
-    """Generates for all who ask. `submit` and `cancel` may be called from any thread.
+    """Generates the texts of all models. `submit` and `cancel` may be called from any thread.
 
     Args:
-        batches: of each model, by name.
+        batches: the batch of each model, by the name of the model.
         most_waiting: jobs of a model that may wait for a slot.
-        hand_over: takes the pieces, in the thread of the engine.
+        hand_over: called with new pieces, in the thread of the engine.
     """
 
     def __init__(
         self, batches: Mapping[str, Batch], most_waiting: int, hand_over: Callable[[Sequence[Delivery]], None]
     ) -> None:
-        self.lanes = {name: Lane(batch) for name, batch in batches.items()}
+        self.queues = {name: ModelQueue(batch) for name, batch in batches.items()}
         self._most_waiting, self._hand_over = most_waiting, hand_over
         self._changed = threading.Condition()
         self._closed = False
@@ -93,102 +93,102 @@ class Engine:
         return self._thread.is_alive()
 
     def close(self) -> None:
-        """End: jobs that are not done fail."""
+        """End the engine; jobs that are not done fail."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
 
     def submit(self, model: str, jobs: Sequence[Job]) -> None:
-        """Let jobs wait for their turn, all or none.
+        """Put jobs into the queue of a model, all or none.
 
         Raises:
-            QueueFullError: too many are waiting.
+            QueueFullError: there is no room for all of them.
         """
-        lane = self.lanes[model]
+        queue = self.queues[model]
         with self._changed:
-            free = lane.batch.slots - len(lane.batch)
-            if len(lane.waiting) + len(jobs) > self._most_waiting + free:
-                raise QueueFullError(len(lane.waiting), self._retry_after(lane))
-            lane.waiting.extend(jobs)
+            free = queue.batch.slots - len(queue.batch)
+            if len(queue.waiting) + len(jobs) > self._most_waiting + free:
+                raise QueueFullError(len(queue.waiting), self._retry_after(queue))
+            queue.waiting.extend(jobs)
             self._changed.notify()
 
     def most_at_once(self, model: str) -> int:
-        """Jobs that may run and wait together."""
-        return self._most_waiting + self.lanes[model].batch.slots
+        """The number of jobs that may run and wait together."""
+        return self._most_waiting + self.queues[model].batch.slots
 
     def cancel(self, model: str, jobs: Sequence[Job]) -> None:
-        """Forget jobs whose reader has gone."""
-        lane = self.lanes[model]
+        """Drop jobs that nobody waits for any more."""
+        queue = self.queues[model]
         with self._changed:
             for job in jobs:
                 job.cancelled = True
-                if job in lane.waiting:
-                    lane.waiting.remove(job)
-                    lane.counters.cancelled += 1
+                if job in queue.waiting:
+                    queue.waiting.remove(job)
+                    queue.counters.cancelled += 1
 
-    def _retry_after(self, lane: Lane) -> int:
-        """Seconds until the queue is empty at the rate at which jobs have ended so far."""
-        ended = lane.counters.finished / (time.monotonic() - self._began)
-        return min(LONGEST_WAIT, max(1, math.ceil(len(lane.waiting) / ended))) if ended else 1
+    def _retry_after(self, queue: ModelQueue) -> int:
+        """Seconds until the queue is empty, at the rate at which jobs have finished so far."""
+        ended = queue.counters.finished / (time.monotonic() - self._began)
+        return min(LONGEST_WAIT, max(1, math.ceil(len(queue.waiting) / ended))) if ended else 1
 
     @torch.inference_mode()
     def _work(self) -> None:
         while self._wait_for_work():
-            for lane in self.lanes.values():
+            for queue in self.queues.values():
                 try:
-                    self._turn(lane)
+                    self._turn(queue)
                 except Exception as error:
-                    self._fail(lane, lane.batch.clear(), _reported(error))
+                    self._fail(queue, queue.batch.clear(), _reported(error))
             self._pass_on()
-        for lane in self.lanes.values():
-            self._fail(lane, [*lane.batch.clear(), *lane.waiting], "the server is shutting down")
-            lane.waiting.clear()
+        for queue in self.queues.values():
+            self._fail(queue, [*queue.batch.clear(), *queue.waiting], "the server is shutting down")
+            queue.waiting.clear()
         self._pass_on(at_once=True)
 
     def _wait_for_work(self) -> bool:
-        """Returns once there is something to do; False: the engine is to end."""
+        """Wait until there is something to do; returns False if the engine was closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or any(lane.has_work for lane in self.lanes.values()))
+            self._changed.wait_for(lambda: self._closed or any(queue.has_work for queue in self.queues.values()))
             return not self._closed
 
-    def _turn(self, lane: Lane) -> None:
-        """The prompt of one newcomer, and a step of all."""
-        lane.counters.cancelled += lane.batch.drop_cancelled()
+    def _turn(self, queue: ModelQueue) -> None:
+        """Compute the prompt of one waiting job, then one step of the batch."""
+        queue.counters.cancelled += queue.batch.drop_cancelled()
         newcomer = None
         with self._changed:
-            if lane.waiting and lane.batch.has_room:
-                newcomer = lane.waiting.popleft()
+            if queue.waiting and queue.batch.has_room:
+                newcomer = queue.waiting.popleft()
         if newcomer is not None:
-            self._join(lane, newcomer)
-        if len(lane.batch):
-            lane.counters.steps += 1
-            self._collect(lane, lane.batch.step())
+            self._join(queue, newcomer)
+        if len(queue.batch):
+            queue.counters.steps += 1
+            self._collect(queue, queue.batch.step())
 
-    def _join(self, lane: Lane, job: Job) -> None:
-        lane.counters.prompt_tokens += len(job.prompt)
+    def _join(self, queue: ModelQueue, job: Job) -> None:
+        queue.counters.prompt_tokens += len(job.prompt)
         try:
-            delivered = lane.batch.join(job)
-        except Exception as error:  # those in the batch go on: nothing of theirs has been touched
-            self._fail(lane, [job], f"on this prompt: {_reported(error)}")
+            delivered = queue.batch.join(job)
+        except Exception as error:  # the batch is untouched, so its texts continue
+            self._fail(queue, [job], f"on this prompt: {_reported(error)}")
             return
-        lane.counters.first_tokens += 1
-        lane.counters.first_token_seconds += time.perf_counter() - job.asked
-        self._collect(lane, delivered)
+        queue.counters.first_tokens += 1
+        queue.counters.first_token_seconds += time.perf_counter() - job.asked
+        self._collect(queue, delivered)
         self._pass_on(at_once=True)
 
-    def _collect(self, lane: Lane, delivered: Sequence[Delivery]) -> None:
+    def _collect(self, queue: ModelQueue, delivered: Sequence[Delivery]) -> None:
         for _, piece in delivered:
-            lane.counters.generated_tokens += len(piece.tokens)
-            lane.counters.finished += piece.finish is not None
-            lane.counters.failed += piece.error is not None
+            queue.counters.generated_tokens += len(piece.tokens)
+            queue.counters.finished += piece.finish is not None
+            queue.counters.failed += piece.error is not None
         self._collected += delivered
 
-    def _fail(self, lane: Lane, jobs: Sequence[Job], reason: str) -> None:
-        self._collect(lane, [Delivery(job, Piece(error=reason)) for job in jobs])
+    def _fail(self, queue: ModelQueue, jobs: Sequence[Job], reason: str) -> None:
+        self._collect(queue, [Delivery(job, Piece(error=reason)) for job in jobs])
 
     def _pass_on(self, at_once: bool = False) -> None:
-        """Hand the collected pieces over, if it is time."""
+        """Hand the collected pieces over if they are due or one of them is the last of its text."""
         now = time.monotonic()
         due = at_once or now - self._handed_over >= HAND_OVER_SECONDS
         if self._collected and (due or any(piece.is_last for _, piece in self._collected)):
@@ -198,6 +198,6 @@ class Engine:
 
 
 def _reported(error: Exception) -> str:
-    """What clients learn of a failure, whose traceback goes to stderr."""
+    """Print the traceback of a failure on stderr; returns the reason that clients get."""
     traceback.print_exception(error, file=sys.stderr)
     return "out of memory" if is_out_of_memory(error) else f"the model failed: {type(error).__name__}"

@@ -11,7 +11,7 @@ MOST_SLOTS, MOST_WAITING = 1024, 100_000
 
 
 def add_arguments(parser: argparse.ArgumentParser, key_name: str) -> None:
-    """All flags but those of the settings in section `inference`.
+    """Add all flags except the settings of section `inference`.
 
     Args:
         key_name: the environment variable with the API key.
@@ -20,8 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser, key_name: str) -> None:
         "runs",
         metavar="RUN",
         nargs="*",
-        help="path, id, tag, part of an id, or latest (default: the newest with an export); requests name a run as it "
-        "is named here",
+        help="path, id, tag, part of an id, or latest (default: the newest with an export); requests use the same name",
     )
     _add_server_arguments(parser.add_argument_group("the server"), key_name)
     _add_model_arguments(parser.add_argument_group("the models"))
@@ -32,8 +31,8 @@ def _add_server_arguments(group: argparse._ArgumentGroup, key_name: str) -> None
         "--host",
         default="127.0.0.1",
         metavar="HOST",
-        help="address to listen at; another than loopback lets whoever reaches this machine use the server, without "
-        f"encryption: set {key_name} in its environment, which requests then need (default: 127.0.0.1)",
+        help="address to listen on; any but loopback lets everyone who can reach this machine use the server, without "
+        f"encryption: set {key_name} in its environment to require that key (default: 127.0.0.1)",
     )
     group.add_argument(
         "--port", type=whole(0, 65535), default=8000, metavar="N", help="port; 0: any free one (default: 8000)"
@@ -43,7 +42,7 @@ def _add_server_arguments(group: argparse._ArgumentGroup, key_name: str) -> None
         type=whole(1, MOST_SLOTS),
         default=16,
         metavar="N",
-        help="texts of a run that are generated at a time; each takes the memory of a context (default: 16)",
+        help="texts of a run that are generated at once; each takes the memory of a context (default: 16)",
     )
     group.add_argument(
         "--queue",
@@ -52,9 +51,7 @@ def _add_server_arguments(group: argparse._ArgumentGroup, key_name: str) -> None
         metavar="N",
         help="texts of a run that may wait for a slot; more are refused with status 429 (default: 256)",
     )
-    group.add_argument(
-        "--edit", action="store_true", help="tags and notes of runs can be changed in the pages at /runs"
-    )
+    group.add_argument("--edit", action="store_true", help="let the pages at /runs change tags and notes of runs")
 
 
 def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
@@ -66,14 +63,14 @@ def _add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "--unknown-token",
         type=one_character,
         metavar="C",
-        help="character of the vocabulary that stands for those outside it (default: as trained)",
+        help="read characters that are not in the vocabulary as C, which is (default: as in training)",
     )
     weights = group.add_mutually_exclusive_group()
     weights.add_argument(
         "--weights",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="precision of the weights and activations; auto: bfloat16 on a GPU with units for it, else float32 "
+        help="precision of the weights and activations; auto: bfloat16 on a GPU with bfloat16 units, otherwise float32 "
         "(default: auto)",
     )
-    weights.add_argument("--quantize", choices=("int8",), help="on a CPU: matrices of 8 bits, each row with a scale")
+    weights.add_argument("--quantize", choices=("int8",), help="8-bit matrices with a scale per row, on a CPU")

@@ -19,7 +19,7 @@ from utils.inference.decode import start_tokens
 from utils.inference.sampling import SamplingOptions
 from utils.serving.answers import Answer, ChatAnswer, Echo, usage
 from utils.serving.metrics import CONTENT_TYPE, metrics_text
-from utils.serving.readers import ClientGoneError, Desk, Reading, merged, unless_gone
+from utils.serving.readers import ClientGoneError, Dispatcher, Reader, merged, unless_gone
 from utils.serving.schemas import (
     MOST_PROMPTS,
     MOST_TOKENS,
@@ -38,60 +38,63 @@ from utils.web.errors import ApiError, ErrorBody, error_detail
 
 DONE = b"data: [DONE]\n\n"
 BUSY: dict[int | str, dict[str, Any]] = {
-    429: {"model": ErrorBody, "description": "too many texts are waiting; Retry-After says for how long"},
-    500: {"model": ErrorBody, "description": "the model failed, because its training diverged, say"},
+    429: {"model": ErrorBody, "description": "too many texts are waiting; Retry-After says when to try again"},
+    500: {"model": ErrorBody, "description": "the model failed, for instance because its training diverged"},
     503: {"model": ErrorBody, "description": "the server is shutting down"},
 }
 
 
-def add_routes(app: FastAPI, runs: Runs, desk: Desk) -> None:
-    """Let the app serve the API."""
+def add_routes(app: FastAPI, runs: Runs, dispatcher: Dispatcher) -> None:
+    """Add the routes of the API to the app."""
 
     @app.get("/v1/models")
     async def models() -> ModelList:
-        """The runs."""
+        """The runs that are served."""
         return ModelList(object="list", data=[run.described() for run in runs.by_name.values()])
 
     @app.get("/v1/models/{name:path}", responses={404: {"model": ErrorBody, "description": "no such run"}})
     async def model(name: str) -> Model:
-        """A run."""
+        """One run."""
         return find(runs, name).described()
 
     @app.post("/v1/completions", response_model=Completion, responses=BUSY)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Texts that go on from prompts."""
+        """Texts that continue prompts."""
         run = find(runs, body.model)
         asked = await run_in_threadpool(completion_jobs, body, run)
-        return await respond(desk, run, asked, body, request)
+        return await respond(dispatcher, run, asked, body, request)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=BUSY)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        """Answers in a conversation, of a run that has a template for one."""
+        """Answers in a conversation, by a run that has a template for conversations."""
         run = find(runs, body.model)
         asked = await run_in_threadpool(chat_jobs, body, run)
-        return await respond(desk, run, asked, body, request)
+        return await respond(dispatcher, run, asked, body, request)
 
     @app.get("/health", responses={503: {"model": Health, "description": "the server is shutting down"}})
     async def health(response: Response) -> Health:
         """Whether requests are served, and how many texts are running and waiting."""
-        lanes = {
-            name: {"slots": lane.batch.slots, "running": len(lane.batch), "waiting": len(lane.waiting)}
-            for name, lane in desk.engine.lanes.items()
+        queues = {
+            name: {"slots": queue.batch.slots, "running": len(queue.batch), "waiting": len(queue.waiting)}
+            for name, queue in dispatcher.engine.queues.items()
         }
-        if app.state.running.draining or not desk.engine.is_alive:
+        if app.state.running.draining or not dispatcher.engine.is_alive:
             response.status_code = 503
-            return Health(status="draining" if desk.engine.is_alive else "failed", models=lanes)
-        return Health(status="ok", models=lanes)
+            return Health(status="draining" if dispatcher.engine.is_alive else "failed", models=queues)
+        return Health(status="ok", models=queues)
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(metrics_text(desk.engine), media_type=CONTENT_TYPE)
+        """Counters for Prometheus."""
+        return Response(metrics_text(dispatcher.engine), media_type=CONTENT_TYPE)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The jobs of a request, how they are answered, and the number of tokens in each prompt."""
+    """The jobs of a request, and how to answer it.
+
+    prompts: the number of tokens in each prompt.
+    """
 
     jobs: Sequence[Job]
     answer: Answer
@@ -99,6 +102,11 @@ class Asked:
 
 
 def find(runs: Runs, name: str) -> Served:
+    """The run that a request names.
+
+    Raises:
+        ApiError: no such run (status 404).
+    """
     run = runs.find(name)
     if run is None:
         raise ApiError(404, runs.missing(name), param="model", code="model_not_found")
@@ -106,7 +114,7 @@ def find(runs: Runs, name: str) -> Served:
 
 
 def completion_jobs(body: CompletionRequest, run: Served) -> Asked:
-    """What /v1/completions asks for.
+    """The jobs of a request to /v1/completions.
 
     Raises:
         ApiError, UserError: the request cannot be served.
@@ -136,32 +144,31 @@ def completion_jobs(body: CompletionRequest, run: Served) -> Asked:
 
 
 def _prompt_ids(prompt: str | Sequence[int], run: Served) -> list[int]:
-    """The tokens that a text goes on from, at least one.
+    """The tokens that a text continues, at least one.
 
     Raises:
         TokenizerError, UnicodeError: part of the prompt has no token.
-        ApiError: there is no such token.
+        ApiError: a token id is outside the vocabulary.
     """
     tokenizer = run.generator.tokenizer
     if isinstance(prompt, str):
         prompt.encode()
         return start_tokens(tokenizer, prompt, run.begin)
     if wrong := [token for token in prompt if token >= tokenizer.vocab_size]:
-        message = f"prompt: no token {wrong[0]}: the vocabulary of {run.name} has {tokenizer.vocab_size:,}, from 0 on"
+        message = f"prompt: no token {wrong[0]}: {run.name} has tokens 0 to {tokenizer.vocab_size - 1:,}"
         raise ApiError(400, message, param="prompt")
     return list(prompt) or start_tokens(tokenizer, "", run.begin)
 
 
 def chat_jobs(body: ChatRequest, run: Served) -> Asked:
-    """What /v1/chat/completions asks for.
+    """The jobs of a request to /v1/chat/completions.
 
     Raises:
         ApiError, UserError: the request cannot be served.
     """
     if run.template is None:
         message = (
-            f"{run.name} has no chat or Q&A template: it goes on from texts, at /v1/completions "
-            "(serve.py --qa-template gives it one)"
+            f"{run.name} has no chat or Q&A template: use /v1/completions, or give it one with serve.py --qa-template"
         )
         raise ApiError(400, message, param="model", code="no_chat_template")
     try:
@@ -185,7 +192,7 @@ def _job(body: Sampling, run: Served, prompt: list[int], count: int, top: int, s
         raise ApiError(400, f"prompt: {prompts:,} prompts, at most {MOST_PROMPTS} in a request", param="prompt")
     texts = prompts * (body.n or 1)
     if texts * count > MOST_TOKENS:
-        message = f"{texts:,} texts of up to {count:,} tokens: a request gets at most {MOST_TOKENS:,} tokens"
+        message = f"{texts:,} texts of up to {count:,} tokens: a request may ask for at most {MOST_TOKENS:,} tokens"
         raise ApiError(400, message, param="max_tokens")
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: value for name in names if (value := getattr(body, name)) is not None}
@@ -194,16 +201,16 @@ def _job(body: Sampling, run: Served, prompt: list[int], count: int, top: int, s
     return Job(prompt, run.generator.tokenizer, options, seed, count, body.stops, top, scores)
 
 
-async def respond(desk: Desk, run: Served, asked: Asked, body: Sampling, request: Request) -> Response:
-    """The response to a request, whole or as a stream."""
-    reading = desk.ask(run.name, asked.jobs)
+async def respond(dispatcher: Dispatcher, run: Served, asked: Asked, body: Sampling, request: Request) -> Response:
+    """Generate the texts of a request, and answer it as a whole or as a stream."""
+    reader = dispatcher.ask(run.name, asked.jobs)
     if body.stream:
         with_usage = body.stream_options is not None and body.stream_options.include_usage
-        return EventStream(events(reading, asked, with_usage), reading)
+        return EventStream(events(reader, asked, with_usage), reader)
     pieces: dict[int, list[Piece]] = {index: [] for index in range(len(asked.jobs))}
 
     async def collect() -> None:
-        while new := await reading.read():
+        while new := await reader.read():
             for index, piece in new.items():
                 pieces[index].append(piece)
 
@@ -212,7 +219,7 @@ async def respond(desk: Desk, run: Served, asked: Asked, body: Sampling, request
     except ClientGoneError:
         return Response(status_code=499)
     finally:
-        reading.close()
+        reader.close()
     whole = {index: merged(several) for index, several in pieces.items()}
     return json_response(asked.answer.whole(whole, usage(asked.prompts, asked.jobs)))
 
@@ -221,11 +228,11 @@ def json_response(value: Any) -> Response:
     return Response(orjson.dumps(value), media_type="application/json")
 
 
-async def events(reading: Reading, asked: Asked, with_usage: bool) -> AsyncIterator[bytes]:
-    """The events of a stream, until [DONE]; after an error it is the last one."""
+async def events(reader: Reader, asked: Asked, with_usage: bool) -> AsyncIterator[bytes]:
+    """Yield the events of a stream: the last one is [DONE], or an error."""
     begun: set[int] = set()
     try:
-        while new := await reading.read():
+        while new := await reader.read():
             for index, piece in new.items():
                 chunk = asked.answer.chunk(index, piece, is_first=index not in begun)
                 begun.add(index)
@@ -239,13 +246,13 @@ async def events(reading: Reading, asked: Asked, with_usage: bool) -> AsyncItera
 
 
 class EventStream(StreamingResponse):
-    """A stream of events; the slots of a client that goes away are freed, at whatever moment it does."""
+    """A stream of events that frees its slots whenever the client disconnects."""
 
-    def __init__(self, content: AsyncIterator[bytes], reading: Reading) -> None:
+    def __init__(self, content: AsyncIterator[bytes], reader: Reader) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(content, media_type="text/event-stream", headers=headers)
-        self._reading = reading
+        self._reader = reader
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.closing(self._reading):
+        with contextlib.closing(self._reader):
             await super().__call__(scope, receive, send)

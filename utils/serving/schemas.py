@@ -1,4 +1,4 @@
-"""The requests and responses of the API, as OpenAI describes them, with the fields that are served here."""
+"""The requests and responses of the API: those of OpenAI's API, with the fields that are served here."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from utils.terminal.words import one_line
 
 MOST_CHOICES = 16  # texts for one prompt
 MOST_PROMPTS = 256  # of one request
-MOST_TOP = 20  # most likely tokens in the place of each
+MOST_TOP = 20  # most likely tokens to report at each position
 MOST_STOPS = 16
-MOST_TOKENS = 100_000  # that a request may generate, in all its texts
+MOST_TOKENS = 100_000  # that a request may generate, in all its texts together
 SEEDS = 2**63
 
 
@@ -42,7 +42,7 @@ Prompt = Text | list[Text] | list[TokenId] | list[list[TokenId]] | None
 
 
 def _one_of(kinds: str) -> WrapValidator:
-    """One message for a value that is of none of several kinds."""
+    """Give one message for a value that is of none of several kinds, instead of one for each kind."""
 
     def check_all(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -54,17 +54,17 @@ def _one_of(kinds: str) -> WrapValidator:
 
 
 def _mistake(field: str, message: str) -> PydanticCustomError:
-    """A mistake that only the whole request shows; `field` becomes the `param` of the error."""
+    """A mistake that only the whole request shows; `field` becomes the `param` in the error."""
     return PydanticCustomError("request", message, {"param": cut(one_line(field), SHOWN)})
 
 
 def _neutral(value: Any, neutral: Any, name: str) -> None:
     if value not in (None, neutral):
-        raise _mistake(name, f"{name} is not served here: leave it out")
+        raise _mistake(name, f"{name} is not supported: leave it out")
 
 
 class StreamOptions(BaseModel):
-    """include_usage: whether a last event counts the tokens."""
+    """include_usage: whether the last event has the token counts."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -72,27 +72,27 @@ class StreamOptions(BaseModel):
 
 
 class Sampling(BaseModel):
-    """How to generate; what is left out is as the section `inference` of the configuration says."""
+    """How to generate; fields that are left out take their values from the section `inference` of the configuration."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str = Field(max_length=1000, description="one of /v1/models")
     temperature: Number | None = Field(None, ge=0, le=1_000_000, description="0 is greedy")
     top_p: Number | None = Field(None, gt=0, le=1)
-    top_k: Whole | None = Field(None, ge=1, lt=2**31, description="not of OpenAI's API")
-    min_p: Number | None = Field(None, ge=0, le=1, description="not of OpenAI's API")
-    repetition_penalty: Number | None = Field(None, ge=0.001, le=1000, description="not of OpenAI's API")
+    top_k: Whole | None = Field(None, ge=1, lt=2**31, description="not in OpenAI's API")
+    min_p: Number | None = Field(None, ge=0, le=1, description="not in OpenAI's API")
+    repetition_penalty: Number | None = Field(None, ge=0.001, le=1000, description="not in OpenAI's API")
     n: Whole | None = Field(None, ge=1, le=MOST_CHOICES, description="texts for each prompt")
     seed: Whole | None = Field(None, ge=0, lt=SEEDS, description="text i draws from the random stream of seed + i")
     stop: Annotated[Text | list[Text] | None, _one_of("a text in Unicode, or a list of texts")] = Field(
-        None, description="where a text ends; not part of it"
+        None, description="strings that end a text and are not part of it"
     )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="ignored")
-    presence_penalty: Number | None = Field(None, description="only 0 is served")
-    frequency_penalty: Number | None = Field(None, description="only 0 is served")
-    logit_bias: dict[str, Number] | None = Field(None, description="only an empty one is served")
+    presence_penalty: Number | None = Field(None, description="only 0 is supported")
+    frequency_penalty: Number | None = Field(None, description="only 0 is supported")
+    logit_bias: dict[str, Number] | None = Field(None, description="only an empty one is supported")
 
     @model_validator(mode="before")
     @classmethod
@@ -108,7 +108,7 @@ class Sampling(BaseModel):
         _neutral(self.frequency_penalty, 0, "frequency_penalty")
         _neutral(self.logit_bias, {}, "logit_bias")
         if self.stream_options is not None and not self.stream:
-            raise _mistake("stream_options", "stream_options goes with stream: true")
+            raise _mistake("stream_options", "stream_options needs stream: true")
         if self.seed is not None and self.seed + MOST_CHOICES * MOST_PROMPTS >= SEEDS:
             raise _mistake("seed", f"seed: expected less than 2^63 - {MOST_CHOICES * MOST_PROMPTS}")
         return self
@@ -132,11 +132,13 @@ class CompletionRequest(Sampling):
     prompt: Annotated[Prompt, _one_of("a text in Unicode, token ids from 0 on, or a list of either")] = Field(
         "", description="a text, token ids, or several of either"
     )
-    max_tokens: Whole | None = Field(None, ge=0, le=MOST_TOKENS, description="0 is for a prompt that is only scored")
+    max_tokens: Whole | None = Field(None, ge=0, le=MOST_TOKENS, description="0: the prompt is only scored")
     echo: bool | None = Field(None, description="whether a text begins with its prompt")
-    logprobs: Whole | None = Field(None, ge=0, le=MOST_TOP, description="the most likely tokens to report for each")
-    best_of: Whole | None = Field(None, description="only n is served")
-    suffix: str | None = Field(None, description="not served")
+    logprobs: Whole | None = Field(
+        None, ge=0, le=MOST_TOP, description="number of most likely tokens to report at each position"
+    )
+    best_of: Whole | None = Field(None, description="only the value of n is supported")
+    suffix: str | None = Field(None, description="not supported")
 
     @model_validator(mode="after")
     def _plain(self) -> CompletionRequest:
@@ -178,12 +180,12 @@ class ChatRequest(Sampling):
     @model_validator(mode="after")
     def _with_logprobs(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
-            raise _mistake("top_logprobs", "top_logprobs goes with logprobs: true")
+            raise _mistake("top_logprobs", "top_logprobs needs logprobs: true")
         return self
 
 
 class Usage(BaseModel):
-    """Tokens; those of a prompt count once, however many texts follow it."""
+    """Token counts; the tokens of a prompt count once, however many texts follow it."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -191,7 +193,7 @@ class Usage(BaseModel):
 
 
 class Logprobs(BaseModel):
-    """What the model found how likely, a place for each token.
+    """How likely the model found each token; every list has one entry for each token.
 
     text_offset: whole characters of the text before the token.
     """
@@ -223,7 +225,7 @@ class Completion(BaseModel):
 
 
 class TopToken(BaseModel):
-    """A token that could have been there."""
+    """A token, and how likely it was at its position."""
 
     token: str
     logprob: float
@@ -231,19 +233,19 @@ class TopToken(BaseModel):
 
 
 class ChatToken(TopToken):
-    """A token, and the most likely ones in its place."""
+    """A token, and the most likely tokens at its position."""
 
     top_logprobs: list[TopToken]
 
 
 class ChatLogprobs(BaseModel):
-    """A place for each token."""
+    """One entry for each token."""
 
     content: list[ChatToken]
 
 
 class AssistantMessage(BaseModel):
-    """The answer."""
+    """The message with the answer."""
 
     role: Literal["assistant"]
     content: str
@@ -270,9 +272,10 @@ class ChatCompletion(BaseModel):
 
 
 class Model(BaseModel):
-    """A run, as /v1/models/{name} describes it. The fields from `run` on are not of OpenAI's API.
+    """A run, as /v1/models/{name} describes it. The fields from `run` on are not in OpenAI's API.
 
-    defaults: the settings of the section `inference`. chat: whether /v1/chat/completions serves it.
+    chat: whether /v1/chat/completions serves the run.
+    defaults: the settings of the section `inference`.
     """
 
     id: str

@@ -1,4 +1,4 @@
-"""One text that the server is asked for, and the pieces in which it is delivered."""
+"""One text that the server generates, and the pieces in which it is delivered."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from utils.inference.text_stream import TextStream
 class Token(NamedTuple):
     """A token and how likely the model found it.
 
-    logprob: its natural logarithm, before any filter; None for the first token of a text, which nothing precedes.
-    top: (token, logprob) of the most likely tokens in its place, the most likely first.
+    logprob: the natural logarithm of its probability, before any filter; None for the first token of a text.
+    top: (token, logprob) of the most likely tokens at its position, the most likely first.
     """
 
     id: int
@@ -25,12 +25,13 @@ class Token(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What is new of a text.
+    """The next piece of a text.
 
-    text: as far as later tokens cannot change it.
-    prompt: the tokens of the prompt, if they are scored; in a piece before all others.
+    text: new characters that no later token can change.
+    tokens: new tokens.
+    prompt: the tokens of the prompt, if they are scored; they come in the first piece.
     finish: "stop" at a stop string or a token that ends the text, "length", or None: more follows.
-    error: why there is no more, instead of all else.
+    error: why the text cannot be continued; the other fields are then empty.
     """
 
     text: str = ""
@@ -49,12 +50,14 @@ class Job:
     """A text to generate.
 
     prompt: token ids, at least one.
-    seed: of its random stream.
+    seed: seed of its random stream.
     max_new_tokens: 0: only the prompt is scored.
-    top: how many of the most likely tokens to report in the place of each.
+    top: number of most likely tokens to report at each position.
     scores_prompt: whether the tokens of the prompt are reported, too.
-    ends: tokens that end the text, and are not part of it.
-    cancelled: set by the reader, who wants no more.
+    ends: tokens that end the text and are not part of it.
+    cancelled: set when the client wants no more.
+    generated: number of tokens so far.
+    asked: time of the request (time.perf_counter).
     """
 
     prompt: list[int]
@@ -74,7 +77,7 @@ class Job:
         self._stream = TextStream(self.tokenizer, self.stops)
 
     def add(self, token: Token) -> Piece:
-        """The piece that the next token makes; the job has ended if it is the last one."""
+        """Append a token; returns the piece of text that it makes certain, the last one if the job has ended."""
         self.generated += 1
         is_end = token.id in self.ends
         text = "" if is_end else self._stream.add(token.id)

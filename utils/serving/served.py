@@ -1,4 +1,4 @@
-"""The runs that a server serves, by the names that requests use."""
+"""The runs that are served, by the names that requests use."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from utils.serving.schemas import Model
 class Served:
     """A run with its model.
 
-    name: the `model` of requests.
-    begin: the token that each text begins with, where the model was trained on whole documents.
+    name: the `model` in requests.
+    begin: the token that each text begins with, if the model was trained on whole documents.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Runs:
         return self._all.get(name)
 
     def missing(self, name: str) -> str:
-        """What to say of a name that is not served."""
+        """The message about a name that is not served."""
         names = ", ".join(self.by_name)
         return f"no model {shown(name)}{nearest(name, self._all)}; this server has {names}"
 
@@ -80,10 +80,12 @@ def load_runs(
     settings: InferenceConfig,
     unknown_token: str | None = None,
 ) -> Runs:
-    """The models of these exports, each under the word that named it on the command line, or of a path its run id.
+    """Load the models of these exports, named by their words on the command line.
+
+    If the word is a path, `latest` or empty, the name is the run id.
 
     Args:
-        unknown_token: a character that stands for those outside the vocabulary; None: as trained.
+        unknown_token: a character as which those outside the vocabulary are read; None: as in training.
 
     Raises:
         UserError: a damaged export, no such device, or one name for two runs.
@@ -92,12 +94,12 @@ def load_runs(
     for word, export in zip(words, exports, strict=True):
         generator = Generator.from_export(export, device, weights, settings)
         for weight in generator.model.parameters():
-            if weight.is_cpu:  # perhaps mapped from a file, which somebody may write to while the server runs
+            if weight.is_cpu:  # it may be mapped from a file that changes while the server runs
                 weight.data = weight.data.clone()
         if unknown_token is not None:
             generator.tokenizer = generator.tokenizer.adjusted(DataConfig(unknown_token=unknown_token))
         name = generator.name if "/" in word or word in ("", "latest") else word
         if name in served:
-            raise UserError(f"two runs have the name {name}: give one of them by its id")
+            raise UserError(f"two runs have the name {name}: name one of them by its id")
         served[name] = Served(name, generator, find_template(export, generator), int(time.time()))
     return Runs(list(served.values()))

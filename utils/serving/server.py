@@ -1,4 +1,4 @@
-"""The app that serve.py serves: the API, the playground at /, and the pages of runs at /runs."""
+"""The app of serve.py: the API, the playground at /, and the pages of runs at /runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastapi.staticfiles import StaticFiles
 
 from utils.pages.routes import OPEN_PATHS, router
 from utils.serving.openai import add_routes
-from utils.serving.readers import Desk
+from utils.serving.readers import Dispatcher
 from utils.serving.served import Runs
 from utils.terminal import html
 from utils.web.app import create_app
@@ -31,18 +31,18 @@ def serving_app(
     api_key: str | None = None,
     loopback: bool = True,
 ) -> FastAPI:
-    """The app. Its engine runs from its start to its end.
+    """Create the app. Its engine runs from the start of the app to its end.
 
     Args:
-        slots: texts of a run that are generated at a time.
+        slots: texts of a run that are generated at once.
         most_waiting: texts of a run that may wait for a slot; more are refused.
-        runs_dir, edit: of the pages, see `router`.
+        runs_dir, edit: see `router`.
         api_key, loopback: see `create_app`.
     """
     app = create_app("lm-workbench", api_key=api_key, loopback=loopback, open_paths=OPEN_PATHS)
-    desk = Desk(runs, slots, most_waiting)
-    app.router.lifespan_context = _lifespan(desk)
-    add_routes(app, runs, desk)
+    dispatcher = Dispatcher(runs, slots, most_waiting)
+    app.router.lifespan_context = _lifespan(dispatcher)
+    add_routes(app, runs, dispatcher)
     app.include_router(router(runs_dir, edit, playground=True))
 
     @app.get("/static/page.css", include_in_schema=False)
@@ -58,13 +58,13 @@ def serving_app(
     return app
 
 
-def _lifespan(desk: Desk) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
+def _lifespan(dispatcher: Dispatcher) -> Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]]:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        desk.start()
+        dispatcher.start()
         try:
             yield
         finally:
-            desk.engine.close()
+            dispatcher.engine.close()
 
     return lifespan

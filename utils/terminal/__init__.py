@@ -1,1 +1,1 @@
-"""What people type and read: flags, tables, progress, pages."""
+"""The user interface of the scripts: flags, tables, progress, pages."""

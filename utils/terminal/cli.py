@@ -1,4 +1,4 @@
-"""Command lines: flags, help, and mistakes reported in one line. Flags of settings are in config_flags.py."""
+"""Command-line parsing: flags, help, and errors reported in one line. The flags of settings are in config_flags.py."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from utils.terminal.words import one_line, printable
 
 CODE_ROOT = Path(__file__).resolve().parents[2]  # the folder of the scripts
 INSTALLED = CODE_ROOT.name == "lm_workbench" and (CODE_ROOT / "__init__.py").is_file()  # from a wheel
-PROJECT_ROOT = Path.cwd() if INSTALLED else CODE_ROOT  # has configs/, and what relative paths in files start from
+PROJECT_ROOT = Path.cwd() if INSTALLED else CODE_ROOT  # contains configs/; relative paths in files start here
 if INSTALLED:
-    sys.path.append(os.fspath(PROJECT_ROOT))  # for callbacks; last, so that no file there hides one of ours
-ERROR_LENGTH = 3000  # characters of a message
+    sys.path.append(os.fspath(PROJECT_ROOT))  # for callbacks; last, so that no file there shadows our modules
+ERROR_LENGTH = 3000  # the most characters of an error message that are printed
 Number = TypeVar("Number", int, float)
 
 
@@ -57,19 +57,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if message.endswith("expected one argument"):
-            message += "; one that begins with a dash is given as --FLAG=VALUE"
+            message += "; a value that begins with a dash is written --FLAG=VALUE"
         if switch := re.fullmatch(r"argument (\S+): ignored explicit argument (.*)", message, re.DOTALL):
             message = f"{_without_value(switch[1].split('/'))}, got {cut(switch[2], SHOWN)}"
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
-        """The value of a flag; argparse drops `--` from `--limit=--`, and would make an empty list of it."""
+        """Reject `--limit=--`: argparse would drop the `--` and return an empty list."""
         if action.option_strings and action.nargs is None and arg_strings == ["--"]:
             raise argparse.ArgumentError(action, "expected a value, got --")
         return super()._get_values(action, arg_strings)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Refuses what is none of the choices of a flag, or no command, as a setting with choices does."""
+        """Raise ArgumentError for a value or command that is not a choice, worded as for a setting with choices."""
         if action.choices is not None and value not in action.choices:
             *others, last = map(str, action.choices)
             words = f"{', '.join(others)} or {last}" if others else last
@@ -77,14 +77,14 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentError(action, f"expected {words}, got {shown(value)}{near}")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """Print the help; unlike argparse's own method, it does not hide that it could not."""
+        """Print the help; unlike argparse's own method, raise an error if it cannot be written."""
         print(message, end="", file=file)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse all of `argv`; `--batch_size` is `--batch-size`.
+        """Parse all of `argv`; `--batch_size` is accepted for `--batch-size`.
 
         Raises:
-            UserError: an unknown flag, a missing value, or an argument too many.
+            UserError: an unknown flag, a missing value, or an unexpected argument.
         """
         complete_if_asked(self)
         flags = self._flags(argv)
@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _unknown(self, word: str, words: Sequence[str], flags: Mapping[str, argparse.Action]) -> str:
-        """What is wrong with a word that no flag and no argument took."""
+        """The message for a word that no flag and no argument accepts."""
         flag = word.split("=")[0]
         near = nearest(flag, [name for name, action in flags.items() if action.help != argparse.SUPPRESS])
         if flag.startswith("-"):
@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
         return f"unknown argument {word}{near if dashed(f'--{flag}', flags) in flags else ''}"
 
     def _flags(self, argv: Sequence[str]) -> dict[str, argparse.Action]:
-        """The flags that may be given: the own ones, and those of the command."""
+        """The flags that `argv` may contain: those of this parser and those of the command that it names."""
         parsers: list[argparse.ArgumentParser] = [self]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -115,32 +115,32 @@ class Parser(argparse.ArgumentParser):
 
 
 def _without_value(switch: Sequence[str]) -> str:
-    """How a switch of these names is given."""
+    """The part of a message that says how to write a switch with these names."""
     return f"expected {' or '.join(switch)} without a value"
 
 
 def dashed(word: str, flags: Collection[str]) -> str:
-    """`word` with dashes for underscores in its name if that makes it a flag; any other word may be a text."""
+    """`word` with the underscores of its name replaced by dashes, if that makes it a flag; other words unchanged."""
     name, equals, value = word.partition("=")
     flag = name.replace("_", "-")
     return flag + equals + value if flag in flags else word
 
 
 def place(text: str) -> Path:
-    """The type of a flag that takes a path; `~` is the home folder, which a shell leaves as it is in `--flag=~/x`."""
+    """Argument type for a path; expands `~`, which a shell leaves as it is in `--flag=~/x`."""
     try:
         return Path(expand_home(text))
-    except UserError as error:  # of a ValueError argparse would hide the words
+    except UserError as error:  # a ValueError, whose message argparse would not show
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def script_file(project: Path, name: str) -> Path:
-    """The file of a script, or of a module that is run as one, of the code in a project folder."""
+    """The file of a script, or of a module that is run as a script, in the code of a project folder."""
     return CODE_ROOT / name if project == PROJECT_ROOT else project / name
 
 
 def whole(least: int, most: int) -> Callable[[str], int]:
-    """The type of a flag that takes a whole number."""
+    """Argument type for a whole number from `least` to `most`."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
@@ -154,7 +154,7 @@ TIME_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def timespan(text: str) -> float:
-    """The type of a flag that takes a time: the seconds in 90s, 5m, 1.5h or 2d."""
+    """Argument type for a duration such as 90s, 5m, 1.5h or 2d, in seconds."""
     match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]+)?)([smhd])", text.strip())
     if match is None or float(match[1]) == 0:
         raise argparse.ArgumentTypeError(f"expected a time like 90s, 5m or 1.5h, got {shown(text)}")
@@ -162,10 +162,10 @@ def timespan(text: str) -> float:
 
 
 def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) -> list[Number]:
-    """The value of a flag that takes a comma-separated list.
+    """Parse the comma-separated numbers of a flag.
 
     Raises:
-        UserError: a value is not a number or is below `least`, or there are none.
+        UserError: a value is not a number or is below `least`, or the list is empty.
     """
     try:
         values = [kind(word) for word in text.split(",") if word.strip()]
@@ -178,7 +178,7 @@ def numbers(text: str, flag: str, kind: Callable[[str], Number], least: Number) 
 
 @contextlib.contextmanager
 def naming(flag: str) -> Iterator[None]:
-    """Begin the mistakes that the block reports with the flag that they concern."""
+    """Begin the message of a UserError that the block raises with the flag that it concerns."""
     try:
         yield
     except UserError as error:
@@ -186,13 +186,13 @@ def naming(flag: str) -> Iterator[None]:
 
 
 class Main(Protocol):
-    """`main()` reads sys.argv; `main(argv)` is for tests and notebooks."""
+    """The `main` of a script: `main()` reads sys.argv; `main(argv)` is for tests and notebooks."""
 
     def __call__(self, argv: Sequence[str] | None = None) -> int: ...
 
 
 def _lines(message: str, argv: Sequence[str]) -> list[str]:
-    """The lines of a message; a line break in a name from the command line ends none."""
+    """Split a message into lines, but not at a line break that comes from an argument, such as a file name."""
     for word in argv:
         for part in (word, word.partition("=")[2]):
             if "\n" in part:
@@ -201,30 +201,29 @@ def _lines(message: str, argv: Sequence[str]) -> list[str]:
 
 
 def _bounded(line: str) -> str:
-    """A message without the middle of a long one: its place is at the beginning, the reason often at the end."""
+    """Cut out the middle of a long message: it begins with the place of the error and often ends with the reason."""
     if len(line) <= ERROR_LENGTH:
         return line
     return f"{line[: ERROR_LENGTH // 2]}... ({len(line):,} characters) ...{line[-ERROR_LENGTH // 2 :]}"
 
 
 def _path_mistake(error: OSError | ValueError) -> str:
-    """What is wrong with a path that no system call takes, as one line; empty for any other error."""
+    """The message, on one line, for a path that no system call accepts; empty for any other error."""
     if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
         return f"{cut(one_line(str(error.filename)), SHOWN)}: {error.strerror}"
     return "a path contains a NUL character" if "embedded null" in str(error) else ""
 
 
 def _print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As Python does at the end of a script, but `printable`: the message may be text of a run."""
+    """Print a traceback as Python does, but through `printable`: the message may contain text from a run."""
     print(printable("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def script(main: Callable[[Sequence[str]], int]) -> Main:
-    """Decorator of a script's `main(argv)`: prepares its streams, and reports mistakes in one line, with status 2.
+    """Decorator of a script's `main(argv)`: prepares its streams and reports user errors in one line, with status 2.
 
-    Other endings: 130 after Ctrl-C, 128 + its number after another stop signal, 141 without a message after a
-    closed pipe (`... | head`), and 1 with one line if memory is too small, or the disk lets stdout or a file not be
-    written.
+    Other exit statuses: 130 after Ctrl-C, 128 + n after another stop signal n, 141 without a message after a closed
+    pipe (`... | head`), and 1 with one line if memory runs out or stdout or a file cannot be written to the disk.
     """
 
     @functools.wraps(main)
@@ -247,7 +246,7 @@ def script(main: Callable[[Sequence[str]], int]) -> Main:
                 print(f"error: {mistake}", file=sys.stderr)
                 return 2
             finally:
-                sys.stdout.flush()  # at exit it would be too late to report an error
+                sys.stdout.flush()  # now, because at exit it would be too late to report an error
         except KeyboardInterrupt as interruption:
             print("interrupted", file=sys.stderr)
             return 128 + getattr(interruption, "signum", signal.SIGINT)

@@ -1,7 +1,7 @@
-"""Commands of a script: one declaration each, and what all of them share.
+"""The commands of a script.
 
-A command names its flags and computes an Answer; reading the command line, --json, printing and the exit status are
-the same for all.
+Each command declares its flags and computes an Answer. The command line, --json, printing and the exit status are
+handled here for all commands.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Answer(NamedTuple):
-    """What a command found.
+    """The result of a command.
 
-    data: printed by --json; dataclasses, paths and non-finite numbers are allowed.
-    render: makes what is printed otherwise, for the width of the console.
+    data: what --json prints; dataclasses, paths and non-finite numbers are allowed.
+    render: returns what is printed without --json, given the console.
     status: the exit status.
     """
 
@@ -36,7 +36,7 @@ class Answer(NamedTuple):
 
 
 class Flag(NamedTuple):
-    """The arguments of one `add_argument`."""
+    """The arguments of one call of `add_argument`."""
 
     names: tuple[str, ...]
     options: dict[str, Any]
@@ -47,8 +47,8 @@ class Command:
     """One command: `python SCRIPT NAME FLAGS`.
 
     help: one line, without a full stop.
-    compute: answers the parsed command line; raises UserError for a mistake in it.
-    note: a sentence below the help of the command.
+    compute: computes the answer from the parsed command line; raises UserError for a mistake in it.
+    note: a sentence that is shown below the help of the command.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Command:
         if args.json:
             print_json(answer.data)
             return answer.status
-        from utils.terminal.console import Terminal, print_to  # rich: a fifth of the time of --help
+        from utils.terminal.console import Terminal, print_to  # imports rich: a fifth of the time of --help
 
         console = Terminal().console
         for part in answer.render(console):
@@ -86,12 +86,12 @@ class Command:
 
 
 def flag(*names: str, **options: Any) -> Flag:
-    """A flag or argument of a command, written as for `add_argument`."""
+    """A flag or argument of a command; takes the arguments of `add_argument`."""
     return Flag(names, options)
 
 
 class Commands(list[Command]):
-    """The commands of one script, in the order of its file."""
+    """The commands of one script, in the order in which its file declares them."""
 
     def declare(
         self, name: str, help: str, *flags: Flag, note: str | None = None
@@ -105,7 +105,7 @@ class Commands(list[Command]):
         return declare
 
     def run(self, parser: Parser, argv: Sequence[str]) -> int:
-        """Run the command that a command line names.
+        """Parse a command line and run the command that it names.
 
         Returns:
             The exit status.
@@ -118,12 +118,12 @@ class Commands(list[Command]):
 
 
 def print_json(value: Any, indent: int | None = 2) -> None:
-    """Print `value` as JSON (see `as_plain`), with escapes for what the encoding of stdout does not have."""
+    """Print `value` as JSON (see `as_plain`); as ASCII, with escapes, if stdout cannot encode Unicode."""
     print(json_text(as_plain(value), indent=indent, ensure_ascii=not is_unicode(sys.stdout)))
 
 
 def as_plain(value: Any) -> Any:
-    """`value` in the types of JSON; NaN and infinities are strings, as in the logs."""
+    """Convert `value` to the types of JSON; NaN and infinities become strings, as in the logs."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return as_plain(fields_of(value))
     if isinstance(value, dict):

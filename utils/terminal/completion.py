@@ -1,4 +1,4 @@
-"""Completion in bash, zsh and fish, by the package argcomplete: flags, settings and their values, names of runs.
+"""Completion of flags, settings and their values, and names of runs in bash, zsh and fish, by the package argcomplete.
 
 python -m utils.terminal.completion FOLDER   # writes the files that a shell sources (make completion)
 """
@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from utils.terminal.cli import Parser
 
-MODELS = "models.json"  # promoted names, beside the runs (utils/runs/layout.py, a package above this one)
+MODELS = "models.json"  # promoted names, in the folder of runs; as in utils/runs/layout.py, not to be imported here
 SHELLS = ("bash", "zsh", "fish")
 PROGRAM = "lm-workbench"
-MOST_RUNS = 500  # the newest; more would be no help, and slow
+MOST_RUNS = 500  # the newest; more would be slow and of no help
 
 
 def complete_if_asked(parser: Parser) -> None:
-    """If a shell asks, by the variable _ARGCOMPLETE, print what fits the command line so far, and end the process."""
+    """If a shell asks for completions (by the variable _ARGCOMPLETE), print those that fit and end the process."""
     if "_ARGCOMPLETE" not in os.environ:
         return
     try:
@@ -33,17 +33,18 @@ def complete_if_asked(parser: Parser) -> None:
         sys.exit(1)
     for action in actions_of(parser):
         name = str(action.metavar or "")
-        if name.startswith(("RUN", "[RUN")):
+        if name.startswith("RUN"):
             action.completer = complete_run  # type: ignore[attr-defined]
         elif "|" in name and action.choices is None:
-            action.completer = argcomplete.ChoicesCompleter(name.split("|"))  # type: ignore[attr-defined]
-        elif action.dest == "words":  # of explain
+            words = [word for word in name.split("|") if not word.isupper()]  # N stands for a number
+            action.completer = argcomplete.ChoicesCompleter(words)  # type: ignore[attr-defined]
+        elif name == "KEY":
             action.completer = complete_setting  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options="long")
 
 
 def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """The arguments of a parser and of its commands."""
+    """Yield the arguments of a parser and of its commands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
@@ -52,14 +53,14 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def complete_run(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Tags and ids of runs, newest first, `latest`, and promoted names; what cannot be read is left out."""
+    """Tags and ids of runs, newest first, promoted names, and `latest`; what cannot be read is left out."""
     from utils.terminal.cli import PROJECT_ROOT
 
     folder = getattr(parsed_args, "runs_dir", None)
     if folder is None:
         from utils.config.loader import ConfigLoader
 
-        with contextlib.suppress(Exception):  # a broken file: its message would be lost here
+        with contextlib.suppress(Exception):  # a broken configuration file: its error cannot be shown here
             folder = ConfigLoader(PROJECT_ROOT).load().config.tracking.runs_dir
     runs = PROJECT_ROOT / (folder or "runs")
     found: dict[str, None] = {}
@@ -79,18 +80,18 @@ def complete_run(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
 
 
 def complete_setting(**_: Any) -> list[str]:
-    """The settings by name."""
+    """The names of all settings."""
     from utils.config.fields import FIELDS
 
     return list(FIELDS)
 
 
 def write_completions(folder: Path) -> None:
-    """Write a file for each shell: `python SCRIPT.py` (bash, zsh) and lm-workbench (all three)."""
+    """Write a file for each shell that completes `python SCRIPT.py` (bash, zsh) and lm-workbench (all three)."""
     import argcomplete
 
     common = Path(argcomplete.__file__).with_name("bash_completion.d") / "_python-argcomplete"
-    # As shipped, it would complete the words of every command that nothing else completes.
+    # As shipped, it would complete the arguments of every command that has no completion of its own.
     scripts = common.read_text(encoding="utf-8")
     scripts = scripts.replace("-D -F _python_argcomplete_global", "-F _python_argcomplete_global python python3")
     scripts = scripts.replace(

@@ -1,4 +1,4 @@
-"""Flags of settings: one for each, with its help by section, and the configuration that they and the files make."""
+"""The flags of settings, one for each, with help by section; and the configuration that flags and files result in."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_config_flags(
     sections: Iterable[str] = SECTIONS,
     keys: Collection[str] = FIELDS,
 ) -> None:
-    """One flag for every setting among `keys`, grouped by section; the help shows the value in `defaults`."""
+    """Add a flag for every setting among `keys`, grouped by section; the help shows the value in `defaults`."""
     for section in sections:
         model = SECTIONS[section]
         group = parser.add_argument_group(section, str(model.__doc__).partition("\n")[0])  # without the example
@@ -64,7 +64,7 @@ class ExperimentArguments:
 
     files: the configuration files of --config.
     overrides: settings given as flags.
-    own: all arguments, the script's own ones among them.
+    own: all arguments, including the script's own.
     """
 
     loader: ConfigLoader
@@ -73,7 +73,7 @@ class ExperimentArguments:
     own: argparse.Namespace = field(default_factory=argparse.Namespace)
 
     def load(self) -> LoadedConfig:
-        """The merged, validated configuration.
+        """Merge and validate the configuration.
 
         Raises:
             ConfigError: a mistake on the command line or in a configuration file.
@@ -92,9 +92,10 @@ def parse_experiment(
 
     Args:
         argv: the arguments of the script.
-        parser: has the script's own flags already.
+        parser: already has the script's own flags.
         root: the project folder.
-        sections: whose settings become flags, if they are among `keys`.
+        sections: the sections whose settings become flags.
+        keys: the settings that become flags.
 
     Raises:
         UserError: a mistake on the command line.
@@ -122,7 +123,7 @@ def parse_experiment(
 
 
 def _merged_defaults(argv: Sequence[str], root: Path) -> tuple[Config, str | None]:
-    """The configuration in the files, for the help; the built-in defaults and the reason if they cannot be merged."""
+    """The configuration in the files, for the help; if they cannot be merged, the built-in one and the reason."""
     files_only = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files_only.add_argument("--config", action="append", default=[], type=place)
     files_only.add_argument("--config-dir", type=place)

@@ -8,10 +8,10 @@ from typing import Any
 
 
 def render(template: Path, filters: dict[str, Callable[[Any], str]] | None = None, **context: Any) -> str:
-    """Fill in a template file. Every value is escaped, so no text can become markup.
+    """Render a template file. Every value is escaped, so no text can become markup.
 
     Args:
-        filters: further filters of the template, by name.
+        filters: additional filters for the template, by name.
         context: the variables of the template.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined

@@ -1,4 +1,4 @@
-"""What a notebook shows: a line that is drawn again in its place, and tables and pictures as HTML."""
+"""Output in notebooks: a line that is redrawn in place, and tables and pictures as HTML."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from utils.files import open_regular
 from utils.terminal.console import PrintableConsole, print_to
 
 WIDTH = 110  # characters
-MOST_BYTES = 2 << 20  # of a picture
+MOST_BYTES = 2 << 20  # the largest picture that is shown
 PAGE = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.3; font-family: monospace">{code}</pre>'
 
 
 class NotebookLine:
-    """One line in the output of the cell that runs now, which `show` replaces; no other cell gets it."""
+    """One line that `show` replaces in place, in the output of the cell that first showed it."""
 
     def __init__(self) -> None:
         self._handle: Any = None
 
     def show(self, line: Text) -> None:
-        """Show this line in the place of the last one; rich makes HTML of it."""
+        """Show `line` in place of the previous one; rich converts it to HTML."""
         from IPython.display import display
 
         if self._handle is None:
@@ -36,7 +36,7 @@ class NotebookLine:
 
 
 def html_of(renderables: Iterable[RenderableType]) -> str:
-    """HTML that looks as in a terminal; all text is escaped."""
+    """The renderables as HTML that looks like a terminal; all text is escaped."""
     console = PrintableConsole(
         record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, highlight=False, color_system="truecolor"
     )
@@ -46,7 +46,7 @@ def html_of(renderables: Iterable[RenderableType]) -> str:
 
 
 def text_of(renderables: Iterable[RenderableType]) -> str:
-    """The same as plain text."""
+    """The renderables as plain text."""
     console = PrintableConsole(width=WIDTH, file=io.StringIO(), force_terminal=False, highlight=False)
     with console.capture() as capture:
         for renderable in renderables:
@@ -55,7 +55,7 @@ def text_of(renderables: Iterable[RenderableType]) -> str:
 
 
 def picture_html(path: Path, root: Path) -> str:
-    """A PNG file of the folder `root`, inside the page; empty where it cannot be read or is no picture."""
+    """An <img> element that contains a PNG file of the folder `root`; empty if it cannot be read or is not a PNG."""
     try:
         with open_regular(path, root) as file:
             data = file.read(MOST_BYTES + 1)

@@ -1,4 +1,4 @@
-"""Pictures drawn by Matplotlib: by its Agg backend and in its own default style, whatever the environment asks for.
+"""Matplotlib figures, drawn by the Agg backend in Matplotlib's default style, whatever the environment asks for.
 
 Jupyter sets MPLBACKEND; a matplotlibrc or a notebook may set a style, such as text by LaTeX, that cannot be drawn here.
 """
@@ -20,7 +20,7 @@ METADATA = {"png": {"Software": None}, "svg": {"Date": None}}  # the same figure
 
 @contextlib.contextmanager
 def new_figure(width: float, height: float, dpi: int, **layout: Any) -> Iterator[Figure]:
-    """A figure to draw on inside the block; on exit Matplotlib has the style that it had.
+    """A figure to draw on inside the block; restores the previous style of Matplotlib on exit.
 
     Args:
         width, height: in inches.
@@ -29,10 +29,10 @@ def new_figure(width: float, height: float, dpi: int, **layout: Any) -> Iterator
     _import_matplotlib()
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # not pyplot: that one looks for a display and keeps figures alive
+    from matplotlib.figure import Figure  # not pyplot, which looks for a display and keeps figures alive
 
     style: dict[Any, Any] = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
-    style |= {"legend.framealpha": 0.85, "legend.edgecolor": "none"}  # to be read where a curve crosses it
+    style |= {"legend.framealpha": 0.85, "legend.edgecolor": "none"}  # legible where a curve crosses it
     with matplotlib.rc_context({**style, "svg.hashsalt": "curves"}):
         figure = Figure(figsize=(width, height), dpi=dpi)
         figure.set_layout_engine("constrained", **layout)
@@ -48,7 +48,7 @@ def picture_of(figure: Figure, kind: str = "png") -> bytes:
 
 
 def _import_matplotlib() -> None:
-    """Import it without MPLBACKEND, which may name what is not installed here; pyplot obeys it afterwards."""
+    """Import Matplotlib without MPLBACKEND, which may name a backend that is not installed; set it for pyplot later."""
     if "matplotlib" in sys.modules:
         return
     backend = os.environ.pop("MPLBACKEND", None)

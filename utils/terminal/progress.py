@@ -1,7 +1,7 @@
-"""Progress displays: of training, of feeding trackers, of preparing a dataset, of completing the prompts of a file.
+"""Progress displays for training, feeding trackers, preparing a dataset, and completing the prompts of a file.
 
-On a terminal each is a bar that moves, and that of training also in a notebook; elsewhere all but feeding print a
-plain line now and then.
+On a terminal each is a moving bar; training shows its bar in a notebook too. Elsewhere all but feeding print a plain
+line now and then.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from utils.terminal.words import bits_text, duration, loss_text, size
 
 PLAIN_LINE_SECONDS = 10.0  # between progress lines where no bar can move
 REFRESH_SECONDS = 0.1  # between updates of a bar
-NOTEBOOK_SECONDS = 0.5  # the same in a notebook, which stores and sends each of them
-STEPS_BEFORE_ESTIMATE = 10  # fewer say little about the rest
+NOTEBOOK_SECONDS = 0.5  # the same in a notebook, which stores and sends each update
+STEPS_BEFORE_ESTIMATE = 10  # the time of fewer steps says little about the rest
 BAR_WIDTH = 24  # characters
 FIELD_STYLES = {"loss": "bold", "val": "bold green", "speed": "magenta", "elapsed": "dim", "left": "dim"}
 
@@ -45,10 +45,9 @@ class _Field(ProgressColumn):
 
 
 class _TrainingLine(ProgressColumn):
-    """The bar and the fields of training on one line of any width.
+    """The bar and the fields of training on one line, however narrow the terminal.
 
-    A second line would be wrong: the display moves up by its height before it is drawn again, over what a signal
-    handler has printed meanwhile.
+    With a second line, rich would move up before each redraw, over what a signal handler has printed meanwhile.
     """
 
     def __init__(self, console: Console) -> None:
@@ -69,7 +68,7 @@ class _TrainingLine(ProgressColumn):
 
 
 def _field_texts(task: Task) -> dict[str, str]:
-    """What the line of training shows, by name; empty while it is not known."""
+    """The texts on the line of training, by name; empty while a value is not known."""
     fields = task.fields
     return {
         "step": f"step {task.completed:,.0f}/{task.total:,.0f}",
@@ -88,8 +87,8 @@ class TrainingProgress:
     Args:
         total: the last step.
         start: the step that training starts from.
-        eval_interval: steps between evaluations, whose time is estimated apart from that of the steps; None: unknown.
-        stops: whether training ends before the last step; from then on the rest is not estimated.
+        eval_interval: steps between evaluations, whose time is estimated separately; None if unknown.
+        stops: returns True if training ends before the last step; from then on no remaining time is shown.
     """
 
     def __init__(
@@ -106,21 +105,21 @@ class TrainingProgress:
         self.total, self.start = total, start
         self.fields: dict[str, Any] = {"loss": None, "val_loss": None, "tokens_per_second": None, "evaluating": None}
         self._eval_interval = eval_interval
-        self._evaluation_began: float | None = None  # of the one that is going on
-        self._evaluation_seconds = 0.0  # of the last one,
-        self._all_evaluations = 0.0  # and of all
-        self._first: tuple[int, float] | None = None  # a step, and the time of training by then
+        self._evaluation_began: float | None = None  # None between evaluations
+        self._evaluation_seconds = 0.0  # of the last evaluation
+        self._all_evaluations = 0.0  # seconds
+        self._first: tuple[int, float] | None = None  # the step that speed is measured from, its seconds of training
         self._began = time.monotonic()
         self._next_update = 0.0
         self._next_line = self._began + PLAIN_LINE_SECONDS
         self._progress: Progress | None = None
-        self._cell: NotebookLine | None = None  # where it is shown in a notebook
+        self._cell: NotebookLine | None = None  # set in a notebook
         self._estimated = False
-        self._step = start  # the last one that is known
+        self._step = start  # the last one that was reported
 
     @property
     def moves(self) -> bool:
-        """True if there is a bar that shows each step."""
+        """Whether a bar shows each step."""
         return self._progress is not None
 
     def __enter__(self) -> Self:
@@ -140,7 +139,7 @@ class TrainingProgress:
         if self._progress and self._cell is None:
             self._progress.stop()
         elif self._progress:
-            self._show(self._step)  # what stays in the cell
+            self._show(self._step)  # the last state, which stays in the cell
 
     def _show(self, step: int) -> None:
         """Update the bar."""
@@ -153,7 +152,10 @@ class TrainingProgress:
             self._cell.show(line.render(self._progress.tasks[0]))
 
     def update(self, step: int, **fields: float) -> None:
-        """Show `step` and new values of the fields, if enough time has passed; cheap enough for every step."""
+        """Take note of `step` and new values of the fields, and show them if enough time has passed.
+
+        Cheap enough to call at every step.
+        """
         self.fields.update(fields)
         self._step = step
         now = time.monotonic()
@@ -168,7 +170,7 @@ class TrainingProgress:
             self._line(step)
 
     def evaluating(self, step: int, done: int, total: int) -> None:
-        """An evaluation after `step` updates has read `done` of `total` sequences."""
+        """Show that the evaluation after `step` updates has read `done` of `total` sequences."""
         now = time.monotonic()
         if not done:
             self._evaluation_began = now
@@ -179,7 +181,7 @@ class TrainingProgress:
             self._line(step)
 
     def evaluation(self, step: int, losses: dict[str, float]) -> None:
-        """Print the losses of an evaluation, which is over, on a line of its own."""
+        """Print the losses of a completed evaluation on a line of their own."""
         if self._evaluation_began is not None:
             self._evaluation_seconds = time.monotonic() - self._evaluation_began
             self._all_evaluations += self._evaluation_seconds
@@ -189,14 +191,14 @@ class TrainingProgress:
         self._line(step, losses)
 
     def _training_seconds(self, now: float) -> float:
-        """Seconds since the start without those of evaluations."""
+        """Seconds since the start, without those of evaluations."""
         evaluating = now - self._evaluation_began if self._evaluation_began is not None else 0.0
         return now - self._began - self._all_evaluations - evaluating
 
     def _seconds_left(self, step: int) -> float | None:
-        """Seconds that the remaining steps and evaluations will take; None until that can be said.
+        """Seconds that the remaining steps and evaluations will take; None until they can be estimated.
 
-        The first step does not count, unless it is one of many: it is slower than the others.
+        The time of the first update is left out, because the first step is slow, unless it covers many steps.
         """
         if self._first is None or step - self._first[0] < STEPS_BEFORE_ESTIMATE or self._stops():
             return None
@@ -223,7 +225,7 @@ class TrainingProgress:
             self.terminal.print(f"estimated: {duration(left)} for the {self.total - step:,} steps left, until {end}")
 
     def _line(self, step: int, losses: dict[str, float] | None = None) -> None:
-        """A plain line; to the log only where a bar shows the same, unless it has the losses of an evaluation."""
+        """Print a plain line; if a bar shows the same, only to the log, unless it has the losses of an evaluation."""
         self._next_line = time.monotonic() + PLAIN_LINE_SECONDS
         times = self._times(step)
         parts = [f"step {step:>{len(f'{self.total:,}')},}/{self.total:,}"]
@@ -267,18 +269,18 @@ class FeedingProgress:
         self._progress.stop()
 
     def update(self, name: str, done: int, total: int) -> None:
-        """The tracker `name` has received `done` of `total` bytes."""
+        """Show that the tracker `name` has received `done` of `total` bytes."""
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total)
         self._progress.update(self._tasks[name], completed=done)
 
 
 class PreparationProgress:
-    """How many bytes a pass of a preparation has worked through.
+    """How many bytes one pass of a preparation has processed.
 
     Args:
-        name: of the pass.
-        total: bytes.
+        name: the name of the pass.
+        total: the bytes to process.
     """
 
     def __init__(self, terminal: Terminal, name: str, total: int) -> None:
@@ -305,12 +307,12 @@ class PreparationProgress:
         self._progress.stop()
 
     def skip(self, count: int) -> None:
-        """So many bytes were done by an earlier process."""
+        """Leave out `count` bytes, which an earlier process has done."""
         self._total -= count
         self._progress.update(self._task, total=max(self._total, 1))
 
     def advance(self, count: int) -> None:
-        """So many more bytes are done."""
+        """Count `count` more bytes as done."""
         self._done += count
         now = time.monotonic()
         rate = self._done / max(now - self._began, 1e-9)
@@ -323,12 +325,12 @@ class PreparationProgress:
 
 
 class CompletionProgress:
-    """How many prompts of a file are completed, or how much of a text is scored, on stderr.
+    """How many prompts of a file are completed, or how much of a text is scored, shown on stderr.
 
     Args:
-        total: the number of prompts.
+        total: the number of prompts, or of other things.
         quiet: show nothing, because the completions themselves are shown.
-        noun: what is counted.
+        noun: what is counted, in the singular.
     """
 
     def __init__(self, total: int, quiet: bool = False, noun: str = "prompt") -> None:
@@ -357,7 +359,7 @@ class CompletionProgress:
         self._progress.stop()
 
     def advance(self, tokens: int, done: int = 1) -> None:
-        """One more prompt is completed, with this many new tokens; or `done` more of what is counted."""
+        """Count one more completed prompt, or `done` more of the things counted, with this many new tokens."""
         self._done, self._tokens = self._done + done, self._tokens + tokens
         now = time.monotonic()
         rate = self._tokens / max(now - self._began, 1e-9)

@@ -19,19 +19,19 @@ from utils.machine.process import keep_standard_descriptors
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-LOOKALIKE = "lookalike"  # the name of `_lookalike` as an error handler of Python's codecs
+LOOKALIKE = "lookalike"  # the name under which `_lookalike` is registered as an error handler of codecs
 LOOKALIKES = str.maketrans("█…·–━─┄│┃┤├┼┴┬┌┐└┘╭╮╰╯␣", "#~.----||" + 13 * "+" + "_")
 
 
 class Output(io.FileIO):
-    """The file behind a text stream. It remembers that it could not be written.
+    """The file behind a text stream, which remembers the first error of a write.
 
     Args:
         file: a descriptor, which stays open, or a path to append to.
         lasting: drop what cannot be written instead of raising OSError.
 
-    lost: the first error of a write.
-    original: the stream whose file this is, if there is one.
+    lost: the first error of a write; None if there was none.
+    original: the stream whose file this is, if any.
     """
 
     original: TextIO | None = None
@@ -62,22 +62,22 @@ class Output(io.FileIO):
 def text_output(stream: TextIO | None, lasting: bool) -> TextIO:
     """A stream that writes through an `Output` to the same file as `stream`; `stream` itself if it has no file.
 
-    Whatever the encoding, it shows any text. Where `stream` is closed, it writes to nowhere.
+    It can show any text, whatever its encoding. If `stream` is closed, it writes to the null device.
     """
     if stream is None or stream.closed:
         stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    if not isinstance(stream, io.TextIOWrapper):  # of a notebook
+    if not isinstance(stream, io.TextIOWrapper):  # in a notebook
         return stream
     errors = LOOKALIKE if stream.errors in ("strict", "surrogateescape") else stream.errors
     try:
         fd = stream.fileno()
-    except OSError:  # in memory, of a test
+    except OSError:  # in memory, in a test
         stream.reconfigure(errors=errors)
         return stream
     with contextlib.suppress(OSError):
         stream.flush()
     output = Output(fd, lasting)
-    output.original = stream  # else it would be deleted, and close the file
+    output.original = stream  # keep it alive: deleting it would close the file
     unbuffered = isinstance(stream.buffer, io.RawIOBase)  # by PYTHONUNBUFFERED or `python -u`
     return io.TextIOWrapper(
         cast(BinaryIO, output if unbuffered else io.BufferedWriter(output)),
@@ -89,9 +89,9 @@ def text_output(stream: TextIO | None, lasting: bool) -> TextIO:
 
 
 def prepare_streams() -> None:
-    """Call it at the start of a script: opens the streams that are closed, and protects stdout and stderr.
+    """Open the streams that are closed and protect stdout and stderr; for the start of a script.
 
-    Any text can be printed to both. A message on stderr that cannot be written is dropped.
+    Any text can then be printed to both. A message on stderr that cannot be written is dropped.
     """
     keep_standard_descriptors()
     if sys.stdin is None:
@@ -101,7 +101,7 @@ def prepare_streams() -> None:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside the block, what cannot be written to stdout and stderr is dropped: no `print` anywhere fails."""
+    """Inside the block, drop what cannot be written to stdout and stderr, so that no `print` fails."""
     keep_standard_descriptors()
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = lasting = text_output(sys.stdout, lasting=True), text_output(sys.stderr, lasting=True)
@@ -115,7 +115,7 @@ def lasting_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """Inside the block, other packages warn of nothing, neither by warnings nor in their logs."""
+    """Silence other packages inside the block: neither `warnings` nor log messages are shown."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -127,14 +127,14 @@ def without_warnings() -> Iterator[None]:
 
 
 def why_lost(stream: IO[str]) -> OSError | None:
-    """The error for which a stream on an `Output` lost some of what was printed."""
+    """The error because of which a stream on an `Output` lost some of what was printed; None if it lost nothing."""
     buffer = getattr(stream, "buffer", None)
     output = getattr(buffer, "raw", buffer)
     return output.lost if isinstance(output, Output) else None
 
 
 def drop(stream: TextIO) -> None:
-    """Redirect a stream to nowhere, so that the flush at exit does not fail too."""
+    """Redirect a stream to the null device, so that the flush at exit does not fail too."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
@@ -146,20 +146,20 @@ def is_unicode(stream: TextIO | None) -> bool:
 
 
 def in_notebook() -> bool:
-    """Whether this process is the kernel of a notebook, whose streams say that they are a terminal but are not."""
+    """Whether this process is the kernel of a notebook, whose streams claim to be a terminal but are not."""
     ipython = sys.modules.get("IPython")
     return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def _lookalike(error: UnicodeError) -> tuple[str, int]:
-    """One ASCII character for each that pictures are drawn with, an escape for any other."""
+    """Replace each drawing character by one ASCII character, and any other by an escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(map(_ascii, error.object[error.start : error.end])), error.end
 
 
 def _ascii(char: str) -> str:
-    if "\u2800" <= char <= "\u28ff":  # Braille: eight dots that may be set
+    if "\u2800" <= char <= "\u28ff":  # Braille patterns, from plots
         return " " if char == "\u2800" else "*"
     return ascii(char.translate(LOOKALIKES))[1:-1]
 

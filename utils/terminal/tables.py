@@ -1,4 +1,4 @@
-"""The look that the tables of all scripts share."""
+"""The common look of the tables of all scripts."""
 
 from __future__ import annotations
 

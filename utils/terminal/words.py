@@ -17,7 +17,7 @@ HEX_COLORS = ("#3b6fb6", "#e07b1f", "#2f9e63", "#d1495b", "#8a63c4", "#1b9aaa", 
 
 
 def printable(text: str) -> str:
-    """`text` with an escape for each character that a terminal would obey or hide; line breaks and tabs stay.
+    """Escape each character of `text` that a terminal would interpret or hide, except line breaks and tabs.
 
     >>> printable("red: \\x1b[31m")
     'red: \\\\x1b[31m'
@@ -33,7 +33,7 @@ def one_line(text: str) -> str:
 
 
 def json_text(value: Any, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    """`value` as JSON that no terminal obeys: an escape for each character that `printable` would escape.
+    """`value` as JSON that is safe to print: with an escape for each character that `printable` would escape.
 
     >>> json_text("\\x9b31m ü")
     '"\\\\u009b31m ü"'
@@ -45,7 +45,7 @@ def json_text(value: Any, indent: int | None = None, ensure_ascii: bool = False)
 
 
 def setting_text(value: Any) -> str:
-    """The value of a setting.
+    """The value of a setting as text.
 
     >>> [setting_text(value) for value in (None, True, 3e-4, ("a", "b"))]
     ['none', 'on', '0.0003', 'a, b']
@@ -60,7 +60,7 @@ def setting_text(value: Any) -> str:
 
 
 def column_text(column: str, value: Any) -> str:
-    """A value of a table of runs, on one line; its column decides how. Empty for None."""
+    """A value in a table of runs, on one line, written as its column requires; empty for None."""
     if value is None or value == "":
         return ""
     if column in ("age", "duration"):
@@ -82,7 +82,7 @@ def loss_text(value: float | None) -> str:
 
 
 def ratio_text(value: float) -> str:
-    """A ratio with two decimals; a small one with two digits, which those would not show.
+    """A ratio with two decimals; below 0.1, with two significant digits.
 
     >>> [ratio_text(value) for value in (1234.567, 0.5, 0.00384)]
     ['1,234.57', '0.50', '0.0038']
@@ -91,7 +91,7 @@ def ratio_text(value: float) -> str:
 
 
 def bits_text(loss: float | None, bits: float | None) -> str:
-    """A loss in bits per byte, to stand after the loss in nats per token; empty where a token is about a byte."""
+    """A loss in bits per byte, to follow the loss in nats per token; empty if a token is about a byte."""
     if loss is None or not bits or not math.isfinite(bits) or abs(loss / math.log(2) / bits - 1) < 0.1:
         return ""
     return f" ({bits:.4f} bits/byte)"
@@ -99,17 +99,18 @@ def bits_text(loss: float | None, bits: float | None) -> str:
 
 def duration(seconds: float) -> str:
     """A duration to the second: "42 s", "3:05 min" or "2:10:00 h"."""
+    seconds = round(seconds)
     if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
     if minutes < 60:
         return f"{minutes}:{rest:02d} min"
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d} h"
 
 
 def rough_duration(seconds: float) -> str:
-    """A duration as `duration` writes it below an hour, then in minutes or days: "2:10 h" or "12 d"."""
-    if seconds < 3600:
+    """A duration as in `duration` below an hour, then to the minute ("2:10 h"), from two days on in days ("12 d")."""
+    if round(seconds) < 3600:
         return duration(seconds)
     minutes = round(seconds / 60)
     return f"{seconds / 86400:.0f} d" if seconds >= 2 * 86400 else f"{minutes // 60}:{minutes % 60:02d} h"
@@ -125,15 +126,15 @@ def size(count: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things: "1 file", "2,000 files"."""
+    """A number with its noun: "1 file", "2,000 files"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def fact_lines(rows: Iterable[tuple[str, str]], title: str | None = None, copied: bool = False) -> Text:
-    """One line for each (name, value), the values aligned, also in the lines that continue it on a narrow terminal.
+    """One line for each (name, value), with the values aligned, also in the continuation lines on a narrow terminal.
 
     Args:
-        copied: the values are commands or data, in which no line may be broken.
+        copied: the values are commands or data for copying, whose lines must not be broken.
     """
     from rich.style import Style
     from rich.text import Text

@@ -1,7 +1,7 @@
-"""Lines that are too long for a terminal, broken between words; and between fields, if two spaces separate them.
+"""Wrapping of lines that are too long for a terminal: between fields, if two spaces separate them, or between words.
 
-What people copy gets no line break, however long it is: a word (a path, an id), what quotes enclose, and the command in
-a sentence. The terminal alone breaks those, where the line ends.
+What people copy is not broken, however long it is: a word (a path, an id), quoted text, and a command in a sentence.
+The terminal itself breaks those at the end of its line.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from rich.style import Style
 from rich.text import Text
 
-INDENT = "indent"  # in the meta of the style that a line begins with: spaces before the lines that continue it
+INDENT = "indent"  # a key in the meta of the style that a line begins with: the indent of its continuation lines
 UNBROKEN = re.compile(
     r"""
     (?:\S*python'?\ \S+\.py'?|\S*lm-workbench)\ (?:'[^']*'|[^;)'])*[^;)\s][;)]*  # a command, to the end of its clause
@@ -23,11 +23,11 @@ UNBROKEN = re.compile(
     re.VERBOSE,
 )
 
-FIELD = re.compile(r"\S+(?: \S+)*")  # one of several in a line, with two spaces or more between them
+FIELD = re.compile(r"\S+(?: \S+)*")  # the fields of a line have two or more spaces between them
 
 
 def wrapped(text: Text, width: int) -> Text:
-    """`text` in lines of at most `width` characters, as far as words allow; a text with `no_wrap` stays as it is."""
+    """Break `text` into lines of at most `width` columns, as far as words allow; `no_wrap` leaves it unchanged."""
     if text.no_wrap:
         return text
     lines = text.split("\n", allow_blank=True)
@@ -44,7 +44,7 @@ def _parts(line: Text, width: int) -> Iterator[Text]:
     fields = [field for field in FIELD.finditer(line.plain) if field.start() in places]
     starts = [0]
     for word in words:
-        margin, name = (indent, 0) if starts[1:] else (0, indent)  # each part keeps a word; the name of a fact is none
+        margin, name = (indent, 0) if starts[1:] else (0, indent)  # each part has a word, besides the name of a fact
         if word.start() > starts[-1] + name and margin + cell_len(line.plain[starts[-1] : word.end()]) > width:
             field = [field for field in fields if field.start() <= word.start()][-1]
             is_whole = field.start() > starts[-1] + name and indent + cell_len(field.group()) <= width
@@ -56,6 +56,6 @@ def _parts(line: Text, width: int) -> Iterator[Text]:
 
 
 def _indent(line: Text) -> int:
-    """The spaces before the lines that continue `line`."""
+    """The number of spaces before the continuation lines of `line`."""
     styles = (span.style for span in line.spans if span.start == 0 and isinstance(span.style, Style))
     return max((style.meta.get(INDENT, 0) for style in styles), default=0)

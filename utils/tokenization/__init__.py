@@ -1,1 +1,1 @@
-"""Tokenizers of bytes and subwords, where a text may be cut for them, and the files of vocabularies."""
+"""Byte and subword tokenizers, the places at which a long text can be cut for them, and the vocabulary files."""

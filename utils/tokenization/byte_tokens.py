@@ -1,4 +1,4 @@
-"""Tokens that stand for bytes of UTF-8: what such tokenizers share, and the one with a token for each byte."""
+"""Tokenizers whose tokens stand for bytes of UTF-8: their base class, and the one with a token for each byte."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.tokenization.vocabularies import surrogate_error
 
 
 class Utf8Tokenizer(Tokenizer):
-    """A tokenizer whose tokens stand for bytes of UTF-8, so that every text has tokens."""
+    """A tokenizer whose tokens stand for bytes of UTF-8, so that it can encode every text."""
 
     @functools.cached_property
     def _pieces(self) -> list[bytes]:
@@ -46,10 +46,10 @@ class Utf8Tokenizer(Tokenizer):
 
 
 def _utf8(text: str) -> Iterator[bytes]:
-    """A text in UTF-8, in parts.
+    """The UTF-8 of a text, part by part.
 
     Raises:
-        TokenizerError: it has half a surrogate pair, which has no UTF-8.
+        TokenizerError: the text has half a surrogate pair, which UTF-8 cannot encode.
     """
     for start in range(0, len(text), PART_CHARACTERS):
         try:
@@ -59,7 +59,7 @@ def _utf8(text: str) -> Iterator[bytes]:
 
 
 class ByteTokenizer(Utf8Tokenizer):
-    """One token for each byte of UTF-8: 256 ids, for any language. No text has the byte 0."""
+    """One token for each byte of UTF-8: 256 ids, for any language. Byte 0, which no text has, is end-of-text."""
 
     kind = "byte"
     learns = False

@@ -1,4 +1,4 @@
-"""Our own kinds of tokenizers as a tokenizer.json, the format of the package tokenizers."""
+"""The workbench's own tokenizers as tokenizer.json files, the format of the package tokenizers."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def _specification(model: dict[str, Any], pre_tokenizer: dict[str, Any], decoder
 
 
 def character_specification(vocabulary: Sequence[str], unknown_token: str | None) -> str:
-    """One token for each character: every character is a word, and words have ids.
+    """One token for each character: a WordLevel model in which every character is a word.
 
     Raises:
-        TokenizerError: a character is half a surrogate pair, which no such file can hold.
+        TokenizerError: a character is half a surrogate pair, which a tokenizer.json cannot hold.
     """
     if any("\ud800" <= character <= "\udfff" for character in vocabulary):
         raise TokenizerError("tokenizer char: half a surrogate pair is a token, which no tokenizer.json can hold")
-    # A word that is not in the vocabulary has the id of unk_token, and is an error if that is not there either.
+    # A word outside the vocabulary gets the id of unk_token; if that is not in the vocabulary either, it is an error.
     model = {
         "type": "WordLevel",
         "vocab": {character: place for place, character in enumerate(vocabulary)},
         "unk_token": unknown_token or "",
     }
-    # [\\s\\S] is any character, with line breaks.
+    # [\\s\\S] is any character, line breaks included.
     split = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated", "invert": False}
     return _specification(model, split, {"type": "Fuse"})
 

@@ -1,4 +1,4 @@
-"""Tokenizers of words and parts of words: of any tokenizer.json, learned from the corpus, and that of GPT-2."""
+"""Subword tokenizers: any tokenizer.json, byte-pair encoding learned from the corpus, and the encoding of GPT-2."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from utils.tokenization.vocabularies import (
 )
 
 LARGEST_VOCABULARY = 1 << 22
-WORDS_PART = 1 << 14  # characters of a text that one thread encodes at a time
-WORDS_PARTS = 64  # such parts that are encoded at a time, on all cores
-TRAINING_CHARACTERS = 1 << 25  # of a corpus from which subwords are learned
-# GPT-2's pattern of words. Its repetitions are possessive, which changes no match: they need no stack to go back.
+WORDS_PART = 1 << 14  # characters that one thread encodes at a time
+WORDS_PARTS = 64  # parts of that size that are encoded at a time, on all cores
+TRAINING_CHARACTERS = 1 << 25  # characters of the corpus from which subwords are learned
+# GPT-2's word pattern, with possessive quantifiers: the matches are the same, but no backtracking stack is needed.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 
 class _SubwordTokenizer(Utf8Tokenizer):
-    """A tokenizer of words and parts of words. Special tokens in a text are text."""
+    """A subword tokenizer. The names of special tokens within a text are encoded as ordinary text."""
 
-    _boundary: re.Pattern[str] | None = GPT2_BOUNDARY  # where a text may be cut
+    _boundary: re.Pattern[str] | None = GPT2_BOUNDARY  # where a text can be cut (chunks.py)
 
     def _encode_all(self, texts: Sequence[str]) -> Iterable[np.ndarray]:
-        """The ids of each text, on all cores."""
+        """Encode each text, using all cores."""
         raise NotImplementedError
 
     def encode_parts(self, text: str) -> Iterator[np.ndarray]:
@@ -61,7 +61,7 @@ class _SubwordTokenizer(Utf8Tokenizer):
             yield ids
 
     def encode_many(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        counts: list[int] = []  # of the parts of each text
+        counts: list[int] = []  # the number of parts of each text
 
         def batches() -> Iterator[list[str]]:
             batch: list[str] = []
@@ -79,7 +79,7 @@ class _SubwordTokenizer(Utf8Tokenizer):
 
         ids = itertools.chain.from_iterable(map(self._encode_all, batches()))
         for number in range(len(texts)):
-            first = next(ids)  # then the count is known
+            first = next(ids)  # runs `batches`, which appends the count of this text
             yield first if counts[number] == 1 else joined([first, *itertools.islice(ids, counts[number] - 1)])
 
     def first_cut(self, text: str) -> int | None:
@@ -95,18 +95,18 @@ class _SubwordTokenizer(Utf8Tokenizer):
 
 
 class HuggingFaceTokenizer(_SubwordTokenizer):
-    """Any tokenizer.json, of the package tokenizers.
+    """Any tokenizer.json of the package tokenizers.
 
-    Decoding gives what each token adds in the middle of a text: where the first word of a text has a token with a space
-    before it, the space stays. Without a decoder in it, decoding undoes how words are cut (`decoder_of`).
+    Decoding gives each token the bytes that it adds in the middle of a text, so a space that the tokenizer puts before
+    the first word stays. If the file has no decoder, decoding inverts its word splitting (`decoder_of`).
 
     Args:
         specification: the content of the tokenizer.json.
-        vocab_size: at least so many ids, those beyond the tokens without text: many a published model has more rows
-            than its tokenizer has tokens.
+        vocab_size: the smallest vocabulary size; ids without a token stand for no text. Many published models have more
+            embedding rows than their tokenizer has tokens.
 
     Raises:
-        TokenizerError: the package is missing.
+        TokenizerError: the package is not installed.
         ValueError: the content is damaged.
     """
 
@@ -123,7 +123,7 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
         try:
             self._facts["decoder"] = decoder_of(self._facts)
             self._tokenizer = package.Tokenizer.from_str(json.dumps(self._facts))
-        except Exception as error:  # the package has no type for it
+        except Exception as error:  # the package raises plain Exception
             raise ValueError(f"the package tokenizers cannot use it: {error}") from None
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -149,12 +149,12 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
             raise TokenizerError(f"{path}: not a tokenizer.json that can be used: {error}") from None
 
     def _encode_all(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else it warns whenever the process forks
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns whenever the process forks
         try:
             encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:  # half a surrogate pair
             raise
-        except Exception as error:  # the package has no type for it
+        except Exception as error:  # the package raises plain Exception
             raise TokenizerError(f"the tokenizer.json has no token for a part of the text: {error}") from None
         for encoding in encodings:
             yield np.array(encoding.ids, dtype=np.int64)
@@ -172,7 +172,7 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
 
     @functools.cached_property
     def _hash(self) -> str:
-        """That of the same tokenizer without padding: it gives the same ids."""
+        """The hash without the padding of the vocabulary, which does not change the ids."""
         form = {key: value for key, value in self.to_json().items() if key != "vocab_size"}
         return hashlib.sha256(json.dumps(form, sort_keys=True).encode()).hexdigest()
 
@@ -189,7 +189,7 @@ class BpeTokenizer(HuggingFaceTokenizer):
 
     @classmethod
     def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
-        """Learn `bpe_vocab_size` tokens from the first TRAINING_CHARACTERS, or as many spread over longer texts."""
+        """Learn `bpe_vocab_size` tokens from the texts, or, if they are longer, from TRAINING_CHARACTERS of them."""
         package = optional_package("tokenizers", cls.kind)
         byte_level = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer = package.Tokenizer(package.models.BPE())
@@ -207,7 +207,7 @@ class BpeTokenizer(HuggingFaceTokenizer):
 
 
 class Gpt2Tokenizer(_SubwordTokenizer):
-    """The encoding of GPT-2, by the package tiktoken, from local files.
+    """The encoding of GPT-2, computed by the package tiktoken from local files.
 
     Args:
         merges: the content of vocab.bpe.

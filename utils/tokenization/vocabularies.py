@@ -1,4 +1,4 @@
-"""The files of subword vocabularies: any tokenizer.json, and those of GPT-2."""
+"""The files of subword vocabularies: tokenizer.json, and the files of GPT-2."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import Any
 from utils.files import read_bytes, read_named
 from utils.tokenization.protocol import TokenizerError
 
-MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")  # what the package tokenizers has
+MODELS = ("BPE", "Unigram", "WordLevel", "WordPiece")  # those of the package tokenizers
 END_OF_TEXT = "<|endoftext|>"
-END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")  # the same role in published vocabularies
+END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")  # end-of-text in published vocabularies
 GPT2_MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-GPT2_MERGE_FILES = ("vocab.bpe", "merges.txt")  # names of the same file: OpenAI's, Hugging Face's
+GPT2_MERGE_FILES = ("vocab.bpe", "merges.txt")  # OpenAI's and Hugging Face's names of the same file
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 GPT2_VOCABULARY_FILES = ("encoder.json", "vocab.json")
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # of a vocabulary with byte fallback
+BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # in a vocabulary with byte fallback
 
 
 def optional_package(name: str, kind: str) -> Any:
-    """An optional package.
+    """Import an optional package that tokenizers of this kind need.
 
     Raises:
         TokenizerError: it is not installed.
@@ -36,17 +36,18 @@ def optional_package(name: str, kind: str) -> Any:
 
 
 def read_specification(path: Path) -> str:
-    """The content of a tokenizer.json (or of the folder that has it), as JSON without spaces.
+    """The content of a tokenizer.json, as JSON without spaces. A tokenizer.json of a run yields the one inside it.
 
-    A tokenizer.json that this workbench wrote counts as the vocabulary in it.
+    Args:
+        path: the file, or the folder that contains it.
 
     Raises:
-        TokenizerError: missing, damaged, or of an unknown model.
+        TokenizerError: the file is missing or damaged, or its model is unknown.
     """
     if path.is_dir():
         path = path / "tokenizer.json"
     try:
-        value = json.loads(read_named(path))  # in the cache of a hub it is a link
+        value = json.loads(read_named(path))  # in the cache of the Hugging Face hub, it is a link
         if isinstance(value, dict) and isinstance(value.get("tokenizer"), str):
             value = json.loads(value["tokenizer"])
     except FileNotFoundError:
@@ -62,10 +63,10 @@ def read_specification(path: Path) -> str:
 
 
 def checked_specification(value: Any) -> str:
-    """A tokenizer.json, as JSON without spaces and without what would change a long text: truncation, padding, dropout.
+    """A tokenizer.json as JSON without spaces, with truncation, padding and dropout turned off.
 
     Raises:
-        ValueError: it is none, or of an unknown model.
+        ValueError: `value` is not a tokenizer.json, or its model is unknown.
     """
     model = value.get("model") if isinstance(value, dict) else None
     if not isinstance(model, dict) or ("vocab" not in model and model.get("type") in (None, *MODELS)):
@@ -79,16 +80,16 @@ def checked_specification(value: Any) -> str:
 
 
 def special_tokens(tokens: Mapping[str, int]) -> dict[str, int]:
-    """The ids of special tokens by role: `end_of_text` for the first of END_NAMES, any other by its text."""
+    """The ids of special tokens by role: `end_of_text` for the first of END_NAMES, the token itself for all others."""
     end = next((name for name in END_NAMES if name in tokens), None)
     return {"end_of_text" if token == end else token: place for token, place in tokens.items()}
 
 
 def gpt2_merges(folders: Sequence[Path]) -> str:
-    """The merges of GPT-2, the content of vocab.bpe, from the first folder that has them.
+    """The merges of GPT-2 (the content of vocab.bpe), from the first folder that has them.
 
     Raises:
-        TokenizerError: there are none, or a file is damaged or of another model.
+        TokenizerError: no folder has them, or a file is damaged or belongs to another model.
     """
     for folder in folders:
         for name in (*GPT2_MERGE_FILES, "tokenizer.json"):
@@ -100,13 +101,13 @@ def gpt2_merges(folders: Sequence[Path]) -> str:
                 except ValueError as error:
                     raise TokenizerError(f"{path}: {error}") from None
     raise TokenizerError(
-        f"tokenizer gpt2: its vocabulary is not there: put vocab.bpe and encoder.json ({GPT2_URL}), or the "
+        f"tokenizer gpt2: its vocabulary was not found: put vocab.bpe and encoder.json ({GPT2_URL}), or the "
         f"tokenizer.json of GPT-2, into {folders[-1]} or into gpt2/ of the folder that WORKBENCH_DATA names"
     )
 
 
 def checked_merges(merges: str) -> str:
-    """`merges` with the line ends of the original.
+    """`merges` with the original's line ends.
 
     Raises:
         ValueError: they are not those of GPT-2.
@@ -132,7 +133,7 @@ def _merges_of_json(path: Path) -> str:
 
 
 def _check_vocabulary(folder: Path) -> None:
-    """Raises TokenizerError if the vocabulary beside the merges, which follows from them, is another one."""
+    """Raises TokenizerError if a vocabulary file beside the merges does not have GPT-2's number of tokens."""
     for path in (folder / name for name in GPT2_VOCABULARY_FILES):
         if path.is_file():
             try:
@@ -144,7 +145,7 @@ def _check_vocabulary(folder: Path) -> None:
 
 
 def gpt2_ranks(merges: str) -> dict[bytes, int]:
-    """The bytes of each token of GPT-2 and its id: the 256 bytes, then the merges in their order."""
+    """The bytes of each token of GPT-2 -> its id: first the 256 bytes, then the merges in order."""
     byte_of = byte_level_alphabet()
     ranks = {bytes([byte]): rank for rank, byte in enumerate(byte_of.values())}
     for line in merges.splitlines()[1:]:
@@ -153,9 +154,9 @@ def gpt2_ranks(merges: str) -> dict[bytes, int]:
 
 
 def byte_level_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in byte-level vocabularies, in the order of their ids in GPT-2.
+    """The printable character that stands for each byte in byte-level vocabularies -> the byte, in GPT-2's id order.
 
-    A printable character of Latin-1 stands for itself, the other bytes have the characters from U+0100 on.
+    A printable character of Latin-1 stands for itself; the other bytes use the characters from U+0100 on.
     """
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
@@ -166,16 +167,16 @@ def token_pieces(tokenizer: Any, specification: Mapping[str, Any], size: int) ->
     """The bytes that each token adds in the middle of a text, by id; empty for an id without a token.
 
     Args:
-        tokenizer: of the package tokenizers.
+        tokenizer: a Tokenizer of the package tokenizers.
         specification: its tokenizer.json.
-        size: of the vocabulary.
+        size: the vocabulary size.
     """
     decoder = specification.get("decoder") or {}
     kinds = {part.get("type") for part in decoder.get("decoders") or [decoder]}
     added = {token["id"]: token["content"].encode() for token in specification.get("added_tokens") or []}
     if "ByteLevel" in kinds:
         return [added.get(place) or _byte_level(tokenizer.id_to_token(place) or "") for place in range(size)]
-    # Any other decoder may treat the first token of a text in another way: here each follows another token.
+    # Other decoders may treat the first token of a text differently, so decode each token after another one.
     first = next((place for place in range(size) if place not in added and tokenizer.decode([place, place])), 0)
     before = tokenizer.decode([first], skip_special_tokens=False)
     pieces = []
@@ -201,7 +202,7 @@ def _byte_level(token: str) -> bytes:
 
 
 def surrogate_error(text: str) -> TokenizerError | None:
-    """The error for a text with half a surrogate pair, which has no UTF-8; None without one."""
+    """The error for a text with half a surrogate pair, which UTF-8 cannot encode; None if the text has none."""
     if not (found := re.search("[\ud800-\udfff]", text)):
         return None
     error = TokenizerError(f"character {found[0]!r} at position {found.start()} is half a surrogate pair: not text")
@@ -210,7 +211,7 @@ def surrogate_error(text: str) -> TokenizerError | None:
 
 
 def sample(texts: Iterable[str], characters: int, pieces: int = 64) -> list[str]:
-    """All of the texts; of long ones, `pieces` parts of equal length at equal distances, `characters` in all."""
+    """The texts; if they have more than `characters`, about `pieces` evenly spaced parts with that many in all."""
     texts = list(texts)
     total = sum(map(len, texts))
     if total <= characters:

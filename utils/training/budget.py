@@ -6,7 +6,6 @@ that number as --max-iters.
 
 from __future__ import annotations
 
-import functools
 import gc
 import math
 import statistics
@@ -20,14 +19,14 @@ import torch
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import RuleError, warmup_steps
 from utils.errors import UserError, number_text
-from utils.inference.evaluation import BatchLoss, estimate_loss
-from utils.machine.device import autocast, synchronize, torch_settings
+from utils.inference.evaluation import estimate_loss
+from utils.machine.device import synchronize, torch_settings
 from utils.optim.schedules import apply_schedules
 from utils.runs.origin import Origin, put_on_top
 from utils.terminal.console import Terminal
 from utils.terminal.words import duration
 from utils.training.batch_size import memory_explained
-from utils.training.evaluate import answer_accuracy, sample_text
+from utils.training.evaluate import answer_accuracy, prepare_evaluation, sample_text
 from utils.training.setup import Setup, make_setup
 from utils.training.state import TrainState, build_state
 from utils.training.step import no_phase
@@ -130,6 +129,8 @@ def measure(setup: Setup, seconds: float, terminal: Terminal) -> tuple[float, fl
     times: list[float] = []  # seconds per block
     while len(times) < LEAST_BLOCKS or (len(times) < MOST_BLOCKS and sum(times) < SHARE * seconds):
         times.append(_timed(block, state.device))
+    if state.device.type == "cuda":
+        _evaluate(state)  # not timed: the first one records graphs
     evaluation = _timed(lambda: _evaluate(state), state.device)
     return statistics.median(times) / BLOCK, evaluation, len(times) * BLOCK
 
@@ -137,7 +138,7 @@ def measure(setup: Setup, seconds: float, terminal: Terminal) -> tuple[float, fl
 def _evaluate(state: TrainState) -> None:
     """Do the work of an evaluation during training, without logging."""
     settings = state.config.train
-    loss = BatchLoss(state.model, functools.partial(autocast, state.device, state.dtype), graph=False)
+    loss = prepare_evaluation(state)
     estimate_loss(loss, state.sampler, settings.eval_iters, settings.gradient_accumulation_steps)
     if state.questions:
         answer_accuracy(state)

@@ -52,11 +52,7 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
         NonFiniteError: a loss is not finite; the losses are logged.
     """
     settings = state.config.train
-    graph = settings.cuda_graph and not any(map(is_patched, state.model.modules()))  # a graph would not call the hooks
-    if state.eval_loss is None or state.eval_loss.graph != graph:
-        precision = functools.partial(autocast, state.device, state.dtype)
-        state.eval_loss = BatchLoss(state.model, precision, graph=graph, together=state.shards is not None)
-        state.decoders = StaticDecoders() if graph and is_static(state.device) else None
+    eval_loss = prepare_evaluation(state)
 
     def watch(done: int, total: int) -> bool:
         monitor.progress.evaluating(state.step, done, total)
@@ -64,7 +60,7 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
 
     micro_steps = settings.gradient_accumulation_steps
     try:
-        losses = estimate_loss(state.eval_loss, state.sampler, settings.eval_iters, micro_steps, watch, state.ranks)
+        losses = estimate_loss(eval_loss, state.sampler, settings.eval_iters, micro_steps, watch, state.ranks)
     except EvaluationStoppedError:
         return
     if state.questions:
@@ -79,7 +75,7 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
         state.best_val_loss, state.best_step = losses["val/loss"], state.step
     state.early_stopping.update(losses["val/loss"])
     if state.finished:
-        without = loss_without_leaks(state.eval_loss, state.sampler, settings.eval_iters, micro_steps, state.ranks)
+        without = loss_without_leaks(eval_loss, state.sampler, settings.eval_iters, micro_steps, state.ranks)
         if without is not None:
             state.losses = {**losses, "val/loss_without_leaks": without}
             monitor.log(state.step, {"val/loss_without_leaks": without})
@@ -88,6 +84,19 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
             monitor.log_sample(sample_text(state))
     monitor.progress.evaluation(state.step, {**losses, **state.bits_per_byte(losses)})
     callbacks.on_eval(losses)
+
+
+def prepare_evaluation(state: TrainState) -> BatchLoss:
+    """The function that computes losses in evaluations; the first call makes it and `state.decoders`, and keeps both.
+
+    They use CUDA graphs if they can, but not if modules have hooks, which a recorded graph would not call.
+    """
+    graph = state.config.train.cuda_graph and not any(map(is_patched, state.model.modules()))
+    if state.eval_loss is None or state.eval_loss.graph != graph:
+        precision = functools.partial(autocast, state.device, state.dtype)
+        state.eval_loss = BatchLoss(state.model, precision, graph=graph, together=state.shards is not None)
+        state.decoders = StaticDecoders() if graph and is_static(state.device) else None
+    return state.eval_loss
 
 
 def whole_outside_blocks(state: TrainState) -> AbstractContextManager[None]:

@@ -1,1 +1,1 @@
-"""What every HTTP server of the workbench shares: security headers, checks of requests, its start and its end."""
+"""The parts that all HTTP servers of the workbench share: security headers, checks of requests, start and end."""

@@ -1,6 +1,6 @@
 """The FastAPI application that all servers of the workbench build on, and the process that serves it.
 
-No page of another origin can use it: there is no CORS, requests that change or compute something must come from its own
+Pages of other origins cannot use it: there is no CORS, requests that change or compute something must come from its own
 pages or from a program, and its pages load nothing from elsewhere.
 """
 
@@ -22,13 +22,13 @@ from utils.web.errors import ErrorBody, answer_errors
 from utils.web.guard import Guard, Running, is_loopback
 
 BACKLOG = 2048  # connections that wait to be accepted
-DRAIN_SECONDS = 20.0  # that running requests have once the server is asked to end
+DRAIN_SECONDS = 20.0  # that running requests have to finish after the signal to end
 
 
 def create_app(
     title: str, *, api_key: str | None = None, loopback: bool = True, open_paths: Collection[str] = ()
 ) -> FastAPI:
-    """An app without routes, but with the checks of `Guard`, errors as JSON and a description at /openapi.json.
+    """Create an app without routes, with the checks of `Guard`, errors as JSON and a description at /openapi.json.
 
     Its handlers may raise UserError (400) and ApiError. Static files belong below /static/.
 
@@ -37,7 +37,7 @@ def create_app(
     """
     app = FastAPI(
         title=title,
-        docs_url=None,  # these pages would load their scripts from elsewhere
+        docs_url=None,  # FastAPI's pages would load their scripts from elsewhere
         redoc_url=None,
         responses={"4XX": {"model": ErrorBody, "description": "a mistake in the request"}},
     )
@@ -50,7 +50,7 @@ def create_app(
 
 
 class _Server(uvicorn.Server):
-    """After the first signal, running requests end and others are refused; a second signal ends at once."""
+    """After the first signal, running requests finish and new ones are refused; a second signal ends the server."""
 
     def __init__(self, config: uvicorn.Config, running: Running) -> None:
         super().__init__(config)
@@ -73,14 +73,14 @@ class _Server(uvicorn.Server):
 
 
 def run_server(app: FastAPI, host: str, port: int) -> NoReturn:
-    """Serve an app of `create_app` until a signal; prints its address.
+    """Serve an app made by `create_app` until a signal; prints the address.
 
     Args:
         port: 0: any free one.
 
     Raises:
-        UserError: the address is in use, or not one of this machine.
-        StopSignal: always at the end, with the signal that ended it.
+        UserError: the address is in use, or does not belong to this machine.
+        StopSignal: at the end, with the signal that ended the server.
     """
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, ws="none", server_header=False, timeout_graceful_shutdown=1
@@ -90,7 +90,7 @@ def run_server(app: FastAPI, host: str, port: int) -> NoReturn:
         address = listener.getsockname()
         name = f"[{host}]" if ":" in host else host
         print(f"{app.title}: http://{name}:{address[1]}/ (Ctrl-C ends it)", flush=True)
-        # uvicorn raises the signal again once it is done; of a script's background job, SIGINT would be ignored then.
+        # uvicorn raises the signal again once it is done. In a script's background job, SIGINT would then be ignored.
         previous = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             server.run(sockets=[listener])
@@ -105,10 +105,10 @@ def _stop(signum: int, _frame: FrameType | None) -> NoReturn:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens at this address.
+    """Open a socket that listens on this address.
 
     Raises:
-        UserError: it cannot be.
+        UserError: the address is not available.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -118,16 +118,16 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(BACKLOG)  # now, so that who reads the address can connect to it
+        listener.listen(BACKLOG)  # before the address is printed, so that its readers can connect
     except OSError as error:
         listener.close()
         hint = "; --port 0 takes any free one" if port else ""
-        raise UserError(f"{host}:{port}: cannot be served at: {error.strerror}{hint}") from None
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}{hint}") from None
     return listener
 
 
 def exposure(host: str) -> str | None:
-    """What listening on an address that is not loopback means, in one line; None: it is loopback."""
+    """A one-line note about listening on an address that is not loopback; None: it is loopback."""
     if is_loopback(host):
         return None
-    return f"note: on {host} whoever reaches this machine over the network can use this server, without encryption"
+    return f"note: on {host}, everyone who can reach this machine can use this server, without encryption"

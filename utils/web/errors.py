@@ -19,7 +19,9 @@ KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_e
 class ErrorDetail(BaseModel):
     """What was wrong with a request.
 
-    type: a kind of error, by the status. param: the field of the request. code: a name for programs.
+    type: the kind of error, which follows from the status.
+    param: the field of the request.
+    code: a name for programs.
     """
 
     message: str
@@ -29,7 +31,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every response that is an error."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
@@ -51,13 +53,13 @@ class ApiError(Exception):
 
 
 def error_detail(error: ApiError) -> ErrorDetail:
-    """What the body of the response says of an error."""
+    """Describe an error for the body of the response."""
     kind = KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     return ErrorDetail(message=one_line(str(error)), type=kind, param=error.param, code=error.code)
 
 
 def error_response(error: ApiError) -> JSONResponse:
-    """The response to a request that ended with an error."""
+    """Make the response to a request that ended with an error."""
     return JSONResponse(ErrorBody(error=error_detail(error)).model_dump(), error.status, error.headers)
 
 
@@ -84,7 +86,7 @@ def answer_errors(app: FastAPI) -> None:
 def validation_error(error: RequestValidationError) -> ApiError:
     """The first mistake of a request, in one line.
 
-    A validator of several fields names the one that is to blame in the context `param` of its PydanticCustomError.
+    A validator of several fields names the field to blame as `param` in the context of its PydanticCustomError.
     """
     detail = error.errors()[0]
     if "param" in detail.get("ctx", {}):

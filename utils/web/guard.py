@@ -14,12 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from utils.web.errors import ApiError, error_response
 
-MOST_BODY = 4 << 20  # bytes of a request
-BODY_SECONDS = 30.0  # that a client has for sending them
-TOO_LARGE = f"the body of a request has at most {MOST_BODY:,} bytes"
+MOST_BODY = 4 << 20  # bytes in the body of a request
+BODY_SECONDS = 30.0  # that a client has to send the body
+TOO_LARGE = f"the body of a request may have at most {MOST_BODY:,} bytes"
 SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
-OPEN_PATHS = ("/", "/health")  # without the API key, like what is in
-STATIC = "/static/"
+OPEN_PATHS, STATIC = ("/", "/health"), "/static/"  # these paths and this folder need no API key
 CONTENT_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -36,7 +35,7 @@ HEADERS = [
 class Running:
     """The requests that an app is working on.
 
-    draining: the server is about to end: only /health, which says so, is still answered.
+    draining: whether the server is about to end; only /health, which reports that, still answers.
     """
 
     def __init__(self) -> None:
@@ -45,13 +44,13 @@ class Running:
 
 
 class Guard:
-    """ASGI middleware: refuses a request that the app must not see; bounds its body; adds HEADERS to the response.
+    """ASGI middleware: refuses requests that the app must not see, limits their bodies, and adds HEADERS to responses.
 
     Args:
-        api_key: asked for as a bearer token, except for OPEN_PATHS, `open_paths` and static files; None: no key.
-        loopback: the server listens on a loopback address only. So a request for any other host name comes from a page
-            whose name was made to point here (DNS rebinding).
-        open_paths: further pages that hold nothing secret.
+        api_key: required as a bearer token, except for OPEN_PATHS, `open_paths` and static files; None: no key.
+        loopback: whether the server listens on a loopback address only. A request with any other host name then comes
+            from a page whose name was made to point here (DNS rebinding), and is refused.
+        open_paths: further paths that need no key, because they hold nothing secret.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class Guard:
         self._running.count += 1
         try:
             await self._app(scope, _bounded(receive), send_with_headers)
-        except Exception as error:  # a bug of a route; raised again for the traceback on stderr
+        except Exception as error:  # a bug in a route; raised again for the traceback on stderr
             if not is_answered:
                 failure = ApiError(500, f"the server failed: {type(error).__name__}")
                 await error_response(failure)(scope, receive, send_with_headers)
@@ -90,7 +89,7 @@ class Guard:
             self._running.count -= 1
 
     def _refusal(self, scope: Scope, headers: Mapping[str, str]) -> ApiError | None:
-        """Why the app must not see this request; None: it may."""
+        """The error for a request that the app must not see; None: it may."""
         if self._loopback and not is_loopback(host_name(headers.get("host", ""))):
             return ApiError(403, "this server answers only to localhost: its Host header must be a loopback name")
         if scope["method"] not in SAFE_METHODS and not _is_same_origin(headers):
@@ -112,17 +111,17 @@ class Guard:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """`receive` for a body of at most MOST_BODY bytes that comes within BODY_SECONDS."""
+    """Wrap `receive` so that the body has at most MOST_BODY bytes and arrives within BODY_SECONDS."""
     size, is_whole, end = 0, False, time.monotonic() + BODY_SECONDS
 
     async def bounded() -> Message:
         nonlocal size, is_whole
-        if is_whole:  # what comes now is the end of the connection, at any time
+        if is_whole:  # the next message is the end of the connection, which may come at any time
             return await receive()
         try:
             message = await asyncio.wait_for(receive(), max(end - time.monotonic(), 0.01))
         except TimeoutError:
-            raise HTTPException(408, f"the body of a request must come within {BODY_SECONDS:g} seconds") from None
+            raise HTTPException(408, f"the body of a request must arrive within {BODY_SECONDS:g} seconds") from None
         size += len(message.get("body", b""))
         is_whole = not message.get("more_body", False)
         if size > MOST_BODY:
@@ -133,7 +132,7 @@ def _bounded(receive: Receive) -> Receive:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port and the brackets of IPv6; empty: it is not valid."""
+    """The name in a Host header, without its port and the brackets of IPv6; empty if it is not valid."""
     try:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -151,7 +150,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _is_same_origin(headers: Mapping[str, str]) -> bool:
-    """Whether a request is from a page of this server, or from a program, which sends neither header."""
+    """Whether a request comes from a page of this server, or from a program, which sends neither header."""
     if headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
         return False
     origin = headers.get("origin")
@@ -159,7 +158,7 @@ def _is_same_origin(headers: Mapping[str, str]) -> bool:
 
 
 def _netloc(origin: str) -> str:
-    """HOST:PORT of an origin; empty: it has none ("null"), or is not valid."""
+    """HOST:PORT of an origin; empty if it has none ("null") or is not valid."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:

@@ -8,8 +8,8 @@ const NAMED = 12; // curves that the tip under the pointer lists
 export class Chart {
   /**
    * @param {string} title of the chart.
-   * @param {{onzoom?: Function, onclose?: Function}} options onzoom(start, end): the part of x that was chosen; both
-   *   null: all.
+   * @param {{onzoom?: Function, onclose?: Function}} options onzoom(start, end) gets the part of x that was chosen, or
+   *   two nulls for all of it.
    */
   constructor(title, options = {}) {
     this.options = options;
@@ -30,8 +30,8 @@ export class Chart {
 
   /**
    * @param curves [{name, color, x, y, low?, high?}] with x never decreasing.
-   * @param view {xLabel, yLabel, logX, logY, xScale, whole}: xScale divides x (seconds to hours, say); whole: x has no
-   *   fractions.
+   * @param view {xLabel, xName, logX, logY, xScale, whole, empty}: xScale divides x (seconds to hours, say); whole: x
+   *   has only integers; empty: the text without curves.
    */
   show(curves, view) {
     this.curves = curves;
@@ -72,7 +72,7 @@ export class Chart {
     this.drawAxes(g, box);
     g.save();
     g.beginPath();
-    g.rect(box.left - 3, box.top - 2, box.right - box.left + 6, box.bottom - box.top + 4); // with the dots at the ends
+    g.rect(box.left - 3, box.top - 2, box.right - box.left + 6, box.bottom - box.top + 4); // room for the dots at the ends
     g.clip();
     for (const curve of this.curves) this.drawBand(g, curve);
     for (const curve of this.curves) this.drawLine(g, curve);
@@ -112,7 +112,7 @@ export class Chart {
     };
   }
 
-  /** The indices of the points of a curve that the zoom shows. */
+  /** The first and the end index of the points of a curve that the zoom shows. */
   visible(curve) {
     return [lowerBound(curve.x, this.range[0]), lowerBound(curve.x, this.range[1]) + 1].map((i) => Math.min(i, curve.x.length));
   }
@@ -148,7 +148,7 @@ export class Chart {
 
   drawBand(g, curve) {
     if (!curve.low || curve.x.length < 2) return;
-    const floor = this.box.bottom + 4; // what a logarithmic axis cannot show
+    const floor = this.box.bottom + 4; // stands for values that a logarithmic axis cannot show
     const at = (value) => (this.y.log && value <= 0 ? floor : this.y.at(value));
     g.beginPath();
     curve.x.forEach((x, i) => g.lineTo(this.x.at(x), at(curve.high[i])));
@@ -226,7 +226,7 @@ export class Chart {
     const isRight = this.pointer > this.canvas.clientWidth / 2;
     this.tip.style.left = isRight ? "auto" : `${this.pointer + 14}px`;
     const room = isRight ? this.pointer : this.canvas.clientWidth - this.pointer;
-    this.tip.style.maxWidth = `${room - 14}px`; // what is longer ends in dots
+    this.tip.style.maxWidth = `${room - 14}px`; // longer names end in dots
     this.tip.style.right = isRight ? `${this.canvas.clientWidth - this.pointer + 14}px` : "auto";
     this.draw();
   }

@@ -1,17 +1,17 @@
 // Shared by the pages of runs: requests, elements, and how values are written.
-// All text of runs goes into the page as text nodes: nothing here makes markup of a string.
+// All text of runs goes into the page as text nodes: nothing here parses a string as markup.
 
 export const COLORS = ["#3b6fb6", "#e07b1f", "#2f9e63", "#d1495b", "#8a63c4", "#1b9aaa", "#b8860b", "#7a7f87",
   "#5b8def", "#c2527f", "#6b9b2a", "#a0633a"];
-const KEY_NAME = "key"; // as the playground keeps it
+const KEY_NAME = "key"; // as in the playground
 
-/** The answer of the server to GET /runs/api/PATH. params: [name, value] pairs; empty values are left out. */
+/** GET /runs/api/PATH. params: [name, value] pairs; empty values are left out. */
 export async function ask(path, params = []) {
   const query = new URLSearchParams(params.filter(([, value]) => value !== null && value !== undefined && value !== ""));
   return (await request(`/runs/api/${path}${query.size ? "?" + query : ""}`)).json();
 }
 
-/** Change something: POST with the header that no other origin can send. */
+/** POST a change, with the header that pages of other origins cannot send. */
 export async function change(path, body) {
   const headers = { "Content-Type": "application/json", "X-Workbench-Edit": "1" };
   return (await request(`/runs/api/${path}`, { method: "POST", headers, body: JSON.stringify(body) })).json();
@@ -35,14 +35,14 @@ export async function request(url, options = {}) {
   }
   if (!response.ok) {
     const body = await response.json().catch(() => null);
-    const error = new Error(body?.error?.message ?? `the server answered ${response.status}`);
+    const error = new Error(body?.error?.message ?? `the server answered with status ${response.status}`);
     error.status = response.status;
     throw error;
   }
   return response;
 }
 
-/** An element. props: `class`, `on...` functions, data and ARIA attributes, properties; children: elements and texts. */
+/** Make an element. props: `class`, `on...` functions, data and ARIA attributes, properties; children: elements, texts. */
 export function el(tag, props = {}, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props)) {
@@ -109,7 +109,7 @@ export function cellText(column, value) {
   return column.endsWith("loss") || column.endsWith("bits_per_byte") ? value.toFixed(4) : number(value);
 }
 
-/** Calls `work` every `seconds` while the page is in sight, and shows in #live whether the server answers. */
+/** Call `work` every `seconds` while the page is visible, and show in #live whether the server answers. */
 export function poll(seconds, work) {
   const live = $("#live");
   let failed = 0;

@@ -1,4 +1,4 @@
-// Several runs against each other: verdict, curves, differences.
+// The comparison of several runs: verdict, curves, differences.
 
 import { $, COLORS, ask, el, fill, runUrl, showError, swatch } from "./common.js";
 import { Panel } from "./panel.js";
@@ -18,7 +18,7 @@ function showVerdict(found) {
   if (!found) return;
   $("#note").textContent = found.note ?? "";
   fill($("#verdict-list tbody"), found.verdicts.map((pair) => el("tr", {}, el("th", { scope: "row" }, `${pair.first} against ${pair.second}`), el("td", { class: pair.kind.split(" ")[0] }, pair.word), el("td", { class: "quiet" }, pair.why))));
-  if (!found.verdicts.length) fill($("#verdict-list tbody"), el("tr", {}, el("td", { class: "quiet" }, "These runs differ only in their seed: they are one group, and there is nothing to decide.")));
+  if (!found.verdicts.length) fill($("#verdict-list tbody"), el("tr", {}, el("td", { class: "quiet" }, "These runs differ only in their seed: they are one group, so there is nothing to compare.")));
   $("#groups-title").textContent = `${found.metric} at the end`;
   table($("#groups"), ["group", "runs", "mean", "std", "95% of the mean"], found.groups);
   $("#splits").textContent = found.splits.join("; ");
@@ -38,7 +38,7 @@ function showDiff(found, runs) {
   const part = (title, rows) => [el("h3", {}, title), el("div", { class: "scroll" }, el("table", { class: "auto" }, el("thead", {}, el("tr", {}, el("th", {}, ""), letters.map((letter) => el("th", { scope: "col" }, letter)))), el("tbody", {}, rows.map((row) => el("tr", {}, el("th", { scope: "row" }, row.name), cells(row))))))];
   const body = found.sections.map(({ title, rows }) => part(title, rows)).flat();
   if (!found.sections.length) body.push(el("p", {}, "No setting, code, corpus or environment differs."));
-  if (found.commits.length) body.push(el("h3", {}, "Commits between them"), el("pre", {}, found.commits.join("\n")));
+  if (found.commits.length) body.push(el("h3", {}, "Commits between the runs"), el("pre", {}, found.commits.join("\n")));
   if (found.patch.length) body.push(el("h3", {}, "Uncommitted changes"), el("pre", {}, found.patch.map((text) => el("span", { class: text.startsWith("+") ? "added block" : text.startsWith("-") ? "removed block" : "block" }, text || " "))));
   body.push(...part("Results", found.results));
   body.push(el("h3", {}, "Logs, bit by bit"), ...found.curves.map(([, kind, text], i) => el("p", {}, `A and ${LETTERS(i + 1)}: `, el("span", { class: kind }, text))));

@@ -1,4 +1,4 @@
-// The dialog that changes what people say about a run: tag, tags, note, pin.
+// The dialog that edits the tag, tags, note and pin of a run.
 
 import { ask, change, el, fill, showError } from "./common.js";
 

@@ -1,10 +1,10 @@
-// Histograms over time as a picture: a column for each step, the darker the more values lie there.
+// Histograms over time as a picture: a column for each step, darker where more values lie.
 
 import { el, fill, number } from "./common.js";
 
 const LEFT = 58, RIGHT = 12, TOP = 8, BOTTOM = 24;
 const ROWS = 96; // of the picture
-const WIDEST = 80; // pixels of a column: a single step must not look as if it went on
+const WIDEST = 80; // pixels of a column, so that a single step does not look like a long time
 
 export class Heatmap {
   constructor(canvas, tip) {
@@ -90,7 +90,7 @@ export class Heatmap {
   }
 }
 
-/** The share of the values in each row of the picture: bins are spread over the rows that they cover. */
+/** The number of values in each row of the picture; a bin is spread over the rows that it covers. */
 function onRows(one, low, high) {
   const rows = new Array(ROWS).fill(0);
   const bins = one.counts.length, width = (one.max - one.min) / bins;

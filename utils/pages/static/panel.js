@@ -1,9 +1,9 @@
-// Charts of several metrics for the same runs, with what is common to them: axis, smoothing, logarithms, grouping.
+// Charts of several metrics for the same runs, with shared settings: axis, smoothing, logarithms, grouping.
 
 import { Chart } from "./chart.js";
 import { COLORS, ask, el, fill, showError, swatch } from "./common.js";
 
-const MORE = 4; // a curve that has grown to so many times the points that a screen shows is asked for anew
+const MORE = 4; // a curve that has grown to so many times the points of a screen is fetched anew, and so thinned
 const X_NAMES = { step: "step", tokens: "tokens", time: "time" };
 const TIME_UNITS = [[7200, 3600, "h"], [300, 60, "min"], [0, 1, "s"]];
 
@@ -47,7 +47,7 @@ export class Panel {
       this.options.groups && el("label", {}, "group by ", this.group), this.metric);
   }
 
-  /** The columns that curves can be grouped by. */
+  /** @param columns that curves can be grouped by. */
   setGroups(columns) {
     const names = [...new Set([...columns, ...(this.settings.group ? [this.settings.group] : [])])];
     fill(this.group, el("option", { value: "" }, "nothing"), ...names.map((name) => el("option", { value: name, selected: name === this.settings.group }, name)));
@@ -90,7 +90,7 @@ export class Panel {
   async offer() {
     try {
       this.names = this.runs.length ? await ask("metrics", this.runs.map((run) => ["run", run.key])) : [];
-    } catch { /* the charts say what is wrong */ }
+    } catch { /* the charts show the error */ }
     this.setMetrics(this.names ?? []);
   }
 
@@ -100,12 +100,12 @@ export class Panel {
     for (const { chart } of this.charts.values()) { chart.highlight = key; chart.draw(); }
   }
 
-  /** Ask for whole curves. */
+  /** Fetch whole curves. */
   load(entries = [...this.charts.values()]) {
     return Promise.all(entries.map((entry) => this.fetch(entry, false)));
   }
 
-  /** Ask for what the curves have gained. */
+  /** Fetch the points that the curves have gained. */
   extend() {
     return Promise.all([...this.charts.values()].map((entry) => this.fetch(entry, true)));
   }
@@ -126,7 +126,7 @@ export class Panel {
     if (isDelta) for (const [key, curve] of entry.curves) if (curve.x.length < MORE * points) params.push(["known", `${curve.cursor}:${key}`]);
     try {
       const answer = await ask("curves", params);
-      if (turn !== entry.turn) return; // a later question was asked meanwhile
+      if (turn !== entry.turn) return; // there has been a later request
       if (!isDelta) entry.curves.clear();
       entry.label = answer.label;
       for (const curve of answer.groups ?? answer.curves) merge(entry.curves, curve);
@@ -160,15 +160,15 @@ export class Panel {
     entry.chart.canvas.setAttribute("aria-label", `${entry.label ?? entry.metric}: ${content}`);
   }
 
-  /** What a chart without curves says. */
+  /** The text of a chart without curves. */
   whyEmpty(entry, count, lost) {
     if (!this.runs.length) return "no run is chosen";
-    if (count) return "a logarithmic axis has only values above 0";
+    if (count) return "a logarithmic axis shows only values above 0";
     if (entry.range) return `no value of ${entry.metric} in this part`;
     return lost ? `no value of ${entry.metric} is finite` : `${entry.metric} is not logged`;
   }
 
-  /** The curves of the groups, and the legend; a group has one colour in all charts, so those without points count. */
+  /** The curves of the groups; fills the legend, too. Groups without points count, so that colours agree in all charts. */
   groupCurves(entry) {
     const groups = [...entry.curves.values()].map((curve, i) => ({
       ...curve, color: COLORS[i % COLORS.length], name: `${curve.name} (${curve.runs.length})`,
@@ -178,7 +178,7 @@ export class Panel {
   }
 }
 
-/** Put a curve of an answer in its place; one with `added` continues what is there. */
+/** Store a curve of an answer; one with `added` continues the stored curve. */
 function merge(curves, curve) {
   const key = curve.key ?? curve.run;
   const known = curves.get(key);

@@ -40,7 +40,7 @@ function showSettings() {
     el("th", { scope: "row" }, setting.key, el("span", { class: "source block" }, setting.section)),
     el("td", { class: "wrap" }, setting.value, setting.resolved === undefined ? null : el("span", { class: "source block" }, `resolved to ${setting.resolved}`)),
     el("td", { class: "source" }, setting.source), el("td", { class: "small quiet" }, setting.meaning ?? "")));
-  fill($("#setting-table tbody"), rows.length ? rows : el("tr", {}, el("td", { colSpan: 4, class: "quiet" }, word ? "no setting fits" : "every setting has its default")));
+  fill($("#setting-table tbody"), rows.length ? rows : el("tr", {}, el("td", { colSpan: 4, class: "quiet" }, word ? "no setting matches" : "every setting has its default")));
 }
 
 async function showSamples() {
@@ -69,7 +69,7 @@ async function showFiles() {
   }));
 }
 
-/** A link cannot send the key that a server asks for. */
+/** Download a file with the API key, which a link cannot send. */
 async function download(event, url, name) {
   if (!sessionStorage.getItem("key")) return;
   event.preventDefault();

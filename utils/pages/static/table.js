@@ -1,10 +1,10 @@
-// The table of all runs, and curves of those that are chosen.
+// The table of all runs, and the curves of the chosen ones.
 
 import { $, COLORS, ask, cellText, counted, el, fill, poll, runUrl, showError, swatch } from "./common.js";
 import { openEditor } from "./editor.js";
 import { Panel } from "./panel.js";
 
-const CHUNK = 150; // rows that are made at once, the rest when they come into sight
+const CHUNK = 150; // rows that are added at once, when they scroll into view
 const MOST_CHOSEN = 200;
 const CHOSEN_AT_FIRST = 8;
 const HEADERS = { val_loss: "best val", last_val_loss: "last val", age: "started", bits_per_byte: "bits/byte" };
@@ -52,12 +52,12 @@ function chooseColumns() {
     localStorage.setItem("columns", JSON.stringify(state.shown));
     draw();
   } }), HEADERS[name] ? `${name} (${HEADERS[name]})` : name);
-  fill($("#column-list"), ...[...known].map(box), el("button", { type: "button", onclick: () => { localStorage.removeItem("columns"); chooseColumns(); draw(); } }, "As at first"));
+  fill($("#column-list"), ...[...known].map(box), el("button", { type: "button", onclick: () => { localStorage.removeItem("columns"); chooseColumns(); draw(); } }, "Default columns"));
   const groups = [...state.columns.slice(state.columns.indexOf("processor") + 1), "tag", "status"];
   panel.setGroups(groups);
 }
 
-/** Each word must be in the row; NAME=VALUE must be a value of that column. */
+/** Whether the row has each word; NAME=VALUE must be the value of that column. */
 function matches(row, words) {
   return words.every((word) => {
     const [name, wanted] = word.split("=", 2);
@@ -88,7 +88,7 @@ function compare(a, b, up) {
 
 // ------------------------------------------------------------------------------------------------------ the table
 
-/** Draw something anew; what had the focus has it again. */
+/** Redraw the table, and keep the focus where it is. */
 function keepingFocus(work) {
   const name = document.activeElement?.dataset.focus;
   work();
@@ -125,7 +125,7 @@ function drawAll() {
   fill($("#table thead"), el("tr", {}, el("th", { class: "pick" }, focusable(all, "all")), header("id", "run"), ...state.shown.map((column) => header(column, HEADERS[column] ?? column.replaceAll("_", " "))), state.edit && el("th", {}, el("span", { class: "hidden" }, "edit"))));
   fill($("#table tbody"), ...rows.slice(0, state.limit).map(tableRow));
   showMore();
-  if (!state.rows.size) $("#more").textContent = "There are no runs yet: python train.py --run-tag baseline makes one.";
+  if (!state.rows.size) $("#more").textContent = "There are no runs yet: python train.py --run-tag baseline makes the first.";
   drawChosen();
 }
 
@@ -171,7 +171,7 @@ function cell(row, column) {
 
 function showMore() {
   const left = state.visible.length - state.limit;
-  $("#more").textContent = left > 0 ? `${left.toLocaleString("en")} more below` : state.visible.length || !state.rows.size ? "" : "no run fits the filter";
+  $("#more").textContent = left > 0 ? `${left.toLocaleString("en")} more below` : state.visible.length || !state.rows.size ? "" : "no run matches the filter";
 }
 
 new IntersectionObserver((entries) => {
@@ -183,20 +183,20 @@ new IntersectionObserver((entries) => {
   }
 }, { rootMargin: "600px" }).observe($("#more"));
 
-// Rows come and go below the pointer: the table, which stays, says where it is.
+// Rows are replaced under the pointer, so the table listens for them.
 $("#table tbody").addEventListener("mouseover", (event) => {
   const key = event.target.closest("tr")?.dataset.key;
   panel.highlight(state.chosen.has(key) && !panel.settings.group ? key : undefined);
 });
 $("#table tbody").addEventListener("mouseleave", () => panel.highlight(undefined));
 
-/** Replace the rows that have changed where they are. */
+/** Replace the rows that have changed in place. */
 function drawChanged(keys) {
   const places = new Map([...$("#table tbody").children].map((element) => [element.dataset.key, element]));
   keepingFocus(() => { for (const key of keys) places.get(key)?.replaceWith(tableRow(state.rows.get(key))); });
 }
 
-// ----------------------------------------------------------------------------------------- what is chosen, and shown
+// --------------------------------------------------------------------------------------------------- the chosen runs
 
 function choose(key) {
   const used = new Set(state.chosen.values());
@@ -225,7 +225,7 @@ function drawChosen() {
   fill($("#legend"), ...(panel.settings.group ? [] : runs.slice(0, 24).map((run) => el("a", { href: runUrl(run.key), onmouseenter: () => panel.highlight(run.key), onmouseleave: () => panel.highlight(undefined), onfocus: () => panel.highlight(run.key), onblur: () => panel.highlight(undefined) }, swatch(run.color), run.name))), runs.length > 24 && !panel.settings.group ? el("span", { class: "quiet" }, `and ${runs.length - 24} more`) : null);
 }
 
-/** The address says what is shown, so that it can be sent to somebody. */
+/** Write what is shown into the address, so that it can be shared. */
 function keepAddress() {
   const { settings } = panel;
   const kept = [["q", $("#search").value], ["where", $("#where").value], ["sort", state.order.column === "age" && !state.order.up ? "" : `${state.order.column}${state.order.up ? "" : " desc"}`],

@@ -1,4 +1,4 @@
-// Requests to the server that this page comes from.
+// Requests to the server of this page.
 "use strict";
 
 function apiHeaders() {
@@ -18,7 +18,7 @@ async function checked(response) {
   let message = `the server answered with status ${response.status}`;
   try {
     message = (await response.json()).error.message;
-  } catch { /* it was no error of ours */ }
+  } catch { /* not an error body of this API */ }
   throw new ApiError(response.status, message);
 }
 

@@ -1,4 +1,4 @@
-// The text of one run: a span for each token, coloured by its probability, with what else was likely.
+// The text of one run: a span for each token, coloured by its probability, with the other likely tokens in a tip.
 "use strict";
 
 const BOUNDS = [0.01, 0.05, 0.2, 0.5, 0.9];
@@ -9,12 +9,12 @@ function percent(logprob) {
   return chance < 1e-4 ? chance.toExponential(1) : `${(100 * chance).toFixed(2)}%`;
 }
 
-// The text as it would be written between quotes, so that white space can be seen.
+// The text with escapes, so that white space is visible.
 function quoted(text) {
   return JSON.stringify(text).slice(1, -1).replaceAll('\\"', '"').replaceAll(" ", "·");
 }
 
-// The bytes of a token that is part of a character (bytes:\xe2\x82); null: it is whole.
+// The bytes of a token that is part of a character (bytes:\xe2\x82); null for any other token.
 function partialBytes(token) {
   const match = /^bytes:((?:\\x[0-9a-f]{2})+)$/.exec(token);
   return match && new Uint8Array(match[1].slice(2).split("\\x").map((byte) => parseInt(byte, 16)));
@@ -80,7 +80,7 @@ class Output {
     this.pre.append(span);
   }
 
-  // The bytes that are held back are no character: show U+FFFD for them in the last span.
+  // Show U+FFFD in the last span for held-back bytes that will not become a character.
   flush() {
     const text = this.decoder.decode(), last = this.pre.lastElementChild;
     if (!text) return;
@@ -94,7 +94,7 @@ class Output {
     for (const span of this.pre.querySelectorAll(".t")) span.classList.toggle("cut", span.token.end > length);
   }
 
-  // One place in the order of Tab; arrow keys move within the text.
+  // The text is one stop for the Tab key; arrow keys move within it.
   move(event) {
     const spans = [...this.pre.querySelectorAll(".t")];
     const place = spans.indexOf(document.activeElement);
@@ -125,7 +125,7 @@ function showTip(span) {
   placeTip();
 }
 
-// Beside the token that it belongs to, wherever the page is scrolled to.
+// Keep the tip beside its token while the page is scrolled.
 function placeTip() {
   const span = document.querySelector(".t.shown");
   if (!span) return;

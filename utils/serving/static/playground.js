@@ -1,4 +1,4 @@
-// The form, the link that reproduces a text, and the history.
+// The form, the links that reproduce a text, and the history.
 "use strict";
 
 const byId = (id) => document.getElementById(id);
@@ -25,7 +25,7 @@ function chosenRuns() {
   return [...document.querySelectorAll("#runs input:checked")].map((box) => box.value);
 }
 
-// What the form asks for, as it stands in a link.
+// The values of the form, as the parameters of a link.
 function readForm() {
   const link = new URLSearchParams();
   for (const id of chosenRuns()) link.append("run", id);
@@ -107,7 +107,7 @@ function remember(link, text) {
   const entries = [entry, ...past().filter((other) => other.link !== entry.link)].slice(0, MOST_HISTORY);
   try {
     localStorage.setItem(HISTORY, JSON.stringify(entries));
-  } catch { /* the browser keeps nothing for this page */ }
+  } catch { /* the browser stores nothing for this page */ }
   showHistory();
 }
 
@@ -157,7 +157,7 @@ async function begin() {
   readLink();
 }
 
-// A link that names a run reproduces its text at once.
+// A link that names a run generates its text at once.
 function readLink() {
   const link = new URLSearchParams(location.hash.slice(1));
   if (![...link.keys()].some((name) => LINK_FIELDS.includes(name))) return;
