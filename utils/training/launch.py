@@ -66,7 +66,8 @@ def add_origin_flags(parser: Parser) -> None:
         "--budget",
         type=timespan,
         metavar="TIME",
-        help="train for 90s, 5m or 2h: measure how many steps fit before the run is made, and set max_iters to that",
+        help="train for 90s, 5m or 2h: the number of steps that fit is measured before the run is made, and becomes "
+        "max_iters",
     )
     add_notify_flag(parser)
     group.add_argument("--trial", help=argparse.SUPPRESS)  # SWEEP:ID:NUMBER:PLACE, given by a sweep to its runs
@@ -96,7 +97,7 @@ def add_multirun_flags(parser: Parser) -> None:
         metavar="SETTING=A,B",
         help="a run for each combination: --multirun learning_rate=1e-3,3e-3 seed=1,2,3",
     )
-    group.add_argument("--jobs", type=int, default=1, metavar="N", help="train N of them at a time (default: 1)")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="how many of them train at a time (default: 1)")
 
 
 def with_budget(
