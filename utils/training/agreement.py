@@ -18,7 +18,7 @@ from utils.machine.ranks import Ranks
 from utils.machine.signals import StopRequest
 from utils.runs.origin import Relation
 from utils.training.setup import Setup
-from utils.training.state import TrainState, capture, restore, take_over
+from utils.training.state import TrainState, capture, restore, start_from
 
 CPU = torch.device("cpu")
 NO_SIGNAL = 1000  # in place of a signal's number: the rank stops for another reason
@@ -147,10 +147,10 @@ def receive_start(state: TrainState) -> None:
     """On another rank: start from what rank 0 announces."""
     start = state.ranks.share("start", None)
     if "path" in start:
-        take_over(state, read_checkpoint(Path(start["path"]), checked=True), start["relation"])
+        start_from(state, read_checkpoint(Path(start["path"]), checked=True), start["relation"])
     elif start:
         weights = _BroadcastTensors(state.ranks, start["outlines"])
-        take_over(state, Checkpoint(Path("rank 0"), 0, weights, {}, {}, start["state"]), start["relation"])
+        start_from(state, Checkpoint(Path("rank 0"), 0, weights, {}, {}, start["state"]), start["relation"])
 
 
 class _BroadcastTensors(Mapping[str, torch.Tensor]):

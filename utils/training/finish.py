@@ -28,7 +28,7 @@ from utils.training.flight_recorder import FlightRecorder
 from utils.training.state import TrainState, load_weights
 
 
-def warn_anyway(terminal: Terminal, run: Run) -> Callable[[str], None]:
+def warn_if_possible(terminal: Terminal, run: Run) -> Callable[[str], None]:
     """A function that prints a warning if possible: while one failure is handled, a full disk must not cause another.
 
     It prints nothing if the run directory was deleted, since all later writes fail for that reason.
@@ -119,7 +119,7 @@ def dump_flight_recorder(recorder: FlightRecorder, run: Run, reason: str, termin
     try:
         recorder.dump(path, reason)
     except (OSError, RuntimeError) as error:  # RuntimeError: a GPU that has failed returns no numbers
-        warn_anyway(terminal, run)(f"{path.name} was not written: {error}")
+        warn_if_possible(terminal, run)(f"{path.name} was not written: {error}")
 
 
 def draw(run: Run, terminal: Terminal) -> None:
@@ -127,7 +127,7 @@ def draw(run: Run, terminal: Terminal) -> None:
     try:
         draw_curves(run.path)
     except Exception as error:  # a picture must not end a run
-        warn_anyway(terminal, run)(f"{CURVES.name} was not drawn: {type(error).__name__}: {error}")
+        warn_if_possible(terminal, run)(f"{CURVES.name} was not drawn: {type(error).__name__}: {error}")
 
 
 def seal_run(run: Run, terminal: Terminal) -> None:
@@ -136,5 +136,5 @@ def seal_run(run: Run, terminal: Terminal) -> None:
         terminal.close()
         write_seal(run.path)
     except OSError as error:
-        warn = warn_anyway(terminal, run)
+        warn = warn_if_possible(terminal, run)
         warn(f"{SEAL.name} was not written: {error.strerror}; `experiments.py check` will not know this run")

@@ -40,7 +40,7 @@ from utils.training.callbacks import Callbacks, TrainingRun
 from utils.training.checkpointer import Checkpointer
 from utils.training.compiler import begin_compiler
 from utils.training.evaluate import evaluate, evaluation_due, is_best
-from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_anyway
+from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_if_possible
 from utils.training.monitor import Monitor
 from utils.training.notify import Notifier
 from utils.training.outcome import Outcome, StartInterruptedError
@@ -79,7 +79,7 @@ class Session:
         self.outcome = Outcome()
         self._start, self._stop, self._deadline = start, stop, deadline
         self._began = time.monotonic()
-        self._warn = warn_anyway(terminal, run)
+        self._warn = warn_if_possible(terminal, run)
         self._status_is_written = False
 
     # ------------------------------------------------------------------------------------ queries of the loop
@@ -506,10 +506,10 @@ def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feed
             run.path / LOGS,
             budget,
             run.update_view,
-            warn_anyway(terminal, run),
+            warn_if_possible(terminal, run),
             rebuild_command(run, view.name),
             step if setup.resumes else None,
         )
         for view in build_views(names, run.path, setup.config, setup.root)
     ]
-    return Feeders(feeders, warn_anyway(terminal, run), run.update_view)
+    return Feeders(feeders, warn_if_possible(terminal, run), run.update_view)

@@ -59,7 +59,7 @@ from utils.terminal.words import HASH_LENGTH, counted, fact_lines, ratio_text
 from utils.tracking.feeder import cut_progress
 from utils.training.agreement import announce_start
 from utils.training.setup import Setup, decisive_settings
-from utils.training.state import TrainState, build_state, mismatch, take_over
+from utils.training.state import TrainState, build_state, mismatch, start_from
 from utils.training.step import Update
 
 BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
@@ -261,12 +261,12 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     config, corpus = setup.config, setup.corpus
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal, setup.ranks)
     state.callbacks = dict(setup.callbacks)
-    write_for_readers(run, state, terminal)
+    write_model_and_metrics(run, state, terminal)
     checkpoint = start.checkpoint
     if state.shards is not None:
         checkpoint = announce_start(state, checkpoint, start.relation)
     if checkpoint is not None:
-        take_over(state, checkpoint, start.relation)
+        start_from(state, checkpoint, start.relation)
     decisive = decisive_settings(setup)
     parameters = state.model.num_parameters()
     counts = count_parameters(state.model)
@@ -362,7 +362,7 @@ def corpus_name(corpus: Corpus) -> str:
     return f"{corpus.name} of Python {platform.python_version()}" if corpus.name == "pydocs" else corpus.name
 
 
-def write_for_readers(run: Run, state: TrainState, terminal: Terminal) -> None:
+def write_model_and_metrics(run: Run, state: TrainState, terminal: Terminal) -> None:
     """Write the files in meta/ that trackers and readers of the log use; a failure is only a warning."""
     try:
         write_json(run.path / MODEL_SUMMARY, model_summary(state.model))

@@ -289,7 +289,7 @@ def _decoded(state: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8)
 
 
-def take_over(state: TrainState, checkpoint: Checkpoint, relation: Relation) -> None:
+def start_from(state: TrainState, checkpoint: Checkpoint, relation: Relation) -> None:
     """Start from a checkpoint: restore it, branch off from it, or use only its weights, as `relation` says.
 
     Raises:

@@ -191,10 +191,10 @@ def step_if_finite(state: TrainState, grad_norms: torch.Tensor | None) -> None:
         optimizer.step()
         del optimizer.found_inf
     else:
-        step_and_put_back(optimizer, torch.isfinite(grad_norms.norm()))
+        step_and_undo(optimizer, torch.isfinite(grad_norms.norm()))
 
 
-def step_and_put_back(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+def step_and_undo(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
     """Make an optimizer step, undone on the device unless `finite`, (); needs memory to copy all that it changes."""
 
     def changed() -> dict[tuple[torch.Tensor, str], torch.Tensor]:
