@@ -2,10 +2,10 @@
 # make test         the tests; make test-slow: the long ones; make lint: style and types
 # make docs         the documentation as a site in site/; a broken link is an error
 # make bench        the measured comparisons; make schema, make lock: the generated files
-# make mutants      would the tests notice? small mutations of the core modules; of every tenth with ARGS="'*7'"
+# make mutants      would the tests notice? small mutations of the core modules; every tenth with ARGS="'*7'"
 # make completion   flags, settings and names of runs in bash, zsh and fish
 # make fuzz         odd command lines, files and run directories, by the thousand
-# Each target sets up what it needs first; what is there already is not done again.
+# Each target first sets up what it needs, unless that has been done already.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -50,9 +50,9 @@ bench: $(VENV)/.installed
 bench-training: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.training $(ARGS)
 
-mutants: $(VENV)/.installed-mutants  # hours: all of them on all cores
+mutants: $(VENV)/.installed-mutants  # all of them take hours on all cores
 	OMP_NUM_THREADS=1 nice $(BIN)/python -m mutmut run $(ARGS)
-	$(BIN)/python -m mutmut results  # those that lived
+	$(BIN)/python -m mutmut results  # those that no test noticed
 
 fuzz: $(VENV)/.installed
 	nice $(BIN)/python -m benchmarks.fuzz $(ARGS)

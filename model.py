@@ -45,7 +45,7 @@ Rope = tuple[torch.Tensor, torch.Tensor]  # the cosines and sines of `rope_facto
 
 @may_be_plain
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm [Ba et al. 2016] with a switch for its bias."""
+    """LayerNorm [Ba et al. 2016] with an optional bias."""
 
     plain = staticmethod(F.layer_norm)
 
@@ -65,12 +65,12 @@ class RMSNorm(nn.RMSNorm):
         declare(self, weight=SCALE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., C) -> (..., C). The fused kernel needs x and weight in one precision; it accumulates in float32."""
+        """(..., C) -> (..., C). The fused kernel needs x and weight in one precision, and accumulates in float32."""
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class Norm(Protocol):
-    """A class of norms over n_embd channels, and `plain(x, shape, eps=...)`, the same without learned weights."""
+    """A class of norm layers over n_embd channels; `plain(x, shape, eps=...)` is the norm without learned weights."""
 
     plain: Callable[..., torch.Tensor]
 
@@ -93,11 +93,11 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 class NgramEmbedding(nn.Module):
     """The sum of one vector for the last 2 tokens, one for the last 3, ... [Pagnoni et al. 2024, BLT, section 3.2.1].
 
-    Each length has a table whose rows are found by a hash, so different n-grams may share a row. A lookup needs no
-    matrix product: what follows from the last few tokens is learned quickly, and the layers need not learn it.
+    Each length has a table whose rows are found by a hash, so different n-grams may share a row. A lookup costs no
+    matrix product, and the layers need not learn what already follows from the last few tokens.
     """
 
-    FACTOR = 0x9E3779B1  # odd, without structure: 2^32 over the golden ratio
+    FACTOR = 0x9E3779B1  # of Knuth's multiplicative hashing: an odd number near 2^32 / golden ratio
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -110,8 +110,8 @@ class NgramEmbedding(nn.Module):
         """(B, T, C) for the tokens idx (B, T), with the tokens (B, N - 1) that precede them.
 
         Args:
-            positions: (B, T), from the start of each token's document, where a row has several: n-grams do not reach
-                back beyond that start.
+            positions: (B, T), the position of each token in its document, if rows hold several documents: n-grams do
+                not reach back beyond the start of the document.
         """
         T, reach = idx.size(1), before.size(1)
         tokens = torch.cat((before, idx), dim=1) + 1  # (B, N - 1 + T)
@@ -137,11 +137,11 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.window = config.window(layer)
         self.norm = functools.partial(NORMS[config.norm].plain, eps=config.norm_eps) if config.qk_norm else None
-        self.q_norm: nn.Module | None = None  # with learned weights, q_norm and k_norm take the place of norm
+        self.q_norm: nn.Module | None = None  # q_norm and k_norm replace norm if they have learned weights
         self.k_norm: nn.Module | None = None
         if config.qk_norm_weights:
-            of_head = config.model_copy(update={"n_embd": config.head_width})
-            self.q_norm, self.k_norm = NORMS[config.norm](of_head), NORMS[config.norm](of_head)
+            head_config = config.model_copy(update={"n_embd": config.head_width})
+            self.q_norm, self.k_norm = NORMS[config.norm](head_config), NORMS[config.norm](head_config)
         rows = [heads * self.head_width for heads in (self.n_head, self.kv_heads, self.kv_heads)]  # of q, k and v
         self.qkv = declare(Linear(config.n_embd, sum(rows), config.has_qkv_bias), weight=MATRIX.stacked(*rows))
         self.proj = declare(Linear(rows[0], config.n_embd, config.bias), weight=RESIDUAL)
@@ -174,7 +174,7 @@ class Attention(nn.Module):
     def mixing_products(self, context: float) -> float:
         """Multiplications of q k^T, and of the attention weights times v; see MixesTokens."""
         if self.window is not None and self.window < (length := 2 * context - 1):
-            # The first tokens meet 1, 2, ... keys, all others those of the window.
+            # The first tokens attend to 1, 2, ... keys, all others to a full window.
             context = self.window * (1 - (self.window - 1) / (2 * length))
         return 2 * self.n_head * self.head_width * context
 
@@ -244,8 +244,8 @@ class LanguageModel(nn.Module):
         config: the architecture.
         vocab_size: V, from the tokenizer.
 
-    document_token: where it is set, each document of a row begins with this token, attention stays within documents
-        and positions start again with each. A cache holds one document.
+    document_token: if set, each document in a row begins with this token; attention stays within a document, and
+        positions restart at each. A KVCache holds one document per sequence.
     """
 
     cos: torch.Tensor
@@ -263,18 +263,18 @@ class LanguageModel(nn.Module):
         if config.position == "learned":
             self.position_embedding = declare(nn.Embedding(config.block_size, config.n_embd), weight=EMBEDDING)
         else:
-            # Always on the CPU: on the meta device of `outline` these functions would import the compiler.
+            # Always on the CPU: on the meta device, which `outline` uses, these functions would import the compiler.
             cos, sin = rope_factors(config, torch.arange(config.block_size, device="cpu").float())
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.final_norm = NORMS[config.norm](config)
-        self.head: nn.Module | None = None  # the token embedding
+        self.head: nn.Module | None = None  # None: the token embedding is the head
         if not config.tie_embeddings:
             self.head = declare(Linear(config.n_embd, vocab_size, bias=config.head_bias), weight=HEAD)
-        self.fp8_logits = False  # in training on CUDA
-        self.recomputes = False  # blocks keep only their input for the backward pass
+        self.fp8_logits = False  # compute the logits in 8 bits; only in training on CUDA
+        self.recomputes = False  # keep only the input of each block for the backward pass
         self.document_token: int | None = None
         init_weights(self)
 
@@ -285,8 +285,8 @@ class LanguageModel(nn.Module):
 
         Args:
             idx: (B, T) token ids, int64.
-            targets: (B, T) the tokens to predict, IGNORED (-100) where there is none; or None.
-            cache: earlier tokens of the same sequences; `idx` follows them and is appended.
+            targets: (B, T) the token ids to predict; those that are IGNORED (-100) do not count.
+            cache: the earlier tokens of the same sequences; `idx` follows them and is appended.
 
         Returns:
             The logits (B, T, V), and the mean loss in nats per target (None without targets).
@@ -297,13 +297,13 @@ class LanguageModel(nn.Module):
         return logits, plain_cross_entropy(logits, targets)
 
     def loss(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The loss of `forward`, (), without its logits: on CUDA they are never in memory all at once."""
+        """The loss of `forward`, (), without the logits, which on CUDA are never in memory all at once."""
         if type(self).forward is not LanguageModel.forward or is_patched(self):
             return self(idx, targets)[1]
         return self.head_loss(self.hidden(idx), targets)
 
     def head_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The mean cross-entropy, (), of hidden (B, T, C), the input of the head, for targets (B, T)."""
+        """The mean cross-entropy, (), for the input of the head, hidden (B, T, C), and targets (B, T)."""
         weight = self.token_embedding.weight if self.head is None else matrix_of(self.head)
         rows = rows_at_once(hidden.device, targets.numel(), self.vocab_size)
         if not rows or weight is None or type(self).head_logits is not LanguageModel.head_logits:
@@ -317,8 +317,8 @@ class LanguageModel(nn.Module):
         """The input of the head: (B, T, C) for tokens idx (B, T).
 
         Args:
-            cache: earlier tokens of the same sequences; `idx` follows them and is appended.
-            lengths: of the sequences in idx, if they differ (see KVCache.begin).
+            cache: the earlier tokens of the same sequences; `idx` follows them and is appended.
+            lengths: the lengths of the sequences in idx, if they differ (see KVCache.begin).
         """
         if cache is None:
             cache = self.documents(idx)
@@ -331,7 +331,7 @@ class LanguageModel(nn.Module):
         return self.final_norm(x)
 
     def documents(self, idx: torch.Tensor) -> DocumentMask | None:
-        """The documents in rows of tokens idx (B, T); None: each row is one text."""
+        """The mask that separates the documents in each row of idx (B, T); None if a row is one text."""
         if self.document_token is None:
             return None
         assert self.config.block_size >= idx.size(1)
@@ -346,7 +346,7 @@ class LanguageModel(nn.Module):
     def embed(
         self, idx: torch.Tensor, cache: KVCache | DocumentMask | None = None, lengths: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, Rope | None]:
-        """The input of the first block, (B, T, C), and the factors of rotary positions (see `rotate`); as `hidden`."""
+        """The input of the first block, (B, T, C), and the rotary factors (see `rotate`); arguments as in `hidden`."""
         T = idx.size(1)
         x = self.token_embedding(idx)  # (B, T, C)
         if self.config.ngram_rows:
@@ -355,7 +355,7 @@ class LanguageModel(nn.Module):
                 cache.tokens_before(reach) if isinstance(cache, KVCache) else idx.new_full((len(idx), reach), NO_TOKEN)
             )
             x = x + self.ngram_embedding(idx, before, cache.positions if isinstance(cache, DocumentMask) else None)
-        positions: slice | torch.Tensor  # (B, T), or the same slice for all sequences
+        positions: slice | torch.Tensor  # (B, T), or one slice for all sequences
         if cache is None:
             assert self.config.block_size >= T, f"{T} tokens exceed block_size {self.config.block_size}"
             positions, end = slice(T), T
@@ -369,12 +369,12 @@ class LanguageModel(nn.Module):
             )  # (T, C) or (B, T, C)
         elif end <= self.config.block_size:
             rope = self.cos[positions], self.sin[positions]
-        else:  # a window slides, so positions have no limit; double precision, because the angles become large
+        else:  # with a sliding window positions are unbounded; double precision, because the angles become large
             if isinstance(positions, slice):
                 positions = torch.arange(positions.start, positions.stop, device=idx.device)
             cos, sin = rope_factors(self.config, positions.double())
             rope = cos.to(self.cos.dtype), sin.to(self.sin.dtype)
-        if x.is_cuda:  # in the precision of autocast, so that most kernels move half the bytes
+        if x.is_cuda:  # the precision of autocast, so that most kernels move half the bytes
             x = x.to(product_dtype(x))
         return self.dropout(x), rope
 
@@ -401,7 +401,7 @@ def run_block(
 
 
 def outline(config: ModelConfig, vocab_size: int) -> LanguageModel:
-    """A model whose parameters have shapes but no memory, for counting what the real one has and needs."""
+    """A model whose parameters have shapes but no memory, for counting parameters, operations and bytes."""
     with shapes_only():
         return LanguageModel(config, vocab_size)
 
@@ -414,20 +414,20 @@ def init_weights(model: LanguageModel) -> None:
     | embedding                                  | normal(0, 0.02)                     |
     | matrix, head                               | normal(0, 0.02)                     |
     | residual projection                        | normal(0, 0.02 / sqrt(2 n_layer))   |
-    | with zero_init: this and head              | 0                                   |
+    | the same and head, with zero_init          | 0                                   |
     | zero embedding                             | 0                                   |
     | bias                                       | 0                                   |
     | scale                                      | 1                                   |
 
-    A parameter without a role keeps the initialisation of its own module. A subclass whose __init__ declares further
-    roles calls this once more at its end (`build_state` asserts that).
+    A parameter without a role keeps the initialisation of its own module. A subclass whose __init__ declares more
+    roles must call this function again at its end (`build_state` asserts that).
     """
     deviations = {
         "embedding": 0.02,
         "matrix": 0.02,
         "head": 0.02,
         "residual projection": 0.02 / math.sqrt(2 * model.config.n_layer),
-        "zero embedding": 0.0,  # drawn all the same: skipping it would change every other number of a seed
+        "zero embedding": 0.0,  # drawn nevertheless: skipping the draw would change all other numbers of a seed
     }
     zeros = {"bias", "residual projection", "head"} if model.config.zero_init else {"bias"}
     model.initialised = declared_roles(model)

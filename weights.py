@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Weights: look into them, compare them, download them, and move them between runs and other programs.
+"""Inspect, compare and download weights, and move them between runs and other programs.
 
 python weights.py inspect baseline
 python weights.py diff baseline:best wider
@@ -8,8 +8,8 @@ python weights.py download HuggingFaceTB/SmolLM2-135M --verify
 python weights.py export baseline --format gguf
 python weights.py certify runs/20260131_142501_baseline/artifacts/gguf
 
-WEIGHTS is a run (its export, or else its newest checkpoint; RUN:latest, RUN:best or RUN:STEP is a checkpoint), a file,
-a folder of safetensors, or hf:NAME, a folder or a model in the cache of the Hugging Face hub.
+WEIGHTS is a run (its export, or else its newest checkpoint; RUN:latest, RUN:best and RUN:STEP are checkpoints), a file,
+a folder of safetensors, or hf:NAME, which is a folder or a model in the cache of the Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def main(argv: Sequence[str]) -> int:
 
 @command(
     "inspect",
-    "the tensors of weights: modules, shapes, types and sizes, from the headers alone",
+    "list the tensors of weights, with shapes, types and sizes, from the headers alone",
     flag("weights", metavar="WEIGHTS", help="run, file, folder or hf:NAME"),
-    flag("--stats", action="store_true", help="read the numbers, too: norm, largest, zeros, and what is not finite"),
+    flag("--stats", action="store_true", help="also read the numbers: norm, largest, zeros, not finite"),
 )
 def inspect(args: argparse.Namespace) -> Answer:
     from utils.formats import inspection
@@ -68,11 +68,11 @@ def inspect(args: argparse.Namespace) -> Answer:
 
 @command(
     "diff",
-    "how two sets of weights differ: by layer, by tensor, and what only one has",
+    "show how two sets of weights differ, by layer and by tensor",
     flag("a", metavar="A", help="weights, as for inspect"),
     flag("b", metavar="B", help="weights, as for inspect"),
-    flag("--all", action="store_true", help="show each tensor that differs"),
-    note="relative: the norm of the difference over the norm of A. A part of a tensor is read at a time.",
+    flag("--all", action="store_true", help="show all tensors that differ"),
+    note="relative: the norm of the difference over the norm of A. Only a part of a tensor is in memory at a time.",
 )
 def diff(args: argparse.Namespace) -> Answer:
     from utils.formats.difference_screen import screen
@@ -89,10 +89,10 @@ def diff(args: argparse.Namespace) -> Answer:
     "convert",
     "turn a model of nanoGPT, MyPT, llm.c or llama2.c into a run",
     flag("old", metavar="OLD", type=place, help="ckpt.pt, a folder of MyPT, or a .bin of llm.c or llama2.c"),
-    flag("--out", metavar="RUN", required=True, help="name of the run in the folder of runs, or a path"),
-    flag("--tokenizer", metavar="KIND", help="char, byte, gpt2 or hf:PATH, or a tokenizer.json of a run"),
-    flag("--dataset", metavar="NAME", help="what it was trained on: then --resume goes on, with its optimizer state"),
-    note="Nothing of a pickle is run: what would need that is refused.",
+    flag("--out", metavar="RUN", required=True, help="name of the new run in the folder of runs, or its path"),
+    flag("--tokenizer", metavar="KIND", help="char, byte, gpt2, hf:PATH or the tokenizer.json of a run"),
+    flag("--dataset", metavar="NAME", help="the text it was trained on, so that train.py --resume can continue"),
+    note="No code in a pickle is run; a file that needs it is refused.",
 )
 def convert(args: argparse.Namespace) -> Answer:
     target = new_run(args.out, args)
@@ -123,15 +123,15 @@ def new_run(name: str, args: argparse.Namespace) -> Path:
 
 
 def converted_lines(done: Adopted, name: str) -> Iterator[str]:
-    """What convert prints: what the run has, what was left out, and how to go on."""
+    """The lines that convert prints: what the run has, what was left out, and how to use it."""
     yield f"{done.run}: {done.program}, step {done.step:,}, {done.parameters:,} parameters, tokenizer {done.tokenizer}"
     yield from (f"note: {line}" for line in done.notes)
     yield f"generate: python inference.py {name} --prompt TEXT"
     if done.resumes:
-        yield f"go on, with the state of its optimizer: python train.py --resume {name}"
+        yield f"continue, with the state of its optimizer: python train.py --resume {name}"
     elif done.optimizer:
         command = f"python train.py --fork --resume {name} --dataset TEXT --max-iters N"
-        yield f"go on, with the state of its optimizer: {command}"
+        yield f"continue, with the state of its optimizer: {command}"
     yield f"fine-tune: python train.py --init-from {name} --dataset TEXT and the settings of its model"
 
 
@@ -141,12 +141,12 @@ def warn(message: str) -> None:
 
 
 def named_weights(text: str, args: argparse.Namespace) -> Stored:
-    """The weights that a word on the command line names, by their headers."""
+    """The headers of the weights that an argument names."""
     return read_stored(text, find_weights(text, lambda: runs_dir(args)))
 
 
 def runs_dir(args: argparse.Namespace) -> Path:
-    """The folder of the runs: --runs-dir, or as configured."""
+    """The folder of runs: --runs-dir, or else the configured one."""
     from utils.experiments.commands import runs_folder
 
     return runs_folder(args)
@@ -155,34 +155,34 @@ def runs_dir(args: argparse.Namespace) -> Path:
 @command(
     "export",
     "write the trained model of a run in the format of other programs",
-    flag("run", metavar="RUN", help="a run (default weights: its export) or the folder of an export"),
+    flag("run", metavar="RUN", help="a run that has completed, or the folder of its export"),
     flag("--format", choices=FORMATS, required=True, help="hf: transformers; gguf: llama.cpp; onnx"),
-    flag("--out", type=place, metavar="DIR", help="(default: RUN/artifacts/FORMAT)"),
+    flag("--out", type=place, metavar="DIR", help="folder to write (default: RUN/artifacts/FORMAT)"),
     flag(
         "--dtype",
         choices=("float32", "bfloat16", "float16", "q8_0"),
         default="float32",
-        help="of the matrices; q8_0 (8 bits): gguf only, bfloat16: hf only (default: float32)",
+        help="type of the matrices; q8_0 (8 bits): gguf only, bfloat16: hf only (default: float32)",
     ),
-    flag("--shard-size", metavar="SIZE", help=f"hf: largest file of weights (default: {SHARD_SIZE})"),
-    flag("--license", metavar="NAME", help="for the model card: mit, apache-2.0, ..."),
+    flag("--shard-size", metavar="SIZE", help=f"hf: largest size of a file of weights (default: {SHARD_SIZE})"),
+    flag("--license", metavar="NAME", help="licence in the model card: mit, apache-2.0, ..."),
 )
 def export(args: argparse.Namespace) -> Answer:
     from utils.experiments.prune import parse_size
 
     if args.shard_size is not None and args.format != "hf":
-        raise UserError(f"--shard-size: the format {args.format} is not split into files; hf is")
+        raise UserError(f"--shard-size: only the format hf is split into files, not {args.format}")
     with naming("--shard-size"):
         if (shard_bytes := parse_size(args.shard_size or SHARD_SIZE)) < 1:
             raise UserError(f"expected a size above 0, got {args.shard_size!r}")
     from utils.formats.certificate import DisagreementError, certificate_lines
     from utils.formats.exports import export_as
-    from utils.formats.source import default_place, open_source
+    from utils.formats.source import default_folder, open_source
 
     source = open_source(args.run, runs_dir(args))
-    place = args.out or default_place(source, args.format)
+    folder = args.out or default_folder(source, args.format)
     try:
-        found = export_as(source, args.format, place, args.dtype, shard_bytes, args.license)
+        found = export_as(source, args.format, folder, args.dtype, shard_bytes, args.license)
     except DisagreementError as error:
         lines = [*error.lines, "the export was not kept"]
         return Answer({"agrees": False, "differences": lines}, lambda console: lines, 1)
@@ -193,10 +193,10 @@ def export(args: argparse.Namespace) -> Answer:
 
 @command(
     "certify",
-    "compare an export with what we compute, in the programs that it is made for",
+    "check that an export computes the same in the program that it is made for",
     flag("folder", type=place, metavar="EXPORT", help="a folder that export wrote"),
-    flag("--run", metavar="RUN", help="what it was made from (default: the run that it lies in)"),
-    note="certificate.json in the folder has the details; export does this by itself.",
+    flag("--run", metavar="RUN", help="the run it was made from (default: the one whose directory it is in)"),
+    note="The details are written to certificate.json in the folder. The command export certifies by itself.",
 )
 def certify(args: argparse.Namespace) -> Answer:
     from utils.formats.certificate import certificate_lines, certify, format_of, source_of
@@ -212,11 +212,11 @@ def certify(args: argparse.Namespace) -> Answer:
 
 @command(
     "download",
-    "put a model of the Hugging Face hub on this machine, in the cache of the hub or a folder",
-    flag("name", metavar="NAME", help="NAME or ORGANISATION/NAME of the hub, or a folder (with --verify)"),
-    flag("--out", type=place, metavar="DIR", help="a folder instead of the cache"),
+    "download a model from the Hugging Face hub, into its cache or a folder",
+    flag("name", metavar="NAME", help="NAME or ORGANISATION/NAME on the hub, or a folder (with --verify)"),
+    flag("--out", type=place, metavar="DIR", help="download into this folder instead of the cache"),
     flag("--revision", metavar="R", help="branch, tag or commit (default: main)"),
-    flag("--verify", action="store_true", help="check the hashes, load it, compare with transformers, generate a line"),
+    flag("--verify", action="store_true", help="also check the hashes and the model: its logits and a generated line"),
 )
 def download(args: argparse.Namespace) -> Answer:
     from utils.formats.hub import find_pretrained
@@ -232,7 +232,7 @@ def download(args: argparse.Namespace) -> Answer:
         lines += [
             f"{counted(len(checked['hashed']), 'file')} with the hash that the hub states"
             if checked["hashed"]
-            else "hashes: not compared, because a local folder states none",
+            else "hashes: not compared, because a local folder has none",
             f"{checked['architecture']}, {checked['parameters']:,} parameters",
             *([f"keys of config.json that are not used: {', '.join(checked['unused'])}"] if checked["unused"] else []),
             "logits: not compared, transformers is not installed"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.bisect                # about ten minutes on 2 CPU cores
 
-A commit: a copy of this checkout gets 16 commits, of which one changes the initialisation of the residual projections
-and the others comments. Two settings: of ten that differ, a schedule and the step at which its decay ends do harm only
+A commit: a copy of this checkout gets 16 commits; one of them changes the initialisation of the residual projections,
+the others only comments. Two settings: of ten that differ, a schedule and the step at which its decay ends do harm only
 together. A decay over the whole run is fine, and a constant learning rate has no decay that could end after one step.
 """
 
@@ -44,8 +44,10 @@ HARMLESS = {
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.bisect", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="for the two settings (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the place of the commit (default: 0)")
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="seeds of the trials of two settings (default: 3)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="chooses the planted commit (default: 0)")
     args = parser.parse(argv)
     common.at_least(1, seeds=args.seeds)
     terminal = Terminal()
@@ -65,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def commits(project: Path, planted: int) -> Path:
-    """A copy of this checkout with COMMITS more commits, of which number `planted` changes what is trained."""
+    """A copy of this checkout with COMMITS more commits; number `planted` changes how the model is initialised."""
     repo = git.Repo.clone_from(str(PROJECT_ROOT), project)
     with repo.config_writer() as config:
         config.set_value("user", "name", "benchmark")

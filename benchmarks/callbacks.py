@@ -1,4 +1,4 @@
-"""Callbacks with which the benchmarks time real runs of train.py; a run is given one by its name in `callbacks`."""
+"""Callbacks with which the benchmarks time real runs of train.py; the setting `callbacks` of a run names one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MARK = "benchmark clock:"
 
 
 class StepListener(Callback):
-    """Calls `step_done` with the number of updates that are done, after each of them.
+    """Calls `step_done` after each update, with the number of updates so far.
 
     A run makes the instance itself, so the function is set on the class (unittest.mock.patch.object).
     """

@@ -30,7 +30,7 @@ from utils.terminal.console import Terminal
 
 INTERVAL = 50  # steps between checkpoints
 LOOP_LIMIT = 1.03  # saving / not saving
-DISK_SHARE = 0.5  # of the rate of plain writing or reading, at least
+DISK_SHARE = 0.5  # the least share of the rate of plain writing or reading
 CHUNK = 1 << 24
 MODELS = {
     "0.8M": {"n_layer": "4", "n_head": "4", "n_embd": "128", "batch_size": "12"},
@@ -41,12 +41,16 @@ MODELS = {
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.checkpoints", description=__doc__)
-    parser.add_argument("--parts", default="loop,disk", metavar="A,B", help="loop, disk (default: both)")
-    parser.add_argument("--models", default="0.8M,30M", metavar="A,B", help=f"of {', '.join(MODELS)} (default: both)")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of each measurement (default: 3)")
+    parser.add_argument("--parts", default="loop,disk", metavar="A,B", help="some of loop, disk (default: both)")
+    parser.add_argument(
+        "--models", default="0.8M,30M", metavar="A,B", help=f"some of {', '.join(MODELS)} (default: both)"
+    )
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="repeats of each measurement (default: 3)")
     parser.add_argument("--saves", type=int, default=4, metavar="N", help="checkpoints of a measured loop (default: 4)")
-    parser.add_argument("--megabytes", type=int, default=500, metavar="N", help="weights on the disk (default: 500)")
-    parser.add_argument("--dir", type=place, metavar="DIR", help="on the disk to measure (default: temporary)")
+    parser.add_argument(
+        "--megabytes", type=int, default=500, metavar="N", help="size of the weights on the disk (default: 500)"
+    )
+    parser.add_argument("--dir", type=place, metavar="DIR", help="a folder on the disk to measure (default: temporary)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(1, repeats=args.repeats, saves=args.saves, megabytes=args.megabytes)
@@ -139,20 +143,20 @@ def report_disk(terminal: Terminal, repeats: int, megabytes: int, folder: Path) 
 
     def write() -> float:
         shutil.rmtree(checkpoint, ignore_errors=True)
-        return timed(lambda: write_checkpoint(checkpoint, weights, state, tokenizer, facts))
+        return common.timed(lambda: write_checkpoint(checkpoint, weights, state, tokenizer, facts))
 
     def write_plain() -> float:
         plain.unlink(missing_ok=True)  # a checkpoint is a new file, too; overwriting would be faster
-        return timed(lambda: write_file(plain, [t.numpy().data for t in (*weights.values(), *state.values())]))
+        return common.timed(lambda: write_file(plain, [t.numpy().data for t in (*weights.values(), *state.values())]))
 
     def read() -> float:
         for path in checkpoint.iterdir():
             forget(path)
-        return timed(lambda: read_checkpoint(checkpoint))
+        return common.timed(lambda: read_checkpoint(checkpoint))
 
     def read_plain() -> float:
         forget(plain)
-        return timed(lambda: read_file(plain))
+        return common.timed(lambda: read_file(plain))
 
     def take_over() -> float:
         for path in checkpoint.iterdir():
@@ -164,11 +168,11 @@ def report_disk(terminal: Terminal, repeats: int, megabytes: int, folder: Path) 
                 tensor.copy_(found.weights[name])
             return [tensor.clone() for tensor in found.optimizer_tensors.values()]
 
-        return timed(load)
+        return common.timed(load)
 
     def keep_plain() -> float:
         forget(plain)
-        return timed(plain.read_bytes)
+        return common.timed(plain.read_bytes)
 
     write(), write_plain()  # a warmup
     arms = {"write": write, "plain write": write_plain, "read": read, "plain read": read_plain}
@@ -189,12 +193,6 @@ def print_disk_rates(rates: Mapping[str, Sequence[float]], total: int, terminal:
         share = statistics.median(rates[action]) / statistics.median(rates[base])
         reached = common.verdict(share >= DISK_SHARE)
         terminal.print(f"{action} / {base}: {share:.2f}, at least {DISK_SHARE} {reached}")
-
-
-def timed(action: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    action()
-    return time.perf_counter() - began
 
 
 def write_file(path: Path, parts: Sequence[memoryview]) -> None:

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: facts about the machine, ratios with intervals, interleaving, configurations, processes."""
+"""Helpers of the benchmarks: machine facts, ratios with intervals, interleaving, configurations, processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import statistics
 import string
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ sys.exit(status)
 
 @dataclass(frozen=True)
 class Launched:
-    """The result of a command. memory_mb: its peak of resident memory."""
+    """The result of a command. memory_mb: its peak resident memory."""
 
     output: str
     seconds: float
@@ -52,7 +53,7 @@ def add_config_flag(parser: Parser) -> None:
 
 
 def at_least(least: int, **flags: int) -> None:
-    """Check the numbers of flags.
+    """Check the values of numeric flags.
 
     Raises:
         UserError: one is smaller than `least`.
@@ -69,7 +70,7 @@ def load_config(files: Iterable[Path], folder: Path, overrides: Mapping[str, str
 
 
 def random_text(path: Path, characters: int = 200_000) -> Path:
-    """Write a corpus for timing steps: random characters, of which there are 65, none of them rare."""
+    """Write a corpus for timing steps: random characters from an alphabet of 65, all equally frequent."""
     path.write_text("".join(random.Random(0).choices(ALPHABET, k=characters)), encoding="utf-8")
     return path
 
@@ -93,9 +94,9 @@ def launch(words: Sequence[str], name: str) -> Launched:
 
 
 def machine_facts() -> str:
-    """The machine in one line, which names the processor by its generation and by what it computes.
+    """The machine in one line: its processor with generation and measured speed, its GPUs, the threads, the torch.
 
-    Call it after the measurement: then the thread count is the one that was used. Measuring takes two seconds.
+    Call it after the measurements, so that the thread count is the one that they used. It takes two seconds.
     """
     import torch
 
@@ -116,7 +117,7 @@ def machine_facts() -> str:
 def interleaved(
     arms: Mapping[str, Callable[[], T]], repeats: int, report: Callable[[str], None] = lambda line: None
 ) -> dict[str, list[T]]:
-    """Measure every arm once per repeat, so that a drift of the machine affects all of them alike.
+    """Measure every arm once per repeat, so that a drift of the machine's speed affects all of them alike.
 
     The order rotates by one place with each repeat.
     """
@@ -138,7 +139,7 @@ def ratio_interval(new: Sequence[float], old: Sequence[float]) -> tuple[float, f
 
 
 def median_ratio(new: Sequence[float], old: Sequence[float]) -> tuple[float, float, float]:
-    """The median of new / old over pairs with its 95% interval: for neighbours, which a drift affects alike."""
+    """The median of new / old over pairs with its 95% interval: for pairs measured one right after the other."""
     return _bootstrap(lambda sample: statistics.median(a / b for a, b in sample), new, old)
 
 
@@ -150,6 +151,13 @@ def _bootstrap(
     pairs = list(zip(new, old, strict=True))
     resampled = sorted(statistic(generator.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
     return statistic(pairs), resampled[round(0.025 * RESAMPLES)], resampled[round(0.975 * RESAMPLES) - 1]
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Seconds that an action takes."""
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
 
 
 def verdict(reached: bool) -> str:

@@ -53,10 +53,10 @@ class Result:
     """Counts over all processes."""
 
     kills: int = 0
-    failures: list[str] = field(default_factory=list)  # of processes that ended with an error of their own
-    checkpoints: int = 0  # that were read after a kill
+    failures: list[str] = field(default_factory=list)  # the errors of processes that failed by themselves
+    checkpoints: int = 0  # the number that was read after kills
     damaged: list[str] = field(default_factory=list)
-    runs: list[tuple[Path, int]] = field(default_factory=list)  # the complete ones, and how often each was resumed
+    runs: list[tuple[Path, int]] = field(default_factory=list)  # complete runs, and how often each was resumed
     before_a_run: int = 0  # kills before there was a run to resume
 
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--seconds", type=float, default=10, metavar="X", help="longest life of a process (default: 10)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random moments (default: 0)")
     args = parser.parse(argv)
     common.at_least(1, kills=args.kills, steps=args.steps)
     terminal = Terminal()

@@ -3,15 +3,16 @@
 python -m benchmarks.data
 python -m benchmarks.data --megabytes 200 --repeats 3
 python -m benchmarks.data --documents 100000
-python -m benchmarks.data_arithmetic           # what the arithmetic preset learns, in which time
+python -m benchmarks.data_arithmetic           # what the arithmetic preset learns, and how fast
 python -m benchmarks.data_prepare              # speed and memory of prepare.py, and kills
 
-Each kind encodes a generated text into a token file's ids; NumPy alone (a table of code points, or the bytes) and the
-packages tokenizers and tiktoken alone do the same from the lines of the text, on the same cores. With --gpt2 FOLDER,
-which has GPT-2's vocab.bpe and encoder.json, 10,000 random texts must also have the ids that tiktoken, tokenizers and
-transformers give.
+Each tokenizer encodes a generated text into the ids of a token file. For comparison, NumPy alone (with a table of code
+points, or the bytes) or the packages tokenizers and tiktoken alone encode the same text, by lines, on the same cores.
+With --gpt2 FOLDER, which has GPT-2's vocab.bpe and encoder.json, 10,000 random texts must also have the ids that
+tiktoken, tokenizers and transformers give.
 
-A second table has what a start and a batch cost with a prepared dataset of generated tokens (--prepared-megabytes).
+A second table shows the cost of a start and of a batch with a prepared dataset of generated tokens
+(--prepared-megabytes).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 import os
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.common import at_least, interleaved, machine_facts, verdict
+from benchmarks.common import at_least, interleaved, machine_facts, timed, verdict
 from benchmarks.data_duplicates import duplicates_table
 from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import DataConfig
@@ -48,10 +48,12 @@ def main(argv: Sequence[str]) -> int:
         type=int,
         default=3,
         metavar="N",
-        help="encodings of each, of which the fastest counts (default: 3)",
+        help="encodings by each; the fastest counts (default: 3)",
     )
-    parser.add_argument("--documents", type=int, default=5000, metavar="N", help="with near duplicates (default: 5000)")
-    parser.add_argument("--gpt2", type=Path, metavar="FOLDER", help="GPT-2's vocab.bpe and encoder.json")
+    parser.add_argument(
+        "--documents", type=int, default=5000, metavar="N", help="documents with near duplicates (default: 5000)"
+    )
+    parser.add_argument("--gpt2", type=Path, metavar="FOLDER", help="folder with GPT-2's vocab.bpe and encoder.json")
     parser.add_argument(
         "--prepared-megabytes", type=int, default=20, metavar="N", help="size of the prepared dataset (default: 20)"
     )
@@ -82,21 +84,20 @@ def main(argv: Sequence[str]) -> int:
 def measured(tokenizer: Tokenizer, text: str, repeats: int, megabytes: int) -> tuple[str, ...]:
     """The cells of a row."""
     alone = ALONE[tokenizer.kind](tokenizer)
-    seconds = interleaved(
-        {"ours": lambda: timed(lambda: ids_of(tokenizer, text)), "alone": lambda: timed(lambda: alone(text))}, repeats
-    )
+    arms = {"ours": lambda: timed(lambda: count_tokens(tokenizer, text)), "alone": lambda: timed(lambda: alone(text))}
+    seconds = interleaved(arms, repeats)
     ours, theirs = (min(seconds[name]) for name in ("ours", "alone"))
     ratio = theirs / ours
     return (
         f"{megabytes / ours:,.1f}",
         f"{megabytes / theirs:,.1f}",
         f"{ratio:.2f} {verdict(ratio >= LEAST)}",
-        f"{len(text.encode()) / ids_of(tokenizer, text):.2f}",
+        f"{len(text.encode()) / count_tokens(tokenizer, text):.2f}",
     )
 
 
-def ids_of(tokenizer: Tokenizer, text: str) -> int:
-    """Encodes as a token file needs it, part by part; returns the number of tokens."""
+def count_tokens(tokenizer: Tokenizer, text: str) -> int:
+    """Encode a text part by part, as for a token file; returns the number of tokens."""
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
     return sum(len(part.astype(dtype)) for part in tokenizer.encode_parts(text))
 
@@ -127,7 +128,7 @@ def bpe_alone(tokenizer: Any) -> Callable[[str], object]:
 
 
 def gpt2_alone(tokenizer: Any) -> Callable[[str], object]:
-    """The lines of the text as one batch of tiktoken with a thread a core."""
+    """The lines of the text as one batch of tiktoken, with one thread per core."""
     encoding = tokenizer._encoding
 
     def encode(text: str) -> list[np.ndarray]:
@@ -139,12 +140,6 @@ def gpt2_alone(tokenizer: Any) -> Callable[[str], object]:
 
 
 ALONE = {"char": char_alone, "byte": byte_alone, "bpe": bpe_alone, "gpt2": gpt2_alone}
-
-
-def timed(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
 
 
 def generated_text(size: int) -> str:

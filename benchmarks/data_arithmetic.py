@@ -25,10 +25,12 @@ LEAST, MOST_SECONDS, MOST_PARAMETERS = 0.99, 600, 1_000_000
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.data_arithmetic", description=__doc__)
-    parser.add_argument("--seeds", default="1337", metavar="A,B", help="(default: 1337)")
+    parser.add_argument("--seeds", default="1337", metavar="A,B", help="seeds of the runs (default: 1337)")
     parser.add_argument("--digits", type=int, default=2, metavar="N", help="most digits of an operand (default: 2)")
-    parser.add_argument("--steps", type=int, default=500, metavar="N", help="(default: 500)")
-    parser.add_argument("--problems", type=int, default=20_000, metavar="N", help="(default: 20000)")
+    parser.add_argument("--steps", type=int, default=500, metavar="N", help="steps of a run (default: 500)")
+    parser.add_argument(
+        "--problems", type=int, default=20_000, metavar="N", help="problems in the dataset (default: 20000)"
+    )
     args = parser.parse(argv)
     at_least(1, steps=args.steps, digits=args.digits)
     terminal = Terminal()

@@ -31,7 +31,7 @@ CHUNK = 500  # documents that a worker gets at a time
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.data_duplicates", description=__doc__)
-    parser.add_argument("--documents", type=int, default=5000, metavar="N", help="how many (default: 5000)")
+    parser.add_argument("--documents", type=int, default=5000, metavar="N", help="number of documents (default: 5000)")
     args = parser.parse(argv)
     at_least(1, documents=args.documents)
     Terminal().print(duplicates_table(args.documents), f"machine: {machine_facts()}, {os.cpu_count()} cores")
@@ -114,7 +114,7 @@ def fingerprints(texts: Sequence[str], workers: int) -> Iterator[bytes]:
 
 
 def duplicates_table(documents: int) -> Table:
-    """Finds planted duplicates, and checks the answer."""
+    """Find planted duplicates, and check the answer."""
     data = planted(documents)
     workers = os.cpu_count() or 1
     start = time.perf_counter()

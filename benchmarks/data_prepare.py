@@ -1,13 +1,13 @@
-"""prepare.py: how fast it encodes, how much memory it needs, and whether a preparation that is killed goes on rightly.
+"""How fast does prepare.py encode, how much memory does it need, and does a killed preparation resume correctly?
 
 python -m benchmarks.data_prepare                        # a small size, a few kills
 python -m benchmarks.data_prepare --megabytes 50 200 1000 --cases json_lines one_text one_line
 python -m benchmarks.data_prepare --kills 20 --repeats 0
 
-The texts are generated. Memory is the anonymous memory of all processes together at its peak, above that of as many
+The texts are generated. Memory is the peak of the anonymous memory of all processes together, minus that of as many
 processes that have only imported what prepare.py imports. The second pass, from text on disk to token files on disk, is
-compared with NumPy or the package tokenizers alone on the same text, which is in memory and stays there: in seconds of
-the processors, all processes together, so that what else the machine does matters little.
+compared with NumPy or the package tokenizers alone, which work in memory on the same text: in processor seconds of all
+processes together, so that other load on the machine matters little.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from utils.terminal.console import Terminal
 MEMORY_MB = 500  # at most
 CASES = ("json_lines", "one_text", "one_line")
 PATTERN_MB = 4  # of generated text, which is repeated with other words at the beginning of each document
-SMALL_PARTS = (  # prepare.py with so many parts that a kill leaves some done and some not, also of a small text
+SMALL_PARTS = (  # prepare.py with parts so small that, even with a small text, a kill leaves some done and some not
     "import sys, prepare; from utils.corpora import readers; from utils.preparation import encoding; "
     "readers.UNIT_BYTES, encoding.JOB_BYTES = 50_000, 50_000; sys.exit(prepare.main(sys.argv[1:]))"
 )
@@ -57,15 +57,23 @@ IMPORTS = "import sys; sys.argv = ['prepare.py']; import prepare, utils.preparat
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.data_prepare", description=__doc__)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[4], metavar="N", help="of text (default: 4)")
-    parser.add_argument("--cases", nargs="+", default=["json_lines"], choices=CASES, help="(default: json_lines)")
-    parser.add_argument("--tokenizers", nargs="+", default=["bpe"], metavar="KIND", help="(default: bpe)")
     parser.add_argument(
-        "--repeats", type=int, default=1, metavar="N", help="timings of the second pass, of the first size (default: 1)"
+        "--megabytes", type=int, nargs="+", default=[4], metavar="N", help="sizes of the text (default: 4)"
     )
-    parser.add_argument("--kills", type=int, default=3, metavar="N", help="random moments of SIGKILL (default: 3)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments (default: 0)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes (default: 2)")
+    parser.add_argument(
+        "--cases", nargs="+", default=["json_lines"], choices=CASES, help="forms of the text (default: json_lines)"
+    )
+    parser.add_argument("--tokenizers", nargs="+", default=["bpe"], metavar="KIND", help="tokenizers (default: bpe)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        metavar="N",
+        help="timings of the second pass, with the first size (default: 1)",
+    )
+    parser.add_argument("--kills", type=int, default=3, metavar="N", help="kills at random moments (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random moments (default: 0)")
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="worker processes (default: 2)")
     args = parser.parse(argv)
     at_least(0, kills=args.kills, repeats=args.repeats)
     at_least(1, megabytes=min(args.megabytes), workers=args.workers)
@@ -95,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
             source = write_source(folder, args.cases[0], args.megabytes[0])
             for kind in args.tokenizers:
                 ours, alone = second_pass(source, folder, kind, args.workers, args.repeats)
-                words = f"{ours:.2f} and {alone:.2f} s of the processors: {alone / ours:.2f} "
+                words = f"{ours:.2f} and {alone:.2f} processor seconds: {alone / ours:.2f} "
                 words += verdict(alone / ours >= LEAST)
                 terminal.print(f"{kind}, {args.megabytes[0]} MB, the second pass and the package alone: {words}")
         if args.kills:
@@ -106,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write_source(folder: Path, case: str, megabytes: int) -> Path:
-    """A file of generated text of about a size."""
+    """A file of generated text of about `megabytes`."""
     words = generated_text(min(megabytes, PATTERN_MB) * 1_000_000)
     size = megabytes * 1_000_000
     path = folder / ("source.txt" if case == "one_text" else "source.jsonl")
@@ -144,7 +152,7 @@ def command(source: Path, target: Path, kind: str, workers: int, small_parts: bo
 
 
 def measured(source: Path, target: Path, kind: str, workers: int) -> tuple[float, dict[str, float], float]:
-    """Seconds of a preparation, of its passes, and megabytes of anonymous memory above the imports."""
+    """Seconds of a preparation and of its passes, and megabytes of anonymous memory beyond the imports."""
     shutil.rmtree(target, ignore_errors=True)
     imports = imports_memory()
     began = time.perf_counter()
@@ -172,7 +180,7 @@ def measured(source: Path, target: Path, kind: str, workers: int) -> tuple[float
 
 def children(process: psutil.Process) -> list[psutil.Process]:
     try:
-        return [child for child in process.children(recursive=True)]
+        return process.children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
@@ -198,7 +206,7 @@ def imports_memory() -> float:
 
 
 def second_pass(source: Path, folder: Path, kind: str, workers: int, repeats: int) -> tuple[float, float]:
-    """Seconds of the processors for encoding with worker processes, and by the library alone; the least of each."""
+    """Processor seconds for encoding with worker processes, and by the library alone; the least of each."""
     quiet = Terminal(quiet=True)
     config = DataConfig(tokenizer=kind)
     order = Preparation([str(source)], folder / "timed", config, leaks=False, workers=workers)
@@ -227,14 +235,14 @@ def second_pass(source: Path, folder: Path, kind: str, workers: int, repeats: in
 
 
 def processor_seconds(action: Callable[[], object]) -> float:
-    """Of this process and those that it started and has waited for."""
+    """Processor seconds that the action takes in this process and in the children that it has waited for."""
     before = os.times()
     action()
     return sum(os.times()[:4]) - sum(before[:4])
 
 
 def killed(folder: Path, kills: int, seed: int, workers: int, megabytes: int, terminal: Terminal) -> int:
-    """Kill preparations at random moments, go on, and count those whose files differ from an undisturbed one's."""
+    """Kill preparations at random moments, start them again, and count those whose files differ from the expected."""
     source, target = write_source(folder, "json_lines", megabytes), folder / "out"
     words = command(source, target, "bpe", workers, small_parts=True)
     shutil.rmtree(target, ignore_errors=True)

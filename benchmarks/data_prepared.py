@@ -1,4 +1,4 @@
-"""A part of benchmarks.data: what starting and batches cost with a prepared dataset, whatever its size."""
+"""A part of benchmarks.data: the cost of a start and of batches with a prepared dataset."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from utils.terminal.console import Terminal
 from utils.training.state import TrainState, build_state
 from utils.training.step import EagerUpdate, no_phase
 
-MOST_SECONDS = 0.3  # of a start, more than with pydocs
-MOST_OF_STEP = 0.03  # of the time of a step
+MOST_SECONDS = 0.3  # by which a start may take longer than with pydocs
+MOST_OF_STEP = 0.03  # the share of a step's time that a batch may take
 MEAN_LENGTH = 500  # tokens of a document
 TOKENS_OF_SHARD = 1 << 28
 PACKINGS = ("random", "none", "documents")
 
 
 def prepared_table(megabytes: int, repeats: int, steps: int = 30) -> RenderableType:
-    """Start-up and batches of a generated dataset of that size, beside those of pydocs."""
+    """Start-up and batches of a generated dataset of that size, next to those of pydocs."""
     with tempfile.TemporaryDirectory(prefix="datasets-") as folder:
         dataset = generated_dataset(Path(folder) / "generated", megabytes * 1_000_000 // 2)
         documents = dataset.splits["train"].documents
@@ -71,7 +71,7 @@ def load(config: Config) -> Corpus:
 
 
 def start_seconds(config: Config) -> float:
-    """Seconds from the configuration to the first update: the corpus, and what evaluations need of it."""
+    """Seconds from the configuration to the first update: loading the corpus, and the batches of evaluations."""
     for cached in (epoch_words, _block, _epoch_order):
         cached.cache_clear()
     began, settings = time.perf_counter(), config.train
@@ -84,7 +84,7 @@ def start_seconds(config: Config) -> float:
 
 
 def seconds_of_step(config: Config, steps: int) -> tuple[float, float]:
-    """Seconds of a batch, and of a whole step of the model of the shipped configuration; of each the fastest counts."""
+    """Seconds of a batch, and of a whole step of the default model; the fastest of each counts."""
     device = torch.device("cpu")
     with torch_settings(config.train, device):
         state = build_state(config, steps, load(config), device, torch.float32, Terminal(quiet=True))

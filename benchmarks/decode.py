@@ -7,11 +7,11 @@ Three shapes of GPT-2 with random weights generate one sequence greedily after a
 generate(), ours in float32, and ours with bfloat16 and int8 weights. The arms take turns. Each first generates a short
 text that is not timed, because the previous arm has left its own code and weights in the caches. The table has medians
 over the repeats. A token reads all weights once, so memory bandwidth is the limit: the table has the bytes of weights
-and cache read per second, and their share of what this machine reads in the same run.
+and cache read per second, and their share of the bandwidth that is measured in the same run.
 
 Then, with the medium shape: 16 sequences against one, and the first token after a prompt of 200 against a forward pass
 over it. With the small shape: 20,000 tokens in a row, with the memory before and after, and the time of a token at each
-place of the window.
+position in the window.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LIMITS = {"batch": 6.0, "first token": 1.2}
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2. limits: for some arms, the least tokens/s as a multiple of those of transformers."""
+    """The shape of a GPT-2. limits: for some arms, the least tokens/s as a multiple of those of transformers."""
 
     n_layer: int
     n_head: int
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.decode", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each arm (default: 5)")
     parser.add_argument(
-        "--shapes", default=",".join(SHAPES), metavar="NAMES", help=f"of {', '.join(SHAPES)} (default: all)"
+        "--shapes", default=",".join(SHAPES), metavar="NAMES", help=f"some of {', '.join(SHAPES)} (default: all)"
     )
     args = parser.parse(argv)
     common.at_least(1, repeats=args.repeats)
@@ -171,7 +171,7 @@ def report_shape(name: str, shape: Shape, repeats: int, terminal: Terminal) -> N
     seconds = common.interleaved(arms, repeats)
     reads = measure_read(torch.device("cpu")) / 1e9
     sizes = (shape.n_layer, shape.n_head, shape.n_embd, shape.block_size, shape.vocab_size)
-    table = Table(title=f"{name}: layers, heads, width, context, words {sizes}", title_justify="left")
+    table = Table(title=f"{name}: layers, heads, width, context, vocabulary {sizes}", title_justify="left")
     for column in ("", "tokens/s", "/ transformers (95%)", "GB/s", "of the limit"):
         table.add_column(column, justify="left" if not column else "right")
     verdicts = []
@@ -228,7 +228,7 @@ def report_first_token(repeats: int, terminal: Terminal) -> None:
 
 
 def report_long_text(terminal: Terminal) -> None:
-    """Print the time of a token at each place of the window, and the memory."""
+    """Print the time of a token at each position in the window, and the memory."""
     import psutil
 
     from utils.inference.decode import generate

@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.experiments", description=__doc__)
     parser.add_argument("--runs", type=int, default=1000, metavar="N", help="run directories (default: 1000)")
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="logged steps of each (default: 2000)")
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="of each command (default: 7)")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="repeats of each command (default: 7)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(2, runs=args.runs)
@@ -116,7 +116,7 @@ def measure(words: Sequence[str]) -> tuple[float, float]:
 
 
 def duckdb_alone(runs_dir: Path) -> float:
-    """Seconds that DuckDB alone takes for such a query over the same files, in this process."""
+    """Seconds that DuckDB alone takes for the same query over the same files, in this process."""
     import duckdb
 
     columns = "columns = {'train/loss': 'DOUBLE', 'grad_norm': 'DOUBLE'}, format = 'newline_delimited', filename = true"

@@ -1,9 +1,9 @@
-"""How much host memory rank 0 needs to export a model in shards, beyond what it has anyway.
+"""How much host memory does rank 0 need to export a model in shards, beyond what it already uses?
 
 torchrun --standalone --nproc-per-node 2 -m benchmarks.export_memory
 
-The model has random weights. The peak of the process's memory during the export, less its memory before it, is set
-against the largest tensor.
+The model has random weights. The peak of the process's memory during the export, minus its memory before, is compared
+with the largest tensor.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def peak_bytes() -> int:
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.export_memory", description=__doc__)
-    parser.add_argument("--vocabulary", type=int, default=50_000, help="tokens (default: 50000)")
+    parser.add_argument("--vocabulary", type=int, default=50_000, help="tokens of the vocabulary (default: 50000)")
     args = parser.parse(argv)
     ranks = ProcessRanks()
     tokenizer = build_tokenizer(DataConfig(tokenizer="byte"), ())
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         ranks.leave()
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed, and is kept, would be used again uncounted
+        ctypes.CDLL(None).malloc_trim(0)  # otherwise the export would use kept, freed memory without its being counted
         before = psutil.Process().memory_info().rss
         reset_peak(CPU)
         stream_export(

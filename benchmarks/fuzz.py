@@ -3,14 +3,14 @@
 python -m benchmarks.fuzz --cases 5000           # about an hour on 1 CPU core
 python -m benchmarks.fuzz --only 1234            # one of them again, with what it printed
 
-Half of the cases damage one entry of a run directory in one way, every entry in every way before any comes again, and
-give it to one command, and then to `list`. The others are command lines and configuration files. Each command runs in
-a forked process. Counted are
+Half of the cases damage one entry of a run directory in one way, then run one command on it, and `list`; every entry is
+damaged in every way before a case repeats. The other cases are odd command lines and configuration files. Each command
+runs in a forked process. These faults are counted:
 
-    traceback   an error of Python, or a signal, instead of one line
+    traceback   a Python traceback or a signal instead of an error in one line
     hang        no end after --seconds
-    status      an exit status that does not fit, or status 2 without an error
-    leftover    temporary files; anything that a mistake or a command that only reads has made or changed
+    status      an unexpected exit status, or status 2 without an error message
+    leftover    temporary files; anything made or changed by a rejected command or by one that only reads
     hidden      a good run that `list` no longer shows as before, or whose files have changed
 """
 
@@ -44,8 +44,8 @@ from benchmarks.fuzz_damage import (
     COMMANDS,
     CORPUS,
     DATASET,
+    DATASET_COMMANDS,
     GOOD,
-    OF_DATASET,
     PREPARED,
     READS,
     SERVING,
@@ -70,11 +70,12 @@ SCRIPTS: dict[str, Main] = {
     "evaluate": evaluate.main,
     "weights": weights.main,
 }
-OF_TRAINING = ("train", "profile_model")  # take all settings
+TRAINING_SCRIPTS = ("train", "profile_model")  # take all settings
 FAULTS = ("traceback", "hang", "status", "leftover", "hidden")
 TEMPORARY = re.compile(r"\..*\.(tmp|old|pruned)|\.checkpoints\.pruned")
 MACHINE = ("--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=8", "--batch-size=4", "--eval-interval=3")
 SMALL = (*MACHINE, "--eval-iters=2", "--histogram-interval=3", "--sample-tokens=8", "--threads=1", "--max-iters=6")
+PATIENCE_SECONDS = 60.0  # for commands other than that of the case: a busy machine must not fail them
 Snapshot = dict[str, tuple[int, int, int]]  # path -> mode, size, mtime
 
 
@@ -82,9 +83,9 @@ Snapshot = dict[str, tuple[int, int, int]]  # path -> mode, size, mtime
 class Case:
     """One command in a folder of its own.
 
-    statuses: exit statuses that are right.
-    reads: it must not change anything.
-    damage: (path from the bad run, what is wrong with it).
+    statuses: the expected exit statuses.
+    reads: the command must not change anything.
+    damage: (path relative to the bad run, kind of damage).
     """
 
     name: str
@@ -97,11 +98,11 @@ class Case:
 
 @dataclass
 class Fuzzer:
-    """Makes the folder of a case, runs its command, and compares what is there afterwards.
+    """Makes the folder of a case, runs its command, and compares the folder before and after.
 
     good: the row of the good run in `list --json`.
     ids: tag -> id of the two runs.
-    wrong: (path from the bad run, damage), each once, in random order.
+    wrong: all pairs (path relative to the bad run, kind of damage), in random order.
     """
 
     folder: Path
@@ -124,14 +125,14 @@ class Fuzzer:
         os.utime(self.work / "notes.txt", (1e9, 1e9))  # old enough that its record is trusted
         (self.work / "out").mkdir()
         for tag, words in ((BAD, ("--stop-at-step=4", "--checkpoint-interval=2")), (GOOD, ())):
-            ended = run(train.main, self.training(f"--run-tag={tag}", *words), self.work, 60)
+            ended = run(train.main, self.training(f"--run-tag={tag}", *words), self.work, PATIENCE_SECONDS)
             if ended.status:
                 raise UserError(f"a tiny training failed: {ended.err}")
         for path in list_run_paths(self.work / "runs"):
             self.ids[str(read_record(path)["tag"])] = path.name
-        run(experiments.main, ["promote", GOOD, "best", *self.places("experiments")], self.work, 60)
+        run(experiments.main, ["promote", GOOD, "best", *self.places("experiments")], self.work, PATIENCE_SECONDS)
         source = [str(self.work / "notes.txt"), f"--out={DATASET}", "--workers=1", r"--separator=\n"]
-        run(prepare.main, [*source, *self.places("prepare")], self.work, 60)
+        run(prepare.main, [*source, *self.places("prepare")], self.work, PATIENCE_SECONDS)
         if not (self.work / "datasets" / DATASET).is_dir():
             raise UserError("a tiny dataset was not made")
         fuzz_words.odd_files(self.work)
@@ -145,7 +146,7 @@ class Fuzzer:
         runs, datasets = f"--runs-dir={self.work / 'runs'}", f"--datasets-dir={self.work / 'datasets'}"
         if script == "prepare":
             return [datasets]
-        if script not in OF_TRAINING:
+        if script not in TRAINING_SCRIPTS:
             return [runs]
         return [runs, datasets, f"--corpora-dir={self.work / 'corpora'}", f"--aim-repo={self.work}"]
 
@@ -153,7 +154,7 @@ class Fuzzer:
         return [f"--dataset={self.work / dataset}", *SMALL, *self.places("train"), "--no-aim-logging", *words]
 
     def filled_in(self, script: str, words: Sequence[str]) -> list[str]:
-        """The words of a command with the flags that TRAIN stands for, and with the folders of this case."""
+        """The words of a command with placeholders such as TRAIN filled in, and with the folders of this case."""
         stands_for = {
             TRAIN: self.training(),
             TRAIN_PREPARED: self.training(dataset=f"datasets/{DATASET}"),
@@ -172,7 +173,7 @@ class Fuzzer:
         Raises:
             ValueError: it is not JSON.
         """
-        ended = run(experiments.main, ["list", "--json", *self.places("experiments")], self.work, self.seconds)
+        ended = run(experiments.main, ["list", "--json", *self.places("experiments")], self.work, PATIENCE_SECONDS)
         return {row["id"]: {key: row[key] for key in row if key != "age"} for row in json.loads(ended.out)}
 
     def case(self, index: int) -> Case:
@@ -180,7 +181,7 @@ class Fuzzer:
         rng = random.Random(f"{self.seed} {index}")
         if index % 2 == 0:
             name, damage = self.wrong[index // 2 % len(self.wrong)]
-            script, words, statuses, kind = rng.choice(OF_DATASET if name.startswith(PREPARED) else COMMANDS)
+            script, words, statuses, kind = rng.choice(DATASET_COMMANDS if name.startswith(PREPARED) else COMMANDS)
             argv = self.filled_in(script, words)
             outside = damage in ("a link out of the run", "an endless device")  # nothing is written through a link
             if words[:2] == ("--resume", BAD) and len(words) == 2 and name in SERVING and not outside:
@@ -194,8 +195,8 @@ class Fuzzer:
             return Case("a configuration file", "train", [*self.training(), "--config=odd"], (0, 2))
         script = {"training": "train", "profiling": "profile_model"}.get(kind, kind)
         words, statuses = getattr(fuzz_words, f"{kind}_words")(rng)
-        own = self.training() if script in OF_TRAINING else self.places(script)
-        place = [*own, *words] if script in OF_TRAINING else [*words[:1], *own, *words[1:]]
+        own = self.training() if script in TRAINING_SCRIPTS else self.places(script)
+        place = [*own, *words] if script in TRAINING_SCRIPTS else [*words[:1], *own, *words[1:]]
         return Case("words", script, place, statuses)
 
     def try_case(self, index: int) -> tuple[Case, Ended, list[tuple[str, str]]]:
@@ -214,12 +215,12 @@ class Fuzzer:
         """Run the command of a case in the folder as it is."""
         before = snapshot(self.work)
         ended = run(SCRIPTS[case.script], case.argv, self.work, self.seconds)
-        faults = [*self.of_process(case, ended), *self.of_files(case, ended, before, snapshot(self.work))]
+        faults = [*self.process_faults(case, ended), *self.file_faults(case, ended, before, snapshot(self.work))]
         if case.damage:
-            faults += self.of_list("--whole-runs" in case.argv and "--yes" in case.argv)
+            faults += self.list_faults("--whole-runs" in case.argv and "--yes" in case.argv)
         return ended, faults
 
-    def of_process(self, case: Case, ended: Ended) -> Iterator[tuple[str, str]]:
+    def process_faults(self, case: Case, ended: Ended) -> Iterator[tuple[str, str]]:
         last = (ended.err.strip().splitlines() or [""])[-1][:200]
         if ended.status is None:
             yield "hang", last
@@ -230,10 +231,10 @@ class Fuzzer:
         elif ended.status == 2 and not any(line.startswith("error: ") for line in ended.err.splitlines()):
             yield "status", "2 without an error"
 
-    def of_files(self, case: Case, ended: Ended, before: Snapshot, after: Snapshot) -> Iterator[tuple[str, str]]:
+    def file_faults(self, case: Case, ended: Ended, before: Snapshot, after: Snapshot) -> Iterator[tuple[str, str]]:
         bad, good = f"runs/{self.ids[BAD]}/", f"runs/{self.ids[GOOD]}/"
         new = [path for path in after if path not in before]
-        if ended.status is not None:  # what a killed process leaves is for the next one
+        if ended.status is not None:  # leftovers of a killed process are removed by the next one
             yield from (("leftover", path) for path in new if TEMPORARY.fullmatch(Path(path).name))
         if ended.status == 2 or case.reads:
             outside = [path for path in new if not path.startswith((bad, "out/")) or case.reads]
@@ -242,11 +243,12 @@ class Fuzzer:
         if case.reads:
             files = [path for path in changed if path in after and not Path(path).name.startswith("runs")]
             yield from (("leftover", f"{path} is changed") for path in files[:1])
-        of_good = [path for path in changed if path.startswith(good) and path != f"{good}{LOCK}"]  # its last holder
+        lock = f"{good}{LOCK}"  # names its last holder
+        changed_good = [path for path in changed if path.startswith(good) and path != lock]
         if case.damage or case.script != "experiments":
-            yield from (("hidden", f"{path} is changed") for path in of_good[:1])
+            yield from (("hidden", f"{path} is changed") for path in changed_good[:1])
 
-    def of_list(self, deleted: bool) -> Iterator[tuple[str, str]]:
+    def list_faults(self, deleted: bool) -> Iterator[tuple[str, str]]:
         try:
             rows = self.rows()
         except (ValueError, KeyError) as error:
@@ -268,7 +270,7 @@ def _copy(source: str, target: str) -> str:
 
 
 def snapshot(folder: Path) -> Snapshot:
-    """Every path below `folder` with what changes when it is written to."""
+    """Every path below `folder` with facts that change when it is written to."""
     found: Snapshot = {}
     for root, folders, names in os.walk(folder):
         for name in (*folders, *names):
@@ -288,10 +290,10 @@ def shown(words: Sequence[str], fuzzer: Fuzzer) -> str:
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.fuzz", description=__doc__)
-    parser.add_argument("--cases", type=int, default=5000, metavar="N", help="(default: 5000)")
-    parser.add_argument("--only", type=int, metavar="I", help="case I alone, with its output")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
-    parser.add_argument("--seconds", type=float, default=20, metavar="X", help="the longest time (default: 20)")
+    parser.add_argument("--cases", type=int, default=5000, metavar="N", help="number of cases (default: 5000)")
+    parser.add_argument("--only", type=int, metavar="I", help="run only case I, and show its output")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the cases (default: 0)")
+    parser.add_argument("--seconds", type=float, default=20, metavar="X", help="time limit of a command (default: 20)")
     args = parser.parse(argv)
     common.at_least(1, cases=args.cases)
     began, terminal = time.monotonic(), Terminal()

@@ -1,4 +1,4 @@
-"""What can be wrong with a file of a run directory, and the commands that meet it."""
+"""Kinds of damage to the files of a run directory, and the commands to run on it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WRONG: tuple[Any, ...] = (
     "9" * 5000,
     ["x"] * 3,
 )
-CORPUS = "../../corpora/"  # begins the path of what is damaged there
+CORPUS = "../../corpora/"  # prefix of the paths, relative to a run, of damaged files
 PREPARED = "../../datasets/"
 GOOD, BAD = "good", "bad"  # the tags of the two runs
 DATASET = "sentences"  # the name of the prepared dataset
@@ -54,7 +54,7 @@ def empty(path: Path, rng: random.Random) -> None:
 
 
 def flip(path: Path, rng: random.Random) -> None:
-    """A few bits, as a bad disk does."""
+    """Flip a few bits, as a bad disk does."""
     data = bytearray(path.read_bytes())
     for _ in range(rng.choice((1, 1, 8)) if data else 0):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -62,12 +62,12 @@ def flip(path: Path, rng: random.Random) -> None:
 
 
 def nuls(path: Path, rng: random.Random) -> None:
-    """As many NULs, as a lost page or a crash of the machine leaves."""
+    """Overwrite the whole file with NULs, as a lost page or a crash of the machine does."""
     path.write_bytes(bytes(path.stat().st_size))
 
 
 def replace_value(path: Path, rng: random.Random) -> None:
-    """One value of a JSON file, or of one line of a log, by one of another type."""
+    """Replace one value of a JSON file, or of one line of a log, by one of another type."""
     data = path.read_bytes()
     lines = data.split(b"\n") if path.suffix == ".jsonl" else [data]
     number = rng.randrange(len(lines))
@@ -88,7 +88,7 @@ def _replaced(value: Any, rng: random.Random) -> Any:
 
 
 def drop_key(path: Path, rng: random.Random) -> None:
-    """A JSON object without one of its keys."""
+    """Remove a key from a JSON object."""
     try:
         value = json.loads(path.read_bytes())
         value.pop(rng.choice(list(value)))
@@ -126,7 +126,7 @@ def _long_line(path: Path) -> None:
 
 
 Damage = Callable[[Path, random.Random], None]
-OF_ANY: dict[str, Damage] = {
+ENTRY_DAMAGE: dict[str, Damage] = {
     "missing": _instead(lambda path: None),
     "a directory": _instead(Path.mkdir),
     "a pipe": _instead(os.mkfifo),
@@ -135,13 +135,13 @@ OF_ANY: dict[str, Damage] = {
     "a link out of the run": _instead(lambda path: path.symlink_to("/etc/hostname")),
     "an endless device": _instead(lambda path: path.symlink_to("/dev/zero")),
 }
-OF_FILE: dict[str, Damage] = {
+FILE_DAMAGE: dict[str, Damage] = {
     "truncated": truncate,
     "empty": empty,
     "flipped bits": flip,
     "NULs": nuls,
     "another type": replace_value,
-    "a key less": drop_key,
+    "a missing key": drop_key,
     "nested": nested,
     "not Unicode": no_unicode,
     "3 GiB": _instead(_sparse),
@@ -153,25 +153,25 @@ SERVING = tuple(  # a damaged one of these is never a reason to fail training: s
 
 
 def targets(run: Path) -> list[tuple[str, str]]:
-    """(path from the run, damage) of everything that can be wrong with one entry, always in the same order.
+    """All pairs (path relative to the run, kind of damage), always in the same order.
 
     The entries are those of the run, the names of promoted runs beside it, the encoded corpus and the prepared dataset.
     """
     work = run.parent.parent
     encoded, prepared = work / "corpora" / "encoded", work / "datasets" / DATASET
     paths = sorted([*run.rglob("*"), run.parent / MODELS, *encoded.rglob("*"), *prepared.rglob("*")])
-    found = [(path, damage) for path in paths for damage in (*OF_ANY, *(OF_FILE if path.is_file() else ()))]
+    found = [(path, damage) for path in paths for damage in (*ENTRY_DAMAGE, *(FILE_DAMAGE if path.is_file() else ()))]
     return [(os.path.relpath(path, run), damage) for path, damage in found]
 
 
 def apply(run: Path, name: str, damage: str, rng: random.Random) -> None:
     with contextlib.suppress(FileNotFoundError):  # the names of event files differ from run to run
-        (OF_ANY | OF_FILE)[damage](run / name, rng)
+        (ENTRY_DAMAGE | FILE_DAMAGE)[damage](run / name, rng)
 
 
-# Commands that meet the damaged run: script, words (TRAIN: flags of a tiny training), exit statuses that are right.
+# Commands to run on the damaged run: script, words (TRAIN: flags of a tiny training), expected exit statuses.
 READS = "reads"  # marks a command that must change nothing
-TRAIN, TRAIN_PREPARED = "TRAIN", "TRAIN_PREPARED"  # the second: on the prepared dataset
+TRAIN, TRAIN_PREPARED = "TRAIN", "TRAIN_PREPARED"  # the second trains on the prepared dataset
 Command = tuple[str, tuple[str, ...], tuple[int, ...], str]
 COMMANDS: list[Command] = [
     ("experiments", ("list",), (0,), READS),
@@ -211,7 +211,7 @@ COMMANDS: list[Command] = [
     ("weights", ("inspect", BAD, "--stats", "--json"), (0, 2), READS),
     ("weights", ("diff", GOOD, BAD), (0, 2), READS),
 ]
-OF_DATASET: list[Command] = [  # that meet the damaged dataset
+DATASET_COMMANDS: list[Command] = [  # commands to run on the damaged dataset
     ("prepare", ("list",), (0,), READS),
     ("prepare", ("show", DATASET), (0, 2), READS),
     ("prepare", ("verify", DATASET), (0, 1, 2), ""),

@@ -33,7 +33,7 @@ class Ended:
 
 
 def import_all() -> None:
-    """Import what the scripts import while they work, so that a fork has it."""
+    """Import what the scripts import while they work, so that forked processes need not."""
     import utils
 
     for module in pkgutil.walk_packages(utils.__path__, "utils."):
@@ -73,9 +73,7 @@ def _child(main: Main, argv: Sequence[str], folder: Path, out: Path, err: Path) 
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, "w", closefd=False), "utf-8", write_through=True) for number in (1, 2)
     )
-    had = (
-        int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-    )  # by the process that was forked
-    for kind, limit in ((resource.RLIMIT_DATA, had + MEMORY), (resource.RLIMIT_CORE, 0)):
+    inherited = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+    for kind, limit in ((resource.RLIMIT_DATA, inherited + MEMORY), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(kind, (limit, limit))
     sys.exit(main(argv))

@@ -44,7 +44,7 @@ ODD = (
         BAD,
     ),
 )
-# What a valid value of these may cost has no bounds: minutes, gigabytes, or another machine.
+# A valid value of these may cost any amount: minutes, gigabytes, or another machine.
 COSTLY = {
     *("n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "ffn_dim", "block_size", "ngram_sizes", "ngram_tables"),
     *(
@@ -57,11 +57,11 @@ COSTLY = {
         "max_minutes",
     ),
     *("eval_iters", "sample_tokens", "max_new_tokens", "checkpoint_interval", "threads", "compile", "compile_mode"),
-    *("wandb_mode", "aim_logging", "aim_repo", "closing_seconds", "max_minutes", "dataset"),
+    *("wandb_mode", "aim_logging", "aim_repo", "closing_seconds", "dataset"),
 }
 LONG_COMMANDS = ("reproduce", "gate", "noise", "bisect", "ui")  # of experiments.py: they train for minutes or never end
 NEVER_VALID = ("", " ", "-1", "nan", "-inf", "x" * 300, "१२x", "a\nb", "\x1b[31m", "{}", "1e999", "\udcff")
-PLACES = ("--runs-dir", "--corpora-dir", "--aim-repo", "--dataset")  # below the folder of the case, whatever happens
+PLACES = ("--runs-dir", "--corpora-dir", "--aim-repo", "--dataset")  # always below the folder of the case
 RUN_WORDS = (GOOD, BAD, "latest", f"runs/{GOOD}", "", ".", "..", "/", "x", "\udcff", "a\nb", "x" * 5000, f"{BAD}:best")
 
 
@@ -85,7 +85,7 @@ def is_quick(key: str) -> bool:
 
 
 def odd_setting(rng: random.Random) -> tuple[str, str, Sequence[int]]:
-    """(key, value, exit statuses that are right) of a setting."""
+    """A setting with an odd value: (key, value, expected exit statuses)."""
     key = rng.choice(list(FIELDS))
     if is_quick(key):
         return key, rng.choice(ODD), PERHAPS
@@ -93,7 +93,7 @@ def odd_setting(rng: random.Random) -> tuple[str, str, Sequence[int]]:
 
 
 def training_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
-    """Flags after those of a tiny training."""
+    """Flags to add to those of a tiny training."""
     kind = rng.randrange(6)
     if kind == 0:
         flag = misspelled(flag_name(rng.choice(list(FIELDS))), rng)
@@ -119,7 +119,7 @@ def training_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
 
 
 def experiments_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
-    """A command of experiments.py with arguments that fit more or less."""
+    """A command of experiments.py with more or less fitting arguments."""
     return command_words([one for one in experiments.COMMANDS if one.name not in LONG_COMMANDS], rng)
 
 
@@ -130,7 +130,7 @@ def weights_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
 
 
 def command_words(commands: Sequence[Command], rng: random.Random) -> tuple[list[str], Sequence[int]]:
-    """One of the commands of a script, with arguments that fit more or less."""
+    """One of the commands of a script, with more or less fitting arguments."""
     declared = rng.choice(commands)
     words = [declared.name]
     for names, options in declared.flags:
@@ -185,7 +185,7 @@ def evaluate_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
 
 
 def profiling_words(rng: random.Random) -> tuple[list[str], Sequence[int]]:
-    """Mistakes only: a profile takes seconds."""
+    """A flag of profile_model.py with a wrong value; never a valid one, because a profile takes seconds."""
     flag = rng.choice(("--steps", "--warmup", "--top", "--batch-sizes", "--lr-min", "--lr-steps", "--stepps"))
     value = rng.choice(("", "-1", "nan", "x", "1e999", "१२x", "\udcff", "a\nb", "x" * 5000))
     return [f"{flag}={value}"], TRUE_MISTAKE

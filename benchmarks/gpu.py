@@ -1,19 +1,20 @@
-"""Everything that a GPU's owner would ask, measured by one command: speed of training, generation, start, and bits.
+"""How fast is the workbench on a GPU? Training, generation, start and reproducibility, measured by one command.
 
-python -m benchmarks.gpu --nanogpt ~/nanoGPT            # 8 minutes on an H100; table, and gpu.json to send back
+python -m benchmarks.gpu --nanogpt ~/nanoGPT            # 8 minutes on an H100; prints a table, writes gpu.json
 python -m benchmarks.gpu --minutes 4 --parts step,loss
 python -m benchmarks.gpu --dry-run                      # tiny sizes on the CPU: does everything work here?
 
 limits: the matrix product, the copy and attention of this card. step: the preset shakespeare_gpu, with and without
 CUDA graphs and tracking. loss: seconds until its validation loss is 1.47, and speedrun_gpu with three seeds. gpt2:
-tokens/s of GPT-2's shape. decode: tokens/s of generation. start: a process to its first compiled step, with empty and
-with filled caches. tracking: all of it against none. resume: a killed run has the bits of one that was not.
+tokens/s of GPT-2's shape. decode: tokens/s of generation. start: seconds from the start of a process to its first
+compiled step, with empty and with filled caches. tracking: a step with all tracking against one without. resume: does
+a run that was killed and resumed have the bits of one that was not?
 
-References on the same card, in turn with ours: nanoGPT in a copy of the checkout that --nanogpt names, and the cached
-generate of transformers where it is installed. Each measurement is a process with a time limit, so a failure or a hang
-loses no other. The JSON is written after each of them; Ctrl-C, SIGTERM and SIGHUP print the table of what there is.
-Nothing is estimated: what was not measured is blank. Needs no network if WORKBENCH_DATA names a folder with
-tinyshakespeare.txt.
+References are measured on the same card, taking turns with ours: nanoGPT in a copy of the checkout that --nanogpt
+names, and the cached generate of transformers if it is installed. Each measurement is a process with a time limit, so
+one that fails or hangs does not affect the others. The JSON is written after each; Ctrl-C, SIGTERM and SIGHUP print the
+table of the results so far. Nothing is estimated: fields that were not measured are blank. No network is needed if
+WORKBENCH_DATA names a folder with tinyshakespeare.txt.
 """
 
 from __future__ import annotations
@@ -48,12 +49,12 @@ from utils.terminal.cli import PROJECT_ROOT, Parser, place, script
 from utils.terminal.console import Terminal
 
 SCHEMA_VERSION = 1
-RESERVE = 3.0  # seconds for the table and for what a killed process leaves
-LEAST = 15.0  # seconds that a job is worth starting for
+RESERVE = 3.0  # seconds for the table and for ending the last process
+LEAST = 15.0  # with fewer seconds left, no job is started
 REPEATS, MINUTES_FOR_REPEATS = 2, 6
 POLL_SECONDS = 1.0  # between two looks at what a job has printed
 VOCABULARY, FIRST_CHARACTER = 50304, 0x20000  # as nanoGPT pads GPT-2's 50,257; Chinese characters, one token each
-WIDTH = 132  # of the table where the output is no terminal
+WIDTH = 132  # of the table if the output is not a terminal
 
 
 class StoppedError(Exception):
@@ -66,7 +67,7 @@ class StoppedError(Exception):
 
 @dataclass
 class Bench:
-    """One run of the command: what is measured, how long it may take, and what there is so far."""
+    """One run of the command: what is measured, how long it may take, and the results so far."""
 
     parts: Sequence[str]
     minutes: float
@@ -80,7 +81,7 @@ class Bench:
 
     @property
     def seconds(self) -> float:
-        """Since the command began."""
+        """Seconds since the command began."""
         return time.monotonic() - self.began
 
     @property
@@ -93,11 +94,11 @@ class Bench:
 
     @property
     def figures(self) -> list[Figure]:
-        """A dry run compares nothing."""
+        """The figures of the results so far; those of a dry run are not compared with limits."""
         return [replace(figure, compared=None) if self.task.dry else figure for figure in figures(self.results)]
 
     def write(self) -> None:
-        """Replace the JSON by what there is now."""
+        """Write the JSON with the results so far."""
         results = {
             "schema_version": SCHEMA_VERSION,
             "command": sys.argv,
@@ -118,11 +119,17 @@ class Bench:
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=8.0, metavar="X", help="for everything (default: 8)")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, metavar="X", help="time limit for everything (default: 8)"
+    )
     parser.add_argument("--nanogpt", type=place, metavar="FOLDER", help="a checkout of nanoGPT, which is not changed")
-    parser.add_argument("--out", type=place, default=Path("gpu.json"), metavar="FILE", help="JSON (default: gpu.json)")
+    parser.add_argument(
+        "--out", type=place, default=Path("gpu.json"), metavar="FILE", help="JSON with the results (default: gpu.json)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, less than a minute")
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), metavar="A,B", help=f"some of {', '.join(PARTS)} (default: all)"
+    )
     args = parser.parse(argv)
     parts = [part.strip() for part in args.parts.split(",") if part.strip()]
     if unknown := sorted(set(parts) - set(PARTS) - {job.name for job in JOBS}):
@@ -150,7 +157,7 @@ def main(argv: Sequence[str]) -> int:
 def stop_on_signals() -> Iterator[None]:
     """The first SIGINT, SIGTERM or SIGHUP raises StoppedError; restores the previous handlers on exit.
 
-    Later ones are ignored: what is left to do is worth more than another signal. So is a SIGHUP that nohup ignores.
+    Later ones are ignored, so that the results are still written and shown. A SIGHUP that nohup ignores stays ignored.
     """
 
     def handle(signum: int, _frame: FrameType | None) -> None:
@@ -226,7 +233,7 @@ def measure(bench: Bench, jobs: Sequence[Job]) -> int:
 
 
 def run_job(job: Job, bench: Bench, limit: float) -> None:
-    """Run a job in a process group of its own for at most `limit` seconds; all that it reports is kept and written."""
+    """Run a job in a process group of its own for at most `limit` seconds; what it reports is written at once."""
     folder = Path(bench.task.folder)
     (folder / "task.json").write_text(json.dumps(asdict(bench.task)), encoding="utf-8")
     output, errors = folder / f"{job.name}.out", folder / f"{job.name}.err"
@@ -259,7 +266,7 @@ def run_job(job: Job, bench: Bench, limit: float) -> None:
     finally:
         if process is not None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+                os.killpg(process.pid, signal.SIGKILL)  # the job and the processes that it has started
             process.wait()
         entry |= {"status": status, "seconds": round(time.monotonic() - began, 2), "results": last_report(output)}
         if message := errors.read_text(errors="replace").strip()[-2000:]:
@@ -277,7 +284,7 @@ def last_report(output: Path) -> dict[str, Any]:
 
 
 def progress_line(bench: Bench, name: str) -> str:
-    """What became of a job, in one line."""
+    """The outcome of a job in one line."""
     job = bench.jobs[name]
     seconds = f" {job['seconds']:.0f} s" if "seconds" in job else ""
     lines = job.get("error", "").splitlines()

@@ -21,7 +21,7 @@ PROMPT, LONG_PROMPT, BATCH, NEW = 16, 200, 64, 200  # tokens, tokens, sequences,
 
 
 def time_decode(task: Task) -> None:
-    """Job: greedy generation with random weights of both sizes; one that fails stops no other."""
+    """Job: greedy generation with random weights of both sizes; if one arm fails, the others go on."""
     arms: dict[str, Callable[[], dict[str, Any]]] = {
         "10.7M bfloat16": lambda: ours(task, "shakespeare_gpu", task.text, "bfloat16"),
         "124M bfloat16": lambda: ours(task, "gpt2_124m", task.words, "bfloat16"),
@@ -53,7 +53,7 @@ def time_compiled_decode(task: Task) -> None:
 def ours(task: Task, preset: str, text: str, weights: Weights) -> dict[str, Any]:
     """Tokens/s of one sequence and of 64, and milliseconds to the first token after a prompt of 200.
 
-    By Generator, as a user calls it: tokenizing, sampling, logprobs and text are included.
+    Through Generator, as a user calls it, so tokenizing, sampling, logprobs and text are included.
     """
     from utils.inference.generator import Request
     from utils.inference.sampling import SamplingOptions
@@ -126,7 +126,7 @@ def theirs(task: Task, **settings: Any) -> dict[str, Any]:
 
 
 def seconds_of(call: Callable[[], object], repeats: int) -> float:
-    """Median seconds of a call, which returns when its results are on the host; two more calls come first."""
+    """Median seconds of a call that returns when its results are on the host, after two calls as a warmup."""
     seconds = []
     for _ in range(repeats + 2):
         began = time.perf_counter()

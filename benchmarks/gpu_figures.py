@@ -1,4 +1,4 @@
-"""The figures of benchmarks.gpu: what was measured, what it is compared with, and whether that is enough."""
+"""The figures of benchmarks.gpu: what was measured, what it is compared with, and whether it reaches its limit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.table import Table
 
 from benchmarks.common import verdict
 
-Results = Mapping[str, Mapping[str, Any]]  # of each job that has any
+Results = Mapping[str, Mapping[str, Any]]  # by job
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of the table. Whatever was not measured is None.
+    """One line of the table. Numbers that were not measured are None.
 
-    ours, reference: with `unit`. compared: what the limit is for, in `of`; None with a limit: no verdict.
+    ours, reference: in `unit`. compared: the number that the limit applies to, such as their ratio; None: no verdict.
     """
 
     part: str
@@ -39,7 +39,7 @@ class Figure:
         )
 
     @property
-    def wanted(self) -> str:
+    def target(self) -> str:
         if self.at_least is not None:
             return f">= {self.at_least:,g}"
         return "" if self.at_most is None else f"<= {self.at_most:,g}"
@@ -63,7 +63,7 @@ def find(results: Results, job: str, *keys: str) -> Any:
 
 
 def number(results: Results, job: str, *keys: str) -> float | None:
-    """The same, if it is a number."""
+    """The value at a path of keys in the results of a job, if it is a number."""
     found = find(results, job, *keys)
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
@@ -114,7 +114,7 @@ def step(results: Results) -> list[Figure]:
         Figure("step", "step, 10.7M, 64x256, tracked, against nanoGPT", "ms", ours, theirs, share, at_most=0.5),
         Figure("step", "the same in milliseconds", "ms", ours, None, ours, at_most=4.0),
         Figure("step", "without CUDA graphs", "ms", arm(results, "steps", "tracked, no graphs", "step_ms"), theirs),
-        Figure("step", "the host's part of it", "ms", arm(results, "steps", "tracked", "host_ms")),
+        Figure("step", "the host's time for it", "ms", arm(results, "steps", "tracked", "host_ms")),
         Figure("step", "in a whole run", "ms", number(results, "loss", "step_ms"), theirs),
     ]
 
@@ -162,7 +162,7 @@ def gpt2(results: Results) -> list[Figure]:
 
 
 def heads(results: Results) -> list[Figure]:
-    """The output head and its loss, forward and backward, against each other implementation that there is."""
+    """The output head and its loss, forward and backward, against each other implementation that was measured."""
     found = find(results, "heads", "heads") or {}
     ours, memory = (number(results, "heads", "heads", "ours", key) for key in ("ms", "peak_gb"))
     named = {"compiled": "plain, compiled", "torch": "torch's own", "liger": "Liger's"}
@@ -201,13 +201,13 @@ def decode(results: Results) -> list[Figure]:
 
 
 def start(results: Results) -> list[Figure]:
-    """Until the first step is done, which the gradients of the second one show, and until its gradients alone."""
+    """Seconds to the end of the first step (when the second has its gradients), and to its gradients alone."""
     cold, cold_gradients, warm, warm_gradients = (
         number(results, job, key)
         for job in ("start_cold", "start_warm")
         for key in ("seconds", "first_gradients_seconds")
     )
-    if cold is None:  # nothing has filled the caches
+    if cold is None:  # then nothing had filled the caches
         warm = warm_gradients = None
     return [
         Figure("start", "12 layers compiled, cold, first step with recordings", "s", cold, None, cold, at_most=15.0),
@@ -230,24 +230,24 @@ def resume(results: Results) -> list[Figure]:
 
 
 def table(rows: Sequence[Figure], title: str) -> Table:
-    """All figures; what was not measured is blank."""
+    """All figures; numbers that were not measured are blank."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("part", style="cyan", no_wrap=True)
     table.add_column("figure", overflow="fold")
-    for header in ("ours", "reference", "unit", "compared", "wanted", "verdict"):
+    for header in ("ours", "reference", "unit", "compared", "target", "verdict"):
         table.add_column(header, justify="left" if header in ("unit", "verdict") else "right", no_wrap=True)
     before = None
     for row in rows:
         if before not in (None, row.part):
             table.add_section()
-        reached = row.reached if row.wanted else None
+        reached = row.reached if row.target else None
         table.add_row(
             row.part if row.part != before else "",
             row.name,
             *(shown(value) for value in (row.ours, row.reference)),
             row.unit,
-            shown(row.compared) if row.wanted else "",
-            row.wanted,
+            shown(row.compared) if row.target else "",
+            row.target,
             "" if reached is None else verdict(reached),
         )
         before = row.part
@@ -255,7 +255,7 @@ def table(rows: Sequence[Figure], title: str) -> Table:
 
 
 def shown(value: float | None) -> str:
-    """Four digits of a number, or all of a larger one."""
+    """A number with four significant digits; from 1,000 on, rounded to an integer."""
     if value is None:
         return ""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -19,7 +19,7 @@ HeadLoss = Callable[["torch.Tensor", "torch.Tensor", "torch.Tensor"], "torch.Ten
 
 
 def time_heads(task: Task) -> None:
-    """Job: milliseconds and memory of each, in turns, and how far its gradient is from that of plain cross-entropy."""
+    """Job: milliseconds and memory of each implementation, and how far its gradient is from plain cross-entropy's."""
     import torch
 
     device = torch.device(task.device)
@@ -47,7 +47,7 @@ def time_heads(task: Task) -> None:
                         torch.cuda.reset_peak_memory_stats(device)
                 step = functools.partial(gradient, loss, hidden, weight, targets)
                 seconds.setdefault(name, []).extend(times(step, device, 2 if task.dry else 10))
-            except (RuntimeError, TypeError, NotImplementedError) as error:  # of this torch, or out of memory
+            except (RuntimeError, TypeError, NotImplementedError) as error:  # not in this torch, or out of memory
                 found["error"] = typed_line(error)[:300]
                 continue
             found["ms"] = 1000 * statistics.median(seconds[name])
@@ -58,15 +58,15 @@ def time_heads(task: Task) -> None:
 
 
 def gradient(loss: HeadLoss, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Both gradients; returns that of the weight, (V, C)."""
+    """Compute both gradients; returns that of the weight, (V, C)."""
     import torch
 
-    _, of_weight = torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
-    return of_weight.float()
+    _, grad_weight = torch.autograd.grad(loss(hidden, weight, targets), (hidden, weight))
+    return grad_weight.float()
 
 
 def implementations() -> dict[str, HeadLoss]:
-    """Those that are installed, by name: torch's is newer than 2.12, and Liger is a package of its own."""
+    """The installed implementations by name: torch has its own after 2.12, and Liger is a separate package."""
     import torch
     import torch.nn.functional as F
 

@@ -24,9 +24,9 @@ PARTS = ("limits", "step", "loss", "gpt2", "decode", "start", "tracking", "resum
 class Job:
     """One process.
 
-    parts: those that need it. seconds: the most that it may take.
-    nanogpt: whether it is a run of nanoGPT. instead_of: not needed with this part, whose jobs measure the same.
-    caches: the name of the compiler's caches, which are empty at first. dry: whether a dry run has it.
+    parts: the parts that need it. seconds: the longest that it may take.
+    nanogpt: whether it is a run of nanoGPT. instead_of: a part that makes this job needless, as it measures the same.
+    caches: the name of the compiler's caches, which are empty at first. dry: whether a dry run includes it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Job:
     dry: bool = True
 
 
-# Jobs of two sides take turns. A run of nanoGPT until its loss gives the time of its steps once more.
+# Our jobs and nanoGPT's take turns. nanoGPT's run to the target loss measures the time of its steps once more.
 JOBS: Sequence[Job] = (
     Job("limits", ("limits", "gpt2"), 60, gpu_measure.measure_limits),
     Job("nanogpt_step", ("step",), 90, nanogpt.time_steps, nanogpt=True),
@@ -60,13 +60,13 @@ JOBS: Sequence[Job] = (
 
 
 def chosen(parts: Sequence[str], *, with_nanogpt: bool, dry: bool) -> list[Job]:
-    """The jobs that these parts need, or that they name."""
+    """The jobs that `parts` need or name."""
     needed = [job for job in JOBS if {job.name, *job.parts} & set(parts) and job.instead_of not in parts]
     return [job for job in needed if (with_nanogpt or not job.nanogpt) and (job.dry or not dry)]
 
 
 def main(name: str, task_file: str) -> int:
-    """Run a job in this process; its last line of results counts."""
+    """Run a job in this process; the last line of results that it prints counts."""
     tune_process()
     task = Task(**json.loads(Path(task_file).read_text(encoding="utf-8")))
     (job,) = (job for job in JOBS if job.name == name)

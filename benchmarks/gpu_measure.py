@@ -45,7 +45,7 @@ SEEDS = (1337, 1, 2)
 
 
 def measure_limits(task: Task) -> None:
-    """Job: the card, what its matrix products and copies reach, and attention by each backend."""
+    """Job: the card, the rates of its matrix products and copies, and attention by each backend."""
     import torch
 
     from utils.machine.device import synchronize
@@ -70,7 +70,7 @@ def measure_limits(task: Task) -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """The versions and the name of what computes."""
+    """The device, its driver, and the versions of the software."""
     import os
 
     import torch
@@ -95,7 +95,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def times(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each call, after a warmup; the device is waited for at the end of each."""
+    """Seconds of each call until the device has finished, after a warmup."""
     from utils.machine.device import synchronize
 
     for _ in range(3):
@@ -140,7 +140,7 @@ def attention(task: Task, device: torch.device) -> dict[str, Any]:
 
 @dataclass
 class StepClock:
-    """Times windows of training steps; at the end of each the device is waited for. Ends the run after the last.
+    """Times windows of training steps, waiting for the device only at the end of each; ends the run after the last.
 
     windows: mean milliseconds of a step in each window. host: milliseconds of a step for the host alone.
     """
@@ -155,10 +155,10 @@ class StepClock:
     _began: float = 0.0
 
     def step_done(self) -> None:
-        """Raises KeyboardInterrupt after the last step: nothing is saved then, and no time is spent on closing."""
+        """Raises KeyboardInterrupt after the last step, so that nothing is saved and closing takes no time."""
         self._done += 1
         if self._done == 1 and self.device.type == "cuda":
-            # After the evaluation and before a CUDA graph is recorded: its launches allocate nothing.
+            # After the evaluation, and before a CUDA graph is recorded, whose launches allocate nothing.
             import torch
 
             torch.cuda.reset_peak_memory_stats()
@@ -183,7 +183,7 @@ class StepClock:
         self._began = time.perf_counter()
 
     def results(self) -> dict[str, Any]:
-        """step_ms: the mean over all windows, whose share of steps with histograms is that of a run."""
+        """step_ms: the mean over all windows, in which histograms are as frequent as in a whole run."""
         return {
             "step_ms": statistics.mean(self.windows),
             "median_ms": statistics.median(self.windows),
@@ -195,10 +195,10 @@ def timed_training(loaded: LoadedConfig, clock: StepClock, tracked: bool = True)
     """Train until the clock has its windows.
 
     Args:
-        tracked: False: nothing receives the numbers of the steps.
+        tracked: False: nothing is logged or tracked.
 
     Raises:
-        UserError: the run ended before.
+        UserError: the run ended before the clock had any.
     """
     import torch
 
@@ -245,7 +245,7 @@ def forget() -> None:
 def repeated(
     arms: Mapping[str, Callable[[], dict[str, Any]]], repeats: int, facts: Mapping[str, Any], key: str = "arms"
 ) -> None:
-    """Measure all arms once per repeat, in rotating order, and report after each; one that fails stops no other."""
+    """Measure all arms once per repeat, in rotating order, and report after each; if one fails, the others go on."""
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     names = list(arms)
     for repeat in range(repeats):
@@ -286,7 +286,7 @@ def time_small_steps(task: Task) -> None:
 
 
 def time_gpt2(task: Task) -> None:
-    """Job: GPT-2's shape with micro-batches of 64 x 1,024 tokens: bfloat16, and what else there is a setting for."""
+    """Job: GPT-2's shape with micro-batches of 64 x 1,024 tokens, in bfloat16 and with each further setting."""
     import torch
 
     from model import outline
@@ -358,7 +358,7 @@ def time_speedrun(task: Task) -> None:
                     "estimate": result.val_loss,
                 }
             )
-        except Exception as error:  # the other seeds are measured all the same
+        except Exception as error:  # the other seeds are measured nevertheless
             rows.append({"seed": seed, "error": f"{type(error).__name__}: {error}"[:500]})
         forget()
         report({"runs": rows})

@@ -40,7 +40,7 @@ SETTLED = 250  # steps of the small model before those that are timed
 class Followed:
     """A run of train.py in a process of its own.
 
-    began: when the process was started (time.time()). records: of its metrics so far. run: its directory, once known.
+    began: when the process was started (time.time()). records: its metrics so far. run: its directory, once known.
     """
 
     process: subprocess.Popen[bytes]
@@ -51,7 +51,7 @@ class Followed:
     _offset: int = 0
 
     def read(self) -> bool:
-        """Read what is new in the log; returns whether there was anything."""
+        """Read the new records of the log; returns whether there were any."""
         if self.run is None:
             runs = self.folder / "runs"
             self.run = next((path for path in runs.iterdir() if path.is_dir()), None) if runs.is_dir() else None
@@ -71,7 +71,7 @@ class Followed:
         return [record for record in self.records if "val/loss" in record]
 
     def step_ms(self, first: int) -> float | None:
-        """Median milliseconds of the steps from `first` on, or from the second half of what there is."""
+        """Median milliseconds of the steps from `first` on, or of the second half of all steps if that is more."""
         steps = self.steps
         return median([record["step_ms"] for record in steps[min(first, len(steps) // 2) :]])
 
@@ -99,7 +99,7 @@ def training(command: Sequence[str], folder: Path) -> Iterator[Followed]:
 
 
 def follow(followed: Followed, done: Callable[[Followed], bool]) -> bool:
-    """Read the log until `done`, which is asked whenever there is something new; returns False if the run ends before.
+    """Read the log until `done`, which is called after new records; returns False if the run ends before that.
 
     Raises:
         UserError: the run fails.
@@ -198,7 +198,8 @@ def time_start(task: Task, kind: str) -> None:
 def check_resume(task: Task) -> None:
     """Job: the final weights of a run that was killed at about half of its steps, and of one that was not.
 
-    Both run at the same time, since nothing is timed. Deterministic, with CUDA graphs where there is the setting.
+    Both run at the same time, since nothing is timed. They are deterministic, and use CUDA graphs if there is the
+    setting.
     """
     steps = 300 if task.dry else 120  # in a dry run a step takes a millisecond
     model: Overrides = {"n_layer": "4", "n_head": "4", "n_embd": "128", "block_size": "64", "batch_size": "12"}
@@ -249,6 +250,6 @@ def weights_hash(run: Path) -> str:
 
 
 def fresh_caches(folder: Path) -> dict[str, str]:
-    """Environment variables of a compiler that has compiled nothing yet, or only what used this folder before."""
+    """Environment variables with which the compiler's caches are in `folder`: empty, or as earlier jobs left them."""
     names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
     return {**os.environ, **{variable: str(folder / name) for variable, name in names.items()}}

@@ -1,4 +1,4 @@
-"""What the jobs of benchmarks.gpu share: their task, the settings of the runs that they time, how they report."""
+"""Shared by the jobs of benchmarks.gpu: their task, the settings of the runs that they time, their reports."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ NO_CHECKPOINTS: Overrides = {
 
 @dataclass(frozen=True)
 class Task:
-    """What a job is given.
+    """The input of a job.
 
     folder: where it writes.
-    text: the corpus of the small models; words: a text of as many characters as GPT-2 has tokens.
+    text: the corpus of the small models; words: a text with as many different characters as GPT-2 has tokens.
     nanogpt: a prepared copy of nanoGPT; None: there is none to compare with.
     repeats: measurements of each arm.
     dry: tiny sizes on the CPU.
@@ -74,7 +74,7 @@ class Task:
         return 100.0 if self.dry else TARGET
 
     def overrides(self, *more: Overrides, text: str | None = None) -> dict[str, str | bool]:
-        """The settings of a run that differ from its preset, without those of NOT_YET that there are not.
+        """The settings of a run that differ from its preset, minus those of NOT_YET that this version does not have.
 
         Args:
             more: later ones win, except over the sizes of a dry run.
@@ -120,18 +120,18 @@ def report(results: Mapping[str, Any]) -> None:
 
 
 def read_report(line: str) -> dict[str, Any] | None:
-    """The results in a line of output; None if it is another line or a torn one."""
+    """The results in a line of output; None if it is another line or an incomplete one."""
     if not line.startswith(MARK):
         return None
     try:
-        found = json.loads(line.removeprefix(MARK), parse_constant=lambda name: None)  # NaN and infinity are no JSON
+        found = json.loads(line.removeprefix(MARK), parse_constant=lambda name: None)  # NaN and infinity are not JSON
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
 
 
 def warnings_of(run: Path) -> list[str]:
-    """The warnings that a run printed: what could not be compiled or recorded, say."""
+    """The warnings that a run printed, such as that something could not be compiled or recorded."""
     try:
         lines = (run / TRAIN_LOG).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

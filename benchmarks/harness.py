@@ -1,11 +1,12 @@
-"""How fast tasks of lm-evaluation-harness are answered: our class against the package's own for transformers (HFLM).
+"""How fast are tasks of lm-evaluation-harness answered? Our class against the package's own for transformers (HFLM).
 
 python -m benchmarks.harness                 # 200 questions with four answers, a model of 10.7M parameters
 python -m benchmarks.harness --documents 50 --vocabulary 512
 
-Both have the same weights, questions and batch size, and take turns. Times are those of the processor, which other
-processes do not change much; with one thread they are how long it takes alone. The ratio is of the medians. Questions
-are like those of HellaSwag: 60 to 100 tokens before each of four endings of 10 to 30. The answers must be the same.
+Both have the same weights, questions and batch size, and take turns. Times are processor seconds, which other processes
+hardly change; with one thread, they are the seconds that it takes on an idle machine. The ratio is of the medians.
+Questions are like those of HellaSwag: 60 to 100 tokens before each of four endings of 10 to 30. The answers must be the
+same.
 """
 
 from __future__ import annotations
@@ -32,11 +33,13 @@ GOAL = 1.5  # times as fast as HFLM
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="benchmarks.harness", description=__doc__)
-    parser.add_argument("--documents", type=int, default=200, metavar="N", help="(default: 200)")
-    parser.add_argument("--vocabulary", type=int, default=4096, metavar="N", help="tokens (default: 4096)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="(default: 32)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(default: 3)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument("--documents", type=int, default=200, metavar="N", help="questions (default: 200)")
+    parser.add_argument(
+        "--vocabulary", type=int, default=4096, metavar="N", help="tokens of the vocabulary (default: 4096)"
+    )
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="sequences of a batch (default: 32)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is timed (default: 3)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
     args = parser.parse(argv)
     import torch
 

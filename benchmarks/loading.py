@@ -1,18 +1,18 @@
-"""How fast are weights loaded, in how much memory, and how soon does one see what is in a file?
+"""How fast are weights loaded, in how much memory, and how fast does `weights.py inspect` show a file?
 
 python -m benchmarks.loading                    # two minutes on 2 CPU cores; writes 500 MB to a temporary folder
 python -m benchmarks.loading --shape small --repeats 1
 
-An export of GPT-2's shape (124M parameters, 498 MB) is loaded into a model that is ready to generate, with its
-checksum; its weights are the mapped file. It is set against safetensors.torch.load_file whose tensors are then copied,
-which reads the file as a checksum does: load_file alone only maps it and reads nothing, the third arm. Each
-measurement is a process of its own; the arms take turns. Anonymous memory is what the process has beside the pages of
-files, sampled every 2 ms and counted from before the load. Loads are timed in other processes, where nothing samples.
+An export of GPT-2's shape (124M parameters, 498 MB) is loaded into a model that is ready to generate, and its checksum
+is verified; its weights are the mapped file. This is compared with safetensors.torch.load_file followed by a copy of
+the tensors, which reads the whole file, as the checksum does. load_file alone, the third arm, only maps the file and
+reads nothing. Each measurement is a process of its own; the arms take turns. Anonymous memory is the memory of a
+process without the pages of files, sampled every 2 ms, minus that before the load. Loads are timed in other processes,
+without sampling.
 
-Then exports for transformers, in files of 100 MB, written and read again: the time, and the anonymous memory beside
-that of the model itself. Then `weights.py inspect` of the same file: the time and memory of the whole process. Then the
-generation of greedy tokens by the loaded model against the same model made in memory; both are decoded in turns in one
-process.
+Then exports for transformers, in files of 100 MB, written and read again: the time, and the anonymous memory in
+addition to the model itself. Then `weights.py inspect` of the same file: the time and memory of the whole process. Then
+greedy generation by the loaded model against the same model made in memory; both take turns in one process.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ arms = {
 measured(arms[kind])
 """
 EXPORT = """
-sys.modules["transformers"] = None  # its own copy of the weights is not ours
+sys.modules["transformers"] = None  # its own copy of the weights would be counted
 from utils.formats.exports import export_as
 from utils.formats.source import open_source
 
@@ -95,7 +95,7 @@ SHAPES = {"small": Shape(2, 2, 32, 32, 65, 16), "gpt2": Shape(12, 12, 768, 1024,
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.loading", description=__doc__)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each arm (default: 5)")
-    parser.add_argument("--shape", choices=SHAPES, default="gpt2", help="of the model (default: gpt2)")
+    parser.add_argument("--shape", choices=SHAPES, default="gpt2", help="shape of the model (default: gpt2)")
     args = parser.parse(argv)
     common.at_least(1, repeats=args.repeats)
     terminal, shape = Terminal(), SHAPES[args.shape]
@@ -143,7 +143,7 @@ def measure(code: str, folder: Path, kind: str, what: str = "memory") -> dict[st
     """Run the code in a process of its own; returns seconds, and the most anonymous memory in bytes.
 
     Args:
-        what: "time": nothing samples the memory beside it.
+        what: "memory", or "time", without sampling of the memory.
 
     Raises:
         UserError: it fails.
@@ -188,7 +188,7 @@ def report_exports(folder: Path, size: int, repeats: int, terminal: Terminal) ->
         seconds = statistics.median(one["seconds"] for one in found)
         memory = max(one["anonymous"] for one in found) / size
         terminal.print(
-            f"export for transformers in {dtype}: {seconds:.1f} s, {memory:.2f} times the weights beside them, at most "
+            f"export for transformers in {dtype}: {seconds:.1f} s, {memory:.2f} times the weights in addition, at most "
             f"{LIMITS['export']:g} {common.verdict(memory <= LIMITS['export'])}"
         )
 

@@ -1,7 +1,7 @@
 """nanoGPT as a reference: its own train.py in a process, and its model in a bare loop.
 
-A checkout is copied, and its character-level corpus written beside the copy; the checkout is never changed. nanoGPT
-[Karpathy 2022, github.com/karpathy/nanoGPT] needs torch and numpy for that and nothing else.
+The needed files of a checkout are copied, and the character-level corpus is written into the copy; the checkout is
+never changed. nanoGPT [Karpathy 2022, github.com/karpathy/nanoGPT] needs only torch and numpy for this.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def prepare(checkout: Path, folder: Path, text: str) -> Path:
     """A copy of the files that are needed, with `text` as its corpus shakespeare_char; returns its folder.
 
     Raises:
-        UserError: `checkout` is not one of nanoGPT, or of another version.
+        UserError: `checkout` is not a checkout of nanoGPT, or of another version of it.
     """
     copy = folder / "nanoGPT"
     try:
@@ -46,7 +46,8 @@ def prepare(checkout: Path, folder: Path, text: str) -> Path:
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkout / name, copy / name)
     except OSError as error:
-        raise UserError(f"--nanogpt {checkout}: no checkout of nanoGPT: {error.filename}: {error.strerror}") from None
+        problem = f"{error.filename}: {error.strerror}"
+        raise UserError(f"--nanogpt {checkout}: not a checkout of nanoGPT: {problem}") from None
     data = copy / "data" / "shakespeare_char"
     data.mkdir(parents=True)
     characters = sorted(set(text))
@@ -55,7 +56,7 @@ def prepare(checkout: Path, folder: Path, text: str) -> Path:
     n_train = int(0.9 * len(tokens))  # as its data/shakespeare_char/prepare.py splits
     tokens[:n_train].tofile(data / "train.bin")
     tokens[n_train:].tofile(data / "val.bin")
-    # Its train.py reads the size of the vocabulary from a pickle; here it stands in the script.
+    # Its train.py reads the size of the vocabulary from a pickle; here it is written into the script.
     script = (copy / "train.py").read_text(encoding="utf-8")
     if VOCABULARY not in script:
         raise UserError(f"--nanogpt {checkout}: train.py has no line {VOCABULARY!r}: of another version")
@@ -202,7 +203,7 @@ def time_loss(task: Task) -> None:
 def time_gpt2(task: Task) -> None:
     """Job: tokens/s of its GPT-2 with fused AdamW and clipping, compiled, on random tokens that stay on the device.
 
-    Twice: it waits for the loss of each step, as its bench.py and train.py do, and it never does.
+    Measured twice: waiting for the loss of each step, as its bench.py and train.py do, and never waiting.
     """
     import torch
 
@@ -210,7 +211,7 @@ def time_gpt2(task: Task) -> None:
     for batch_size in (12, 64):
         try:
             results[f"{batch_size}x1024"] = loop(task, batch_size)
-        except Exception as error:  # out of memory, say: the other batch is measured all the same
+        except Exception as error:  # out of memory, say: the other batch size is measured nevertheless
             results[f"{batch_size}x1024"] = {"error": f"{type(error).__name__}: {error}"[:500]}
         gc.collect()
         if torch.cuda.is_available():
@@ -269,7 +270,7 @@ def loop(task: Task, batch_size: int) -> dict[str, Any]:
 
 
 def stretch(step: Callable[[], Any], steps: int, waits: bool) -> float:
-    """Seconds of a step, over some of them; `waits`: the host reads the loss of each."""
+    """Mean seconds of a step over `steps` steps; with `waits` the host reads the loss of each."""
     began = time.perf_counter()
     for _ in range(steps):
         loss = step()

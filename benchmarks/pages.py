@@ -4,7 +4,7 @@ python -m benchmarks.pages                             # 1,000 runs of 2,000 log
 python -m benchmarks.pages --runs 100 --repeats 3
 
 One small run is trained; the others are copies of it with other ids, seeds and learning rates; one more has a million
-records. Each repeat starts a new server, so that nothing is in its memory. Beside the time that passes stands the
+records. Each repeat starts a new server, so that nothing is in its memory. Besides the elapsed time, the table has the
 processor time of the server, which other work on the machine changes less.
 """
 
@@ -34,7 +34,7 @@ from utils.terminal.console import Terminal
 
 CHROMIUM = "/usr/bin/chromium"
 CURVES = 50
-LONG_RUN = "20991231_000000_long"  # the newest
+LONG_RUN = "20991231_000000_long"  # sorts as the newest
 LIMITS = {  # seconds
     "table: first answer": 1.0,
     "table in Chromium": 2.0,
@@ -47,7 +47,7 @@ LIMITS = {  # seconds
 
 @dataclass
 class Measured:
-    """seconds: that passed; processor: seconds that the server computed; bytes: of the answer."""
+    """seconds: elapsed; processor: processor seconds of the server; bytes: the size of the answer."""
 
     seconds: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
@@ -76,8 +76,10 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.pages", description=__doc__)
     parser.add_argument("--runs", type=int, default=1000, metavar="N", help="run directories (default: 1000)")
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="logged steps of each (default: 2000)")
-    parser.add_argument("--points", type=int, default=1_000_000, metavar="N", help="of the long run (default: 1000000)")
-    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="of each measurement (default: 5)")
+    parser.add_argument(
+        "--points", type=int, default=1_000_000, metavar="N", help="points of the long run (default: 1000000)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="repeats of each measurement (default: 5)")
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(2, runs=args.runs)
@@ -142,7 +144,7 @@ def served(runs_dir: Path) -> Iterator[Server]:
 
 
 def measure(server: Server, runs_dir: Path, ids: Sequence[str], results: dict[str, Measured]) -> None:
-    """Ask for the table, for curves, and for what has changed after one of these runs has gained a record."""
+    """Request the table and curves, then the changes after one of these runs has gained a record."""
     table = timed(server, results["table: first answer"], "runs")
     runs = [("run", name) for name in ids]
     curves = timed(server, results["50 curves"], "curves", ("metric", "train/loss"), ("points", 4000), *runs)
@@ -158,7 +160,7 @@ def measure(server: Server, runs_dir: Path, ids: Sequence[str], results: dict[st
 
 
 def timed(server: Server, found: Measured, path: str, *pairs: tuple[str, str | int]) -> bytes:
-    """The answer to a request, whose cost is noted."""
+    """The answer to a request, whose cost is added to `found`."""
     computed, began = server.processor(), time.perf_counter()
     answer = server.get(f"api/{path}", *pairs)
     found.seconds.append(time.perf_counter() - began)

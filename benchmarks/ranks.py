@@ -1,4 +1,4 @@
-"""What several ranks on one machine gain and cost, and what is left when one of them is killed.
+"""What do several ranks on one machine gain and cost, and what is left when one of them is killed?
 
 python -m benchmarks.ranks                 # three arms of the 10.7M-parameter model in turn, saves, then 20 kills
 python -m benchmarks.ranks --rounds 3 --batch-size 8 --kills 0   # the speed, within three minutes on an idle machine
@@ -58,13 +58,13 @@ END_SECONDS = 60.0  # for all processes to end once one was killed
 
 
 def command(ranks: int, flags: Sequence[str]) -> list[str]:
-    """How to train on that many ranks."""
+    """The command line of a training on that many ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     return [sys.executable, *torchrun, str(PROJECT_ROOT / "train.py"), *flags]
 
 
 def flags_of(model: dict[str, float], folder: Path, **settings: object) -> list[str]:
-    """Flags of a run in `folder` that is tracked by nothing."""
+    """Flags of a run in `folder` without Aim."""
     values = {
         **model,
         "dataset": common.random_text(folder / "text.txt"),
@@ -123,7 +123,7 @@ def compare_arms(folder: Path, rounds: int, steps: int, batch_size: int) -> None
     for name, values in seconds.items():
         ratio = statistics.median(one / other for one, other in zip(seconds[first], values, strict=True))
         rate = tokens / statistics.median(values)
-        print(f"{name:20} {rate:8,.0f} tokens/s  {ratio:5.2f} of {first}  {[round(value, 3) for value in values]}")
+        print(f"{name:20} {rate:8,.0f} tokens/s  {ratio:5.2f} times {first}  {[round(value, 3) for value in values]}")
     plain, exact = (seconds[name] for name in list(ARMS)[1:])
     cost = statistics.median(one / other for one, other in zip(exact, plain, strict=True)) - 1
     print(f"exact lanes cost {cost:+.1%}; a rank sends {message / 1e6:.1f} MB a step")
@@ -132,7 +132,7 @@ def compare_arms(folder: Path, rounds: int, steps: int, batch_size: int) -> None
 def write_part(
     rank: int, world_size: int, folder: str, tensors: Sequence[tuple[int, int]], start: Barrier, done: Barrier
 ) -> None:
-    """As a rank of its own: write what it has of a checkpoint, between two barriers, until the folder is gone."""
+    """In a process that stands for a rank: write its part of a checkpoint, between two barriers."""
     torch.set_num_threads(1)
     own = {
         f"{number}.weight": torch.randn(end - first, columns)
@@ -146,7 +146,7 @@ def write_part(
 
 
 def save_seconds(world_size: int, path: Path) -> float:
-    """How long that many ranks take to write SAVED, from a common start until the checkpoint is complete."""
+    """Seconds that so many ranks take to write SAVED, from a common start until the checkpoint is complete."""
     processes = multiprocessing.get_context("spawn")
     start, done = processes.Barrier(world_size + 1), processes.Barrier(world_size + 1)
     began = 0.0
@@ -185,10 +185,10 @@ def compare_saves(folder: Path, rounds: int) -> None:
 
 
 def kill_once(flags: list[str], folder: Path, rng: random.Random, sessions: int) -> str:
-    """Train until a random rank is killed at a random moment; returns what is wrong afterwards, or nothing.
+    """Train until a random rank is killed at a random moment; returns what is wrong afterwards, or "".
 
     Args:
-        sessions: of the run, once this one has begun.
+        sessions: the number of sessions of the run, this one included.
     """
     process = subprocess.Popen(command(2, flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     runs = folder / "runs"
@@ -209,7 +209,7 @@ def kill_once(flags: list[str], folder: Path, rng: random.Random, sessions: int)
         return f"did not end within {END_SECONDS:.0f} s after rank {rank} was killed"
     run, ended = run_of(folder, "kills"), time.monotonic() - began
     record, status = read_record(run), read_status(run)
-    begun = len(record["resumes"]) == sessions - 1  # else the ranks were not together yet
+    begun = len(record["resumes"]) == sessions - 1  # otherwise it was killed before the ranks had met
     when = f"{status} ({record['exit_reason']})" if begun else "while it started"
     print(f"rank {rank} killed: {when}, all ended after {ended:.1f} s", flush=True)
     left = [worker for worker in workers if worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE]

@@ -3,8 +3,8 @@
 python -m benchmarks.ranks_scaling --out ranks.png      # about 3 minutes on 2 CPU cores
 python -m benchmarks.ranks_scaling --ranks 1,2,4,8      # on a machine with 8 cores
 
-Each rank has one thread. Strong: one batch, more ranks. Weak: so many sequences for each rank, more ranks. The model of
-a step of W ranks is
+Each rank has one thread. Strong scaling: the same batch on more ranks. Weak scaling: the same number of sequences for
+each rank on more ranks. The model of a step of W ranks is
 
     compute = fixed + sequences / W x time of a sequence
     lanes:  log2(W) x (buckets x latency + bytes / bandwidth)                  one partner a level
@@ -15,7 +15,7 @@ with four constants: two from steps of one rank, two from sums of two ranks, all
 - the backward pass is two thirds of computing, and hides all buckets but the last, of the ring or of the first level;
 - links are alike, none is shared, and no rank is slower than another;
 - evaluation, checkpoints and reading data cost nothing.
-On a CPU, sending takes time of the cores that compute, so the measured steps are longer than the model says.
+On a CPU, sending takes time from the cores that compute, so the measured steps are longer than the model says.
 
 For GPUs the same model takes the steps of GPT-2 (124M parameters) that were measured on one H200 (docs/performance.md),
 and a link that was not measured: --gpu-gbytes and --gpu-latency-us, whose defaults are those of a network adapter of
@@ -50,8 +50,8 @@ from utils.terminal.pictures import new_figure, picture_of
 
 MODEL = {"n-layer": 4, "n-head": 4, "n-embd": 256, "block-size": 128, "dropout": 0.0}
 STRONG, WEAK = 16, 8  # sequences of a batch; sequences for each rank
-FITTED = (4, 8, 16)  # sequences of the steps of one rank that give the time of a sequence
-SUM_BYTES = (1 << 12, 1 << 24)  # of the sums that give latency and bandwidth
+FITTED = (4, 8, 16)  # batch sizes of one rank whose steps give the time of a sequence
+SUM_BYTES = (1 << 12, 1 << 24)  # sizes of the sums that give latency and bandwidth
 BUCKET_BYTES = 25 << 20  # as in utils/training/lanes.py
 BACKWARD = 2 / 3
 FORECAST = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -65,7 +65,11 @@ Arm = tuple[int, int]  # ranks, sequences of the batch
 
 @dataclass(frozen=True)
 class Constants:
-    """Seconds of a step without sequences, of a sequence, and of a message without bytes; bytes/s of a link."""
+    """The constants of the model.
+
+    fixed, sequence: seconds of a step are fixed + sequence * (sequences of a rank).
+    latency: seconds of a message without bytes. bandwidth: bytes/s of a link.
+    """
 
     fixed: float
     sequence: float
@@ -73,24 +77,24 @@ class Constants:
     bandwidth: float
 
 
-def step_seconds(of: Constants, ranks: int, sequences: float, size: float, *, lanes: bool) -> float:
+def step_seconds(constants: Constants, ranks: int, sequences: float, size: float, *, lanes: bool) -> float:
     """The model: seconds of a step.
 
     Args:
-        sequences: of the batch of all ranks.
+        sequences: the sequences in the batch of all ranks.
         size: bytes of the gradients.
         lanes: exact sums in pairs; otherwise in a ring.
     """
-    compute = of.fixed + of.sequence * sequences / ranks
+    compute = constants.fixed + constants.sequence * sequences / ranks
     if ranks == 1:
         return compute
     buckets, levels = math.ceil(size / BUCKET_BYTES), math.log2(ranks)
     if lanes:
-        first = buckets * of.latency + size / of.bandwidth
+        first = buckets * constants.latency + size / constants.bandwidth
         total = levels * first
     else:
-        first = total = 2 * (ranks - 1) * (buckets * of.latency + size / ranks / of.bandwidth)
-    hidden = min(first * (1 - 1 / buckets), BACKWARD * of.sequence * sequences / ranks)
+        first = total = 2 * (ranks - 1) * (buckets * constants.latency + size / ranks / constants.bandwidth)
+    hidden = min(first * (1 - 1 / buckets), BACKWARD * constants.sequence * sequences / ranks)
     return compute + total - hidden
 
 
@@ -120,7 +124,7 @@ def time_step(arm: Arm, number: int, folder: Path, steps: int, lanes: int | None
 
 
 def measure_sums(repeats: int) -> dict[int, float]:
-    """What the processes of torchrun do: median seconds of a sum of each of SUM_BYTES, as rank 0 sees it."""
+    """Median seconds of a sum of each size in SUM_BYTES; runs in the processes that torchrun starts."""
     import torch
     import torch.distributed as dist
 
@@ -149,7 +153,7 @@ def sums_of_two_ranks() -> tuple[float, float]:
 
 
 def measure(counts: Sequence[int], repeats: int, steps: int, terminal: Terminal) -> tuple[dict[Arm, float], float]:
-    """Seconds of a step of each arm, and the bytes of the gradients. More than one rank train in as many lanes."""
+    """Seconds of a step of each arm, and the bytes of the gradients. Several ranks train in as many lanes."""
     arms = {(1, sequences) for sequences in FITTED} | {(ranks, STRONG) for ranks in counts}
     arms |= {(ranks, WEAK * ranks) for ranks in counts}
     parameters = 0
@@ -184,7 +188,7 @@ def measured_table(seconds: Mapping[Arm, float], counts: Sequence[int], here: Co
 
 
 def forecast_table(gpu: Constants) -> Table:
-    """What the model says of GPUs: the speed and the efficiency of 8, 64 and 512 of them."""
+    """The speed and the efficiency that the model gives for 8, 64 and 512 GPUs."""
     table = Table(
         title="Forecast for GPUs, 124M parameters, 1,024 tokens a sequence", title_justify="left", title_style="bold"
     )
@@ -204,7 +208,7 @@ def forecast_table(gpu: Constants) -> Table:
 
 
 def gpu_speed(gpu: Constants, count: int, sequences: float, *, lanes: bool) -> float:
-    """Sequences per second, in units of what one GPU does with a batch of its own."""
+    """Sequences per second, relative to one GPU with a batch of GPU_WEAK."""
     one = GPU_WEAK / step_seconds(gpu, 1, GPU_WEAK, GPU_BYTES, lanes=lanes)
     return sequences / step_seconds(gpu, count, sequences, GPU_BYTES, lanes=lanes) / one
 
@@ -257,7 +261,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gpu-latency-us", type=float, default=20.0, help="its latency, microseconds (default: 20)")
     parser.add_argument("--out", type=place, metavar="FILE", help="also write a picture there (PNG)")
     parser.add_argument(
-        "--measure-sums", type=place, metavar="FILE", help="what ranks of this benchmark are started for"
+        "--measure-sums", type=place, metavar="FILE", help="for the ranks that this benchmark starts itself"
     )
     args = parser.parse(argv)
     if args.measure_sums is not None:
@@ -269,7 +273,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     counts = sorted(numbers(args.ranks, "--ranks", int, 1))
     if counts[0] != 1 or any(count & (count - 1) or count > STRONG for count in counts):
-        raise UserError(f"--ranks: expected powers of two from 1 to {STRONG}, of which 1 is one, got {args.ranks}")
+        raise UserError(f"--ranks: expected powers of two up to {STRONG}, including 1, got {args.ranks}")
     common.at_least(1, repeats=args.repeats)
     common.at_least(WARM_STEPS + 3, steps=args.steps)
     terminal = Terminal()
@@ -283,7 +287,7 @@ def main(argv: Sequence[str]) -> int:
         f"{1e6 * latency:.0f} us and {bandwidth / 1e9:.2f} GB/s; gradients {size / 1e6:.1f} MB",
         "",
         forecast_table(gpu),
-        f"of {1000 * gpu.fixed:.1f} ms a step and {1000 * gpu.sequence:.2f} ms a sequence on one H200 (measured), "
+        f"from {1000 * gpu.fixed:.1f} ms a step and {1000 * gpu.sequence:.2f} ms a sequence on one H200 (measured), "
         f"and a link of {args.gpu_gbytes:g} GB/s and {args.gpu_latency_us:g} us (assumed)",
         f"machine: {common.machine_facts()}",
     )

@@ -6,7 +6,7 @@ python -m benchmarks.scaling --repeats 2 --steps 3 --out scaling.png
 Starting from the shape of nanoGPT's CPU model, each of the four varies alone. All shapes are timed once per repeat, in
 rotating order, each with a new model. The prediction is the time at the base shape, scaled by the operations that the
 matrix products need (utils/nn/costs.py). A ratio below 1 means that an operation has become cheaper, above 1 that there
-is work which the count leaves out.
+is work that the count leaves out.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Point:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.scaling", description=__doc__)
     parser.add_argument("--steps", type=int, default=9, metavar="N", help="timed steps of a measurement (default: 9)")
-    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before them (default: 3)")
+    parser.add_argument("--warmup", type=int, default=3, metavar="N", help="untimed steps before those (default: 3)")
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="measurements of a shape (default: 7)")
     parser.add_argument("--out", type=place, metavar="FILE", help="also write a picture there (PNG)")
     common.add_config_flag(parser)

@@ -1,12 +1,13 @@
-"""How fast does serve.py answer, and does it lose a slot? A server with random weights of the 10.7M shape.
+"""How fast does serve.py answer, and does it lose slots? A server with random weights of the 10.7M shape.
 
 python -m benchmarks.serving                       # a few minutes on 2 CPU cores
 python -m benchmarks.serving --repeats 3 --requests 200
 
-The server and its clients share the machine. First token: the first event of a stream after a prompt of 200 tokens,
-from the request on, against the first piece of Generator.stream in this process; the arms take turns. Streams: tokens
-per second of 16 clients that stream at the same time, against those of one. Cancellations: 1,000 requests, whole and
-streamed, of which many close their connection at a random moment; then no slot may be taken and the memory is compared.
+The server and its clients share the machine. First token: the time from a request with a prompt of 200 tokens to the
+first event of its stream, against that to the first piece of Generator.stream in this process; the arms take turns.
+Streams: tokens per second of 16 clients that stream at the same time, against those of one. Cancellations: 1,000
+requests, whole and streamed, many of which close their connection at a random moment; afterwards all slots must be free
+and the memory must not have grown.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def body(prompt: str, tokens: int, seed: int = 0, stream: bool = True) -> bytes:
 
 
 def post(port: int, content: bytes) -> socket.socket:
-    """A connection on which a request was sent."""
+    """A connection over which a request was sent."""
     connection = socket.create_connection(("127.0.0.1", port))
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     connection.sendall(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
@@ -148,7 +149,7 @@ def report_streams(port: int, repeats: int, terminal: Terminal) -> None:
 
 
 def tokens_per_second(port: int, streams: int) -> float:
-    """Of clients that begin together, until the last one has its text."""
+    """Tokens per second of clients that begin together, until the last one has its text."""
     began = time.perf_counter()
     ends: dict[socket.socket, bytes] = {}
     with selectors.DefaultSelector() as selector:

@@ -51,7 +51,9 @@ class Trained:
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.shakespeare", description=__doc__)
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="optimizer updates (default: 2000)")
-    parser.add_argument("--seeds", default="1337,1,2,3,4", metavar="A,B", help="of the runs (default: 1337,1,2,3,4)")
+    parser.add_argument(
+        "--seeds", default="1337,1,2,3,4", metavar="A,B", help="seeds of the runs (default: 1337,1,2,3,4)"
+    )
     add_config_flag(parser)
     args = parser.parse(argv)
     at_least(1, steps=args.steps)

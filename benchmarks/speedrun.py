@@ -36,8 +36,12 @@ LEAST_SEEDS = 3
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.speedrun", description=__doc__)
-    parser.add_argument("--target", type=float, default=1.88, metavar="LOSS", help="nats per token (default: 1.88)")
-    parser.add_argument("--seeds", default="1337,1,2,3,4", metavar="A,B", help="of the runs (default: 1337,1,2,3,4)")
+    parser.add_argument(
+        "--target", type=float, default=1.88, metavar="LOSS", help="loss to reach, nats per token (default: 1.88)"
+    )
+    parser.add_argument(
+        "--seeds", default="1337,1,2,3,4", metavar="A,B", help="seeds of the runs (default: 1337,1,2,3,4)"
+    )
     parser.add_argument("--recipes", default=RECIPES, metavar="A,B", help=f"presets (default: {RECIPES})")
     add_config_flag(parser)
     args = parser.parse(argv)

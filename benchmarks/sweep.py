@@ -1,4 +1,4 @@
-"""Searches: what a driver costs, what several jobs gain, and whether a sweep survives being killed.
+"""What does the driver of a sweep cost, what do several jobs gain, and does a sweep survive being killed?
 
     python -m benchmarks.sweep                 # the figures; about five minutes on 2 CPU cores
     python -m benchmarks.sweep --kills 100     # SIGKILLs of drivers and trials at random moments
@@ -58,7 +58,11 @@ OVERHEAD_LIMIT, LIST_LIMIT, JOBS_LIMIT = 0.3, 1.0, 1.6
 
 @dataclass
 class Killing:
-    """What a killed sweep came to. differences: from the one that was never disturbed."""
+    """The outcome of killed sweeps.
+
+    drivers, trainings: how many of them were killed.
+    differences: from the sweep that was never disturbed. failures: of drivers that ended with an error of their own.
+    """
 
     drivers: int = 0
     trainings: int = 0
@@ -73,13 +77,13 @@ class Killing:
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.sweep", description=__doc__)
-    parser.add_argument("--kills", type=int, metavar="N", help="kill so often, and measure nothing")
-    parser.add_argument("--trials", type=int, default=8, metavar="N", help="of each sweep (default: 8)")
-    parser.add_argument("--steps", type=int, default=400, metavar="N", help="of each trial (default: 400)")
+    parser.add_argument("--kills", type=int, metavar="N", help="only kill processes, N times; measure nothing")
+    parser.add_argument("--trials", type=int, default=8, metavar="N", help="trials of each sweep (default: 8)")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="steps of each trial (default: 400)")
     parser.add_argument(
         "--seconds", type=float, default=6.0, metavar="X", help="longest time between kills (default: 6)"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random moments (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random moments (default: 0)")
     args = parser.parse(argv)
     common.at_least(
         1, trials=args.trials, steps=args.steps, **({"kills": args.kills} if args.kills is not None else {})
@@ -128,14 +132,18 @@ def figures(folder: Path, trials: int, steps: int, terminal: Terminal) -> bool:
             LIST_LIMIT,
             later <= LIST_LIMIT,
         ),
-        (f"two jobs are {one / two:.2f} times one ({one:.1f} s, {two:.1f} s)", JOBS_LIMIT, one / two >= JOBS_LIMIT),
+        (
+            f"two jobs are {one / two:.2f} times as fast as one ({one:.1f} s, {two:.1f} s)",
+            JOBS_LIMIT,
+            one / two >= JOBS_LIMIT,
+        ),
     ]
     terminal.print("", *(f"{words} (limit {limit:g}): {common.verdict(good)}" for words, limit, good in rows))
     return all(good for *_, good in rows)
 
 
 def driver_overhead(folder: Path, trials: int, steps: int) -> tuple[float, Path]:
-    """Seconds of a sweep with one job that are not those of its training processes, for each trial; and one run."""
+    """Seconds per trial that a sweep with one job spends outside its training processes; and one of its runs."""
     from utils.sweeps.driver import Driver
     from utils.sweeps.study import Study
     from utils.sweeps.trial import POLL_SECONDS, TrialRunner
@@ -165,9 +173,9 @@ def driver_overhead(folder: Path, trials: int, steps: int) -> tuple[float, Path]
 
 
 def list_seconds(folder: Path, run: Path) -> tuple[float, float]:
-    """Seconds of `experiments.py list` of a sweep of a thousand runs, all copies of one.
+    """Seconds of `experiments.py list` for a sweep of a thousand runs, all copies of one.
 
-    The first time, when all are read, and the median of three later times, when what was read has been kept.
+    The first time, when all are read, and the median of three later times, when they are cached.
     """
     for number in range(THOUSAND):
         copy = folder / "runs" / f"20260101_000000_many-{number}"
@@ -182,13 +190,13 @@ def list_seconds(folder: Path, run: Path) -> tuple[float, float]:
         (copy / RECORD).write_text(json.dumps(record))
     words = [sys.executable, "experiments.py", "list", "--where", "sweep = 'many'", "--sort", "val_loss"]
     words += ["--runs-dir", os.fspath(folder / "runs")]
-    time.sleep(3)  # until the files have settled: what changed just now is not kept (utils/runs/index_cache.py)
+    time.sleep(3)  # files that changed just now are not cached (utils/runs/index_cache.py)
     first, *later = (common.launch(words, "list").seconds for _ in range(4))
     return first, statistics.median(later)
 
 
 def jobs_seconds(folder: Path, trials: int, steps: int, jobs: int) -> float:
-    """Seconds of a sweep with so many jobs, each with its share of the cores."""
+    """Seconds of a sweep with `jobs` jobs, each with its share of the cores."""
     folder.mkdir()
     words = [word for word in command(folder, trials, steps, f"--jobs={jobs}") if not word.startswith("--threads")]
     return common.launch(words, "sweep.py").seconds
@@ -292,7 +300,7 @@ def trainings(folder: Path) -> list[psutil.Process]:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What a sweep below `folder` came to: state, value and settings of each trial, and the losses of its runs."""
+    """The outcome of a sweep below `folder`: state, value and settings of each trial, and the losses of its runs."""
     path = next((folder / "sweeps").iterdir())
     out = subprocess.run(
         [sys.executable, "-c", DUMP, os.fspath(path)], cwd=PROJECT_ROOT, capture_output=True, text=True, check=True

@@ -106,7 +106,7 @@ def run_switched(loaded: LoadedConfig, kinds: Sequence[str], block_steps: int, w
     def held_rest(self: feeder.Feeder, seconds: float) -> None:
         switch.rest(seconds, self._wake)
         self._wake.clear()
-        switch.wait_for_views()  # here, between two turns: a turn is timed
+        switch.wait_for_views()  # here, between two turns, because turns are timed
 
     def noted_spend(self: feeder.Budget, seconds: float) -> None:
         taken.append(seconds)
@@ -207,7 +207,7 @@ def _switched_monitor(
 
 
 class NaiveTracking:
-    """Tracking as a plain training loop does it: every number at once, every tracker inline."""
+    """Tracking as a plain training loop does it: each number goes to each tracker at once, inside the loop."""
 
     def __init__(self, folder: Path) -> None:
         import aim

@@ -6,8 +6,9 @@ python -m benchmarks.tracking --parts records,closing
 
 steps: training runs whose tracking is switched on and off about every second. Three runs differ in what "on" means: the
 log alone; log, TensorBoard and Aim, with histograms of all parameters and gradients every 100 steps; or inline tracking
-as in a plain loop (.item(), add_scalar, Run.track, add_histogram). Medians of the ratios of neighbours, bootstrapped.
-records: a million records through buffer, log and feeder. closing: the end of a run of 2,000 steps of 50 ms.
+as in a plain loop (.item(), add_scalar, Run.track, add_histogram). Ratios are medians over pairs of neighbouring
+blocks, with bootstrapped intervals. records: a million records through buffer, log and feeder. closing: the end of a
+run of 2,000 steps of 50 ms.
 """
 
 from __future__ import annotations
@@ -50,21 +51,25 @@ MEMORY_LIMIT = 50.0  # MiB
 CLOSING_LIMIT = 2.0  # seconds
 CLOSING_STEPS, CLOSING_STEP_MS = 2000, 50.0
 CALIBRATION = (2, 16)  # batch sizes
-CALIBRATION_STEPS = 3  # further ones
-LARGEST_BATCH = 24 * CALIBRATION[1]  # a busy machine can make the larger batch look no slower than the smaller one
+CALIBRATION_STEPS = 3  # further batch sizes that are tried
+LARGEST_BATCH = 24 * CALIBRATION[1]  # on a busy machine the larger batch can seem no slower than the smaller one
 BLOCK_SECONDS = 1.0
 
 
 @script
 def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.tracking", description=__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="A,B", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--step-ms", default="50,10", metavar="X,Y", help="lengths of a step (default: 50,10)")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), metavar="A,B", help=f"some of {', '.join(PARTS)} (default: all)"
+    )
+    parser.add_argument("--step-ms", default="50,10", metavar="X,Y", help="lengths of a step in ms (default: 50,10)")
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="blocks of each kind (default: 20)")
     parser.add_argument("--block", type=int, metavar="N", help="steps of a block (default: 1 s, rounded up to 100)")
     parser.add_argument("--warmup", type=int, default=100, metavar="N", help="steps before the blocks (default: 100)")
     parser.add_argument("--records", type=int, default=10**6, metavar="N", help="records (default: a million)")
-    parser.add_argument("--steps", type=int, default=CLOSING_STEPS, metavar="N", help="of the run that is closed")
+    parser.add_argument(
+        "--steps", type=int, default=CLOSING_STEPS, metavar="N", help="steps of the run that is closed (default: 2000)"
+    )
     common.add_config_flag(parser)
     args = parser.parse(argv)
     common.at_least(1, repeats=args.repeats, warmup=args.warmup, records=args.records, steps=args.steps)
@@ -263,9 +268,9 @@ def report_closing(steps: int, files: Sequence[Path], folder: Path, terminal: Te
 
 
 def timed_closing(loaded: LoadedConfig) -> tuple[float, int]:
-    """Seconds from the last step until the views are closed, and the bytes of the log not fed to them before.
+    """Seconds from the last step until the views are closed, and the bytes of the log that they lacked before.
 
-    Neither the last evaluation nor the export is included; writing the status in run.json and the picture is.
+    The seconds include writing the status into run.json and the picture, but not the last evaluation and the export.
     """
     import train
     from utils.tracking.feeder import Feeders

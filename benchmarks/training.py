@@ -3,14 +3,14 @@
 python -m benchmarks.training                     # about half an hour on 2 CPU cores; needs requirements-bench.txt
 python -m benchmarks.training --config configs/presets/gpt2_124m.yaml --repeats 3 --steps 50
 
-nanoGPT's CPU model in GPT-2's form (learned positions, tanh GELU, biases, tied head), or what --config makes of it; an
+nanoGPT's CPU model in GPT-2's form (learned positions, tanh GELU, biases, tied head), or as changed by --config; an
 update is one micro-step. Every arm is a new process with the same number of threads, float32, batch, window length,
 learning rate, weight decay and gradient clipping. All arms run once per repeat, in rotating order. A step's time is the
-mean over the steps after the warmup, which includes what happens every 50 or 250 steps; the table shows medians over
-the repeats. The text is random characters, since only time is measured.
+mean over the steps after the warmup, including work that is done only every 50 or 250 steps; the table shows medians
+over the repeats. The text is random characters, since only time is measured.
 
-ours: train.py with log, TensorBoard, Aim and histograms as configured, and the same with tracking off. (What the views
-have not received when training ends is fed then, and not timed: see benchmarks.tracking.)
+ours: train.py with log, TensorBoard, Aim and histograms as configured, and the same with tracking off. (Records that
+the views have not received when training ends are fed afterwards, which is not timed: see benchmarks.tracking.)
 bare loop: GPT2LMHeadModel, clip_grad_norm_ and torch.optim.AdamW, with its default and with its fused kernel. It keeps
 no log and never reads the loss.
 HF Trainer, Lightning: transformers.Trainer and Lightning's Trainer around GPT2LMHeadModel, without checkpoints and
@@ -94,7 +94,11 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="python -m benchmarks.training", description=__doc__)
     parser.add_argument("--steps", type=int, default=250, metavar="N", help="timed steps of a process (default: 250)")
     parser.add_argument(
-        "--warmup", type=int, default=200, metavar="N", help="steps before them, in which the views open (default: 200)"
+        "--warmup",
+        type=int,
+        default=200,
+        metavar="N",
+        help="steps before those, in which the views open (default: 200)",
     )
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="processes of each arm (default: 7)")
     common.add_config_flag(parser)
@@ -193,7 +197,7 @@ def gpt2_settings(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def beyond_gpt2(config: Config) -> list[str]:
-    """What only our side has, such as "position rope" or "mlp swiglu"."""
+    """What only our model has, such as "position rope" or "mlp swiglu"."""
     form, model = gpt2_form(config.model), config.model
     ours, theirs = (shape.model_dump() | shape.derived for shape in (model, form))
     unused = set() if model.position == "rope" else {"rope_theta"}

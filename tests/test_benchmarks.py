@@ -263,7 +263,7 @@ def test_help_does_not_import_torch() -> None:
         ("gpu", ["--parts", "paces"], "--parts: unknown: paces; expected some of limits, step, loss, gpt2, decode"),
         ("gpu", ["--minutes", "0"], "--minutes must be more than 0, not 0"),
         ("gpu", ["--out", "/no/such/folder/a.json"], "--out /no/such/folder/a.json: there is no folder"),
-        ("gpu", ["--dry-run", "--nanogpt", "/no/such/folder"], "--nanogpt /no/such/folder: no checkout of nanoGPT"),
+        ("gpu", ["--dry-run", "--nanogpt", "/no/such/folder"], "--nanogpt /no/such/folder: not a checkout of nanoGPT"),
         ("scaling", ["--out", "scaling.svg"], "--out scaling.svg: expected a file that ends in .png"),
         ("scaling", ["--out", "/no/such/folder/a.png"], "--out /no/such/folder/a.png: there is no folder"),
         ("training", ["--warmup", "10"], "--warmup must be at least 65, not 10"),

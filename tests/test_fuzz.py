@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks import fuzz
 from benchmarks.fuzz import Case, Fuzzer
-from benchmarks.fuzz_damage import BAD, COMMANDS, DATASET, GOOD, OF_ANY, OF_FILE, READS
+from benchmarks.fuzz_damage import BAD, COMMANDS, DATASET, ENTRY_DAMAGE, FILE_DAMAGE, GOOD, READS
 
 CASES = (0, 2, 4, 3, 5, 7)
 
@@ -41,7 +41,7 @@ def test_every_entry_of_a_run_is_damaged_in_every_way(fuzzer: Fuzzer) -> None:
     run = template / "runs" / fuzzer.ids[BAD]
     encoded, prepared = template / "corpora" / "encoded", template / "datasets" / DATASET
     entries = [*run.rglob("*"), template / "runs" / "models.json", *encoded.iterdir(), *prepared.iterdir()]
-    wanted = sum(len(OF_ANY) + (len(OF_FILE) if path.is_file() else 0) for path in entries)
+    wanted = sum(len(ENTRY_DAMAGE) + (len(FILE_DAMAGE) if path.is_file() else 0) for path in entries)
     damages = [fuzzer.case(index).damage for index in range(0, 2 * wanted, 2)]
     assert len(set(damages)) == wanted > 400
     assert fuzzer.case(2 * wanted).damage == damages[0]
@@ -122,6 +122,11 @@ def test_each_kind_of_fault_is_seen(
     patient = replace(fuzzer, seconds=1.0) if main is hangs else fuzzer
     _, faults = patient.attempt(Case("planted", "planted", [], (0, 2), damage=("notes.json", "empty")))
     assert [kind for kind, _ in faults] == kinds
+
+
+def test_the_limit_of_a_case_is_not_that_of_the_list_after_it(fuzzer: Fuzzer) -> None:
+    fuzzer.copy()
+    assert replace(fuzzer, seconds=0.01).rows()[fuzzer.ids[GOOD]] == fuzzer.good
 
 
 def test_a_command_that_reads_must_not_write(fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,7 +189,7 @@ def test_models_and_types_that_onnx_does_not_have_are_refused(
     assert export(made, "--format", "onnx") == 2
     assert "ngram_rows 50" in capsys.readouterr().err
     assert export(made, "--format", "onnx", "--dtype", "q8_0") == 2
-    assert "--dtype q8_0: the format onnx has float32" in capsys.readouterr().err
+    assert "--dtype q8_0: the format onnx supports float32" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     assert export(made, "--format", "onnx") == 2
     assert "pip install onnx onnxscript" in capsys.readouterr().err
@@ -218,9 +218,9 @@ def test_what_is_no_export_or_lacks_its_run_is_refused(
     tmp_path: Path, run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["certify", str(tmp_path)]) == 2
-    assert "not an export of weights.py export" in capsys.readouterr().err
+    assert "not written by weights.py export" in capsys.readouterr().err
     assert main(["certify", str(run() / "artifacts" / "export")]) == 2
-    assert "the export of a run, for this project itself" in capsys.readouterr().err
+    assert "a run's own export, which only this project reads" in capsys.readouterr().err
     assert (
         main(["export", "base", "--runs-dir", str(tmp_path), "--format", "gguf", "--out", str(tmp_path / "alone")]) == 0
     )

@@ -375,7 +375,7 @@ def pickles(folder: Path) -> Iterator[tuple[str, str]]:
     yield "old.pt", "not an archive of torch"
     wide = {**good["model"], "transformer.wpe.weight": torch.zeros(1, 1).expand(1 << 30, 1 << 10)}
     torch.save({**good, "model": wide}, folder / "expanded.pt")
-    yield "expanded.pt", "without its numbers"
+    yield "expanded.pt", "without its elements"
     torch.save(good, folder / "good.pt")
     with (
         zipfile.ZipFile(folder / "good.pt") as archive,

@@ -20,8 +20,8 @@ CONVERT = ("convert", "model.bin", "--out", "runs/new")
     [
         ((*EXPORT, "hf", "--shard-size", "none"), "--shard-size: expected a size like 20GB or 500MiB, got 'none'"),
         ((*EXPORT, "hf", "--shard-size", "0MB"), "--shard-size: expected a size above 0, got '0MB'"),
-        ((*EXPORT, "gguf", "--shard-size", "1GB"), "--shard-size: the format gguf is not split into files; hf is"),
-        ((*EXPORT, "onnx", "--dtype", "float16"), "--dtype float16: the format onnx has float32"),
+        ((*EXPORT, "gguf", "--shard-size", "1GB"), "--shard-size: only the format hf is split into files, not gguf"),
+        ((*EXPORT, "onnx", "--dtype", "float16"), "--dtype float16: the format onnx supports float32"),
         (("certify", "out", "--run", "nothing"), "--run: no run nothing in "),
         ((*CONVERT, "--tokenizer", "chars"), "--tokenizer chars: expected char, byte, bpe, gpt2, hf:PATH or a tokeniz"),
         ((*CONVERT, "--tokenizer", "hf:no"), "--tokenizer hf:no: expected char, byte, bpe, gpt2, hf:PATH or a tokeniz"),

@@ -133,7 +133,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "u
         (
             {"position": "learned", "mlp": "gelu"},
             lambda: TOKENIZER,
-            r"gpt2 does not compute: mlp gelu \(only gelu_tanh",
+            r"gpt2 does not support mlp gelu \(only gelu_tanh",
         ),
         ({**ROPE, "sliding_window": 5}, lambda: TOKENIZER, "sliding_window 5"),
         ({**ROPE, "qkv_bias": True, **LLAMA3}, lambda: TOKENIZER, "rope_scaling llama3"),
@@ -145,7 +145,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "u
         (
             ROPE,
             lambda: changed_bpe(pre_tokenizer={"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}),
-            r"its words \(Digits, ByteLevel\)",
+            r"pre-tokenizer \(Digits, ByteLevel\)",
         ),
     ],
 )

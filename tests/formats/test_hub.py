@@ -143,7 +143,7 @@ def test_a_stopped_download_goes_on_where_it_was(
     assert not [path for path in tmp_path.rglob("*.safetensors") if "on the hub" not in path.parts]
     capsys.readouterr()
     assert download(*flags) == 0
-    assert f"note: {SHARD}: 5.0 KB of 14.3 KB are here from an earlier try" in capsys.readouterr().err
+    assert f"note: {SHARD}: 5.0 KB of 14.3 KB are already downloaded" in capsys.readouterr().err
     assert dict(hub.sent) == {
         path.name: path.stat().st_size for path in hub.models[NAME].iterdir() if path.name in hub.sent
     }

@@ -93,7 +93,7 @@ def test_the_command_writes_shards_of_a_dtype_and_a_card(tmp_path: Path, capsys:
     [
         ({"thesis.txt": "text"}, "exists and is not an export"),
         ({"README.md": "# My project", "thesis.txt": "text"}, "exists and is not an export"),
-        ({"README.md": MADE_HERE, ".git": "kept"}, r"exists and has \.git, which is not of the export"),
+        ({"README.md": MADE_HERE, ".git": "kept"}, r"exists and has \.git, which does not belong to an export"),
     ],
 )
 def test_an_export_never_replaces_something_else(files: dict[str, str], message: str, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "many blocks": ({"n_layer": 1024}, "describes a model of at least"),
     "wide mlp": ({"n_inner": 10**12}, "describes a model of at least"),
     "other shape": ({"n_positions": 17}, r"wpe.weight has shape \(16, 16\), config.json says \(17, 16\)"),
-    "one block less": ({"n_layer": 1}, "tensors without a place in our model of GPT2LMHeadModel: transformer.h.1"),
+    "one block less": ({"n_layer": 1}, "tensors that our model of GPT2LMHeadModel does not have: transformer.h.1"),
     "untied": ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
 }
 
@@ -282,7 +282,7 @@ CONTRADICTIONS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, to
     ),
     "two names": (
         lambda weights: weights | {"wte.weight": weights[EMBEDDING] * 2},
-        "transformer.wte.weight is there twice, with and without transformer",
+        "transformer.wte.weight appears twice, with and without transformer",
     ),
     "8-bit": (
         lambda weights: weights | {EMBEDDING: weights[EMBEDDING].to(torch.float8_e4m3fn)},

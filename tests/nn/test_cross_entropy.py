@@ -21,7 +21,7 @@ from utils.nn.cross_entropy import (
     IGNORED,
     SMALL_VOCABULARY,
     chunked_cross_entropy,
-    fastest_by_row,
+    fastest_loss_kernel,
     kernel_on,
     losses_and_gradient,
     rows_at_once,
@@ -199,12 +199,12 @@ def test_a_gpu_has_the_kernel_except_in_float64_and_where_torch_compiles(monkeyp
     monkeypatch.setitem(sys.modules, KERNEL, SimpleNamespace(losses_and_gradient=reversed_losses))
     monkeypatch.setattr(torch, "zeros", lambda *size, device, dtype=None: torch.ones(size, dtype=dtype))
     gpu = torch.device("cuda")
-    assert fastest_by_row(gpu, torch.bfloat16, 200, None) is reversed_losses
-    assert fastest_by_row(gpu, torch.float32, 200, None) is reversed_losses
-    assert fastest_by_row(gpu, torch.float64, 200, None) is losses_and_gradient
-    assert fastest_by_row(torch.device("cpu"), torch.float32, 200, None) is losses_and_gradient
+    assert fastest_loss_kernel(gpu, torch.bfloat16, 200, None) is reversed_losses
+    assert fastest_loss_kernel(gpu, torch.float32, 200, None) is reversed_losses
+    assert fastest_loss_kernel(gpu, torch.float64, 200, None) is losses_and_gradient
+    assert fastest_loss_kernel(torch.device("cpu"), torch.float32, 200, None) is losses_and_gradient
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert fastest_by_row(gpu, torch.bfloat16, 200, None) is losses_and_gradient
+    assert fastest_loss_kernel(gpu, torch.bfloat16, 200, None) is losses_and_gradient
 
 
 @pytest.mark.usefixtures("no_kernel_yet")
@@ -217,7 +217,7 @@ def test_the_trial_of_the_kernel_compiles_the_code_that_the_loss_needs(monkeypat
 
     monkeypatch.setitem(sys.modules, KERNEL, SimpleNamespace(losses_and_gradient=kernel))
     monkeypatch.setattr(
-        "utils.nn.cross_entropy.fastest_by_row", lambda *arguments: kernel_on(*arguments) or losses_and_gradient
+        "utils.nn.cross_entropy.fastest_loss_kernel", lambda *arguments: kernel_on(*arguments) or losses_and_gradient
     )
     hidden, weight, targets = example(23, 16, 77, torch.float32)
     chunked_cross_entropy(hidden, weight, targets, 5, softcap=15.0)
@@ -233,7 +233,7 @@ def test_without_triton_torch_computes_the_loss(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delitem(sys.modules, KERNEL, raising=False)
     monkeypatch.delattr("utils.nn.cross_entropy_kernel", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert fastest_by_row(torch.device("cuda"), torch.bfloat16, 200, None) is losses_and_gradient
+    assert fastest_loss_kernel(torch.device("cuda"), torch.bfloat16, 200, None) is losses_and_gradient
 
 
 @pytest.mark.usefixtures("no_kernel_yet")
@@ -250,7 +250,7 @@ def test_where_triton_cannot_compile_torch_computes_the_loss(monkeypatch: pytest
 def test_the_fastest_is_what_the_loss_is_computed_with(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = example(23, 16, 77, torch.float32)
     expected = chunked_cross_entropy(hidden, weight, targets, 5)
-    monkeypatch.setattr("utils.nn.cross_entropy.fastest_by_row", lambda *_: reversed_losses)
+    monkeypatch.setattr("utils.nn.cross_entropy.fastest_loss_kernel", lambda *_: reversed_losses)
     assert torch.equal(chunked_cross_entropy(hidden, weight, targets, 5), -expected)
 
 

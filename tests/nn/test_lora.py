@@ -133,7 +133,7 @@ def test_an_untied_head_may_be_a_target() -> None:
 @pytest.mark.parametrize("target", ["gate", "token_embedding", "rpoj", ""])
 def test_a_target_that_the_model_does_not_have_is_refused_by_name(target: str) -> None:
     with pytest.raises(
-        UserError, match=f"lora_targets: the model has no linear layer '?{target}'?, but qkv, proj, up"
+        UserError, match=f"lora_targets: the model has no linear layer '?{target}'?; it has qkv, proj, up"
     ) as it:
         adapted(GPT2, lora_targets=("qkv", target))
     assert ("did you mean proj?" in str(it.value)) == (target == "rpoj")

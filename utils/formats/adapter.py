@@ -1,7 +1,8 @@
-"""Adapters in the format of peft: adapter_model.safetensors and adapter_config.json, which PeftModel opens.
+"""LoRA adapters in the format of peft: adapter_model.safetensors and adapter_config.json, which PeftModel opens.
 
-The names are those that the model has in transformers, by the tables of the families; peft's base is then the model
-that training started from. A model that no family holds keeps our names, and peft opens it on our LanguageModel.
+Layers have their names in transformers, by the tables of the families, so that peft applies the adapter to the model
+that training started from. If no family can hold the model, layers have our names, and peft applies the adapter to our
+LanguageModel.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from utils.formats.table import FormatError, Place, places
 from utils.nn.lora import LoraLinear, adapted_layers
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # of all names in peft's files
-IN_BLOCK = re.compile(r".*?\.\d+\.")  # the part of a name up to the number of the block
+PREFIX = "base_model.model."  # of every name in peft's files
+IN_BLOCK = re.compile(r".*?\.\d+\.")  # a name up to the number of the block, inclusive
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # A (r, in) and B (out, r)
 
@@ -34,12 +35,12 @@ def write_adapter(
     """Write the adapters of a model.
 
     Args:
-        folder: is made.
-        settings: that the adapters were made with.
-        pretrained: of the published model that training started from: architecture, name, revision.
+        folder: is created, and must not exist.
+        settings: the LoRA settings of the run.
+        pretrained: architecture, name and revision of the published model that training started from, if any.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the files cannot be written.
     """
     try:
         family = family_for(model.config, pretrained.get("architecture"))
@@ -58,7 +59,7 @@ def write_adapter(
 
 
 def their_pairs(model: LanguageModel, table: Mapping[str, Place]) -> dict[str, Pair]:
-    """A and B of each layer of the family, by its name there: of q, k and v where the family has them as three."""
+    """A and B of each adapted layer, by its name in the family; q, k and v are three layers if the family has three."""
     pairs = {}
     layers = adapted_layers(model)
     for theirs, place in table.items():
@@ -72,7 +73,7 @@ def their_pairs(model: LanguageModel, table: Mapping[str, Place]) -> dict[str, P
 
 
 def parts_of(layer: LoraLinear) -> dict[tuple[int, int], Pair]:
-    """A and B of each matrix that is stacked in a layer, by its rows, from and to."""
+    """A and B of each matrix that is stacked in a layer, by its rows (start, end)."""
     parts, first = {}, 0
     matrices = zip(layer.lora_rows, layer.lora_a.chunk(len(layer.lora_rows)), strict=True)
     for count, a in matrices:
@@ -82,7 +83,7 @@ def parts_of(layer: LoraLinear) -> dict[tuple[int, int], Pair]:
 
 
 def our_pairs(model: LanguageModel) -> dict[str, Pair]:
-    """A and B of each of our layers; of n stacked matrices one B with blocks on its diagonal, of n times the rank."""
+    """A and B of each of our layers; n stacked matrices get one block-diagonal B of n times the rank."""
     return {
         name: (layer.lora_a, torch.block_diag(*layer.lora_b.split(layer.lora_rows)))
         for name, layer in adapted_layers(model).items()
@@ -96,12 +97,12 @@ def adapter_config(
     settings: OptimizerConfig,
     pretrained: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """adapter_config.json.
+    """The content of adapter_config.json.
 
     Args:
         pairs: A and B by the name of their layer.
-        layers: all names of the base, among which peft looks for targets.
-        table: of the family; empty: the names are ours.
+        layers: all names of layers in the base model, among which peft looks for the targets.
+        table: the tensors of the family by name; empty if the names are ours.
     """
     assert settings.lora_rank is not None
     factors = {name: len(a) // settings.lora_rank for name, (a, _) in pairs.items()}
@@ -127,7 +128,7 @@ def adapter_config(
 
 
 def target_modules(names: list[str], layers: set[str]) -> list[str]:
-    """The ends of names by which peft finds exactly these layers; the whole names where blocks differ."""
+    """The endings of names by which peft finds exactly these layers; the whole names if blocks differ."""
     ends = sorted({IN_BLOCK.sub("", name, count=1) for name in names})
     found = {name for name in layers if any(name == end or name.endswith(f".{end}") for end in ends)}
     return ends if found == {*names} else sorted(names)

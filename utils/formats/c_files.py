@@ -29,16 +29,16 @@ LLM_C_TYPES = {3: "F32", 5: "BF16"}
 LLAMA2_C_MAGIC, LLAMA2_C_HEADER = 0x616B3432, 256
 LARGEST = {"layers": 1 << 10, "heads": 1 << 10, "width": 1 << 16, "context": 1 << 24, "vocabulary": 1 << 24}
 OTHER_MAGICS = {
-    20240327: "a state of llm.c for debugging",
+    20240327: "a debugging state of llm.c",
     20240328: "a tokenizer of llm.c",
-    20240520: "tokens of llm.c",
+    20240520: "a file of tokens of llm.c",
     20240527: "the optimizer state of llm.c, which belongs to a model_*.bin beside it",
     20240803: "a Llama 3 of llm.c",
 }
 
 
 class Sizes(NamedTuple):
-    """The numbers in a header, in the words of this project; the padded vocabulary counts the rows that are stored."""
+    """The numbers in a header, by our names; padded_vocab_size is the number of embedding rows in the file."""
 
     n_layer: int
     n_head: int
@@ -53,9 +53,9 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a file has, and where. A tensor whose name has `*` is stacked: the first size of its shape is the layer.
+    """The tensors of a file and where they are. A tensor with `*` in its name stacks those of all layers: (L, ...).
 
-    program: llm.c or llama2.c. version: 0 is llama2.c's legacy.
+    program: llm.c or llama2.c. version: 0 for the legacy format of llama2.c.
     """
 
     program: str
@@ -65,10 +65,10 @@ class Layout:
 
 
 def read_layout(path: Path) -> Layout | None:
-    """The layout of a file of llm.c or llama2.c; None: it is neither.
+    """The layout of a file of llm.c or llama2.c; None if it is neither.
 
     Raises:
-        UserError: it is one that is not read, or of another length than its header says.
+        UserError: it is of a kind or version that is not supported, or not as long as its header says.
     """
     try:
         with open_named(path) as file:
@@ -89,7 +89,7 @@ def _layout(path: Path, file: BinaryIO) -> Layout | None:
         if version != 1:
             quantized = " (8-bit)" if version == 2 else ""
             raise UserError(
-                f"{path}: version {version} of llama2.c's files{quantized}: only legacy ones and 1 are read"
+                f"{path}: version {version} of llama2.c's files{quantized}: only legacy files and version 1 can be read"
             )
         return _llama2_c(path, 1, struct.unpack_from("<7i", start, 8), bool(start[36]), size)
     if magic in OTHER_MAGICS:
@@ -129,7 +129,7 @@ def _check(path: Path, sizes: Sizes) -> None:
 
 def _llm_c(path: Path, version: int, numbers: tuple[int, ...], size: int) -> Layout:
     if version not in LLM_C_TYPES:
-        raise UserError(f"{path}: version {version} of llm.c's files: 3 (float32) and 5 (bfloat16) are read")
+        raise UserError(f"{path}: version {version} of llm.c's files: only 3 (float32) and 5 (bfloat16) can be read")
     context, vocab_size, layers, heads, width, padded = numbers
     sizes = Sizes(layers, heads, heads, width, 4 * width, context, vocab_size, padded, True)
     _check(path, sizes)
@@ -168,7 +168,7 @@ def _llama2_c(path: Path, version: int, numbers: tuple[int, ...], tied: bool, si
         return Layout(LLAMA2_C, version, sizes, tensors)
     tensors = _placed(_legacy_shapes(sizes), "F32", 28)
     end = max(entry.end for entry in tensors.values())
-    if size != end:  # the file has no name of its own: any file of this length is one
+    if size != end:  # this format has no magic number, so the length decides
         return None
     _check(path, sizes)
     return Layout(LLAMA2_C, version, sizes, tensors)

@@ -23,18 +23,23 @@ NO_LICENCE = (
 )
 
 
-def model_card(source: Source, tags: Mapping[str, str], loading: str, licence: str | None, notes: list[str]) -> str:
-    """README.md of an export, in Markdown with the front matter of the hub.
+def model_card(source: Source, library: str, loading: str, licence: str | None, notes: list[str]) -> str:
+    """The README.md of an export: Markdown, with the front matter that the hub reads.
 
     Args:
-        tags: of the front matter.
-        loading: code that loads the export.
-        licence: of the weights; None: that of the model that training started from, if it states one.
-        notes: what a reader must know about this format.
+        library: the program that loads the export, by its name on the hub.
+        loading: code that loads it.
+        licence: of the weights; None for that of the model that training started from, if it states one.
+        notes: what a reader must know about this export.
     """
     base = source.pretrained.get("name")
     licence = licence or source.pretrained.get("license")
-    front = {**tags, "license": licence, "base_model": base if source.pretrained.get("published") else None}
+    front = {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "license": licence,
+        "base_model": base if source.pretrained.get("published") else None,
+    }
     config, count = source.model.config, source.model.num_parameters()
     facts = {
         "Architecture": architecture(config),
@@ -47,7 +52,16 @@ def model_card(source: Source, tags: Mapping[str, str], loading: str, licence: s
     lines = ["---", *(f"{key}: {_yaml(value)}" for key, value in front.items() if value), "---", ""]
     lines += [f"# {source.name}", "", MADE_HERE, ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in facts.items() if value), ""]
-    lines += ["## How to load it", "", "The path is that of this folder.", "", "```python", loading.strip(), "```", ""]
+    lines += [
+        "## How to load it",
+        "",
+        "The path below is that of this folder.",
+        "",
+        "```python",
+        loading.strip(),
+        "```",
+        "",
+    ]
     if notes:
         lines += [*(f"- {note}" for note in notes), ""]
     lines += ["## Licence", "", licence or NO_LICENCE.format(base=f" and on the licence of {base}" if base else ""), ""]
@@ -99,7 +113,7 @@ def _cell(text: str) -> str:
 
 
 def _yaml(value: str) -> str:
-    """A text as a YAML value that no character of it can end."""
+    """A text as a YAML value, quoted unless it is plain."""
     plain = value.replace("-", "").replace("_", "").replace("/", "").replace(".", "").isalnum()
     return (
         value if plain and value.isascii() else '"' + printable(value).replace("\\", "\\\\").replace('"', '\\"') + '"'

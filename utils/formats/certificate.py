@@ -1,6 +1,6 @@
-"""The certificate of an export: the program that it is made for computes from it what we compute.
+"""Certificates of exports: does the program that an export is made for compute the same as this project?
 
-For fixed prompts, token ids, logits and the likeliest tokens that follow are compared, and kept beside the files.
+For fixed prompts, token ids, logits and greedy continuations are compared; the result is kept beside the files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from utils.runs.seal import file_sha256
 from utils.tokenization.protocol import TokenizerError
 
 CERTIFICATE = "certificate.json"
-FILES = {GGUF: "gguf", GRAPH: "onnx", CONFIG: "hf"}  # that tell the format
+FILES = {GGUF: "gguf", GRAPH: "onnx", CONFIG: "hf"}  # by which the format is recognised
 NEW_TOKENS = 64
 PROMPTS = {
     "words": "The cat sat on the mat, and the dog didn't.",
@@ -44,15 +44,14 @@ PROMPTS = {
     "east asian": "日本語の文章。你好,世界。안녕하세요",
     "right to left, indic and thai": "مرحبا بالعالم שלום עולם नमस्ते दुनिया สวัสดี",
 }
-# Of logits, relative to the largest one (at least 1). llama.cpp rounds what it multiplies to the type of the matrices,
-# and looks up GELU in a table of 16-bit numbers.
-TOLERANCE = 1e-4
-# Of logits alone: the weights of a file are compared exactly. With Q8_0 llama.cpp rounds activations to 8 bits, too.
+TOLERANCE = 1e-4  # of logits, relative to the largest one (at least 1)
+# llama.cpp rounds activations to the type of the matrices that they are multiplied with, for Q8_0 to 8 bits, and looks
+# up GELU in a table of 16-bit numbers. Weights are compared separately, in `other_weights`.
 TOLERANCES_OF_GGUF = {"F32": 3e-3, "F16": 1e-2, "Q8_0": 0.2}
 
 
 class DisagreementError(RuntimeError):
-    """A program computes something else from an export than we do; `lines` say what."""
+    """A program computes something else from an export than we do; `lines` say how the results differ."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__("; ".join(lines))
@@ -61,9 +60,9 @@ class DisagreementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Ours:
-    """The model that an engine is compared with, and the tokenizer.
+    """The model and tokenizer that an engine is compared with.
 
-    tolerance: of logits, relative to the largest one.
+    tolerance: of logits, relative to the largest one (at least 1).
     """
 
     model: LanguageModel
@@ -72,23 +71,23 @@ class Ours:
 
 
 def format_of(folder: Path) -> str:
-    """The format of an export.
+    """The format of an export: hf, gguf or onnx.
 
     Raises:
-        FormatError: it is none.
+        FormatError: the folder is not such an export.
     """
     if export_checksum(folder) is not None:
         raise FormatError(
-            f"{folder}: the export of a run, for this project itself; weights.py export makes others of it"
+            f"{folder}: a run's own export, which only this project reads; weights.py export writes the other formats"
         )
     for name, format in FILES.items():
         if (folder / name).is_file():
             return format
-    raise FormatError(f"{folder}: not an export of weights.py export: none of {', '.join(FILES)}")
+    raise FormatError(f"{folder}: not written by weights.py export: it has none of {', '.join(FILES)}")
 
 
 def source_of(folder: Path, run: str | None, runs_dir: Path) -> Source | None:
-    """The run that an export was made from: the one that is named, or the one that it lies in."""
+    """The run that an export was made from: the named one, or the one whose directory has it; None if neither."""
     if run is not None:
         return open_source(run, runs_dir)
     directory = real_path(folder).parent.parent
@@ -98,14 +97,14 @@ def source_of(folder: Path, run: str | None, runs_dir: Path) -> Source | None:
 
 
 def certify(folder: Path, source: Source | None) -> dict[str, Any]:
-    """Compare an export in every engine for its format that is installed, and write certificate.json beside it.
+    """Compare an export with ours in the program that it is made for, if installed, and write its certificate.json.
 
     Args:
-        source: what it was made from, whose weights it must have; None: for transformers, our own reading of the
-            folder is enough, and the certificate beside it says which weights it had.
+        source: what the export was made from, and whose weights it must have. None is allowed for the format hf: then
+            the model is read from the folder, and the weights must be those of the existing certificate, if any.
 
     Raises:
-        UserError: it is no export, damaged, needs its run, or is of a model of another shape.
+        UserError: the folder is not an export, is damaged, needs its run, or is of a model of another shape.
     """
     format = format_of(folder)
     if source is None and format != "hf":
@@ -133,10 +132,10 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
         ours = _ours(folder, format, source, tokenizer, certificate["other_weights"] is None)
         try:
             opened = engine(folder, ours.model.config.block_size)
-        except Exception as error:  # whatever the other program raises, it does not open the export
+        except Exception as error:  # any error of the other program means that it cannot open the export
             if is_out_of_memory(error):
                 raise
-            reason = f"does not open the export: {type(error).__name__}: {error}"
+            reason = f"cannot open the export: {type(error).__name__}: {error}"
             found = {"agrees": False, "differences": [reason], "largest_logit_difference": None, "prompts": []}
         else:
             found = compare(ours, opened)
@@ -150,9 +149,9 @@ def certify(folder: Path, source: Source | None) -> dict[str, Any]:
 
 
 def other_weights(folder: Path, format: str, source: Source) -> str | None:
-    """The first tensor of an export that is not the source's, rounded to its type; None: all are the source's.
+    """The first tensor of an export that is not the source's, rounded to the type in the export; None if all are.
 
-    An ONNX graph has no such tensors: its logits are compared with the source's.
+    An ONNX graph does not keep the tensors by name: only its logits are compared with the source's.
     """
     if format == "onnx":
         return None
@@ -172,7 +171,10 @@ def other_weights(folder: Path, format: str, source: Source) -> str | None:
 
 
 def _ours(folder: Path, format: str, source: Source | None, tokenizer: Tokenizer, is_same: bool) -> Ours:
-    """is_same: the weights in the files are those of the source, rounded to their type."""
+    """What the engine is compared with: the weights in the files, in float32.
+
+    is_same: they are those of the source, rounded to the type in the files.
+    """
     if source is None or format == "hf":
         opened = open_pretrained(folder)
         if source is not None and is_same and opened.shards.dtypes == {"F32"}:
@@ -187,7 +189,7 @@ def _ours(folder: Path, format: str, source: Source | None, tokenizer: Tokenizer
 
 
 def _certified_weights(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file of weights in the certificate of an export; empty if it has none that can be read."""
+    """The SHA-256 of each file of weights by the certificate in the folder; empty without a readable certificate."""
     try:
         certified = read_json(folder / CERTIFICATE)["weights"]
         return {str(name): str(digest) for name, digest in certified.items()}
@@ -200,7 +202,7 @@ def _weights(folder: Path) -> list[Path]:
 
 
 def compare(ours: Ours, engine: Engine) -> dict[str, Any]:
-    """What an engine computes for each prompt, and whether it is what we compute."""
+    """Run the prompts in an engine and compare its results with ours."""
     prompts, differences = [], []
     largest = tolerance = 0.0
     with evaluating(ours.model):
@@ -247,7 +249,7 @@ def _compare_prompt(ours: Ours, engine: Engine, text: str) -> dict[str, Any]:
     difference = _largest_difference(engine.logits(ids), ours_there)
     if not difference <= tolerance:
         differences.append(f"logits differ by {difference:.2g}, more than {tolerance:.2g}")
-    new, margins = _continue(model, ids, count)
+    new, margins = _decode_greedily(model, ids, count)
     their_new = [int(found.argmax()) for found in engine.next_logits(ids, count)]
     first = next((place for place in range(count) if new[place] != their_new[place]), None)
     if first is not None and margins[first] > 2 * tolerance:
@@ -267,15 +269,18 @@ def _compare_prompt(ours: Ours, engine: Engine, text: str) -> dict[str, Any]:
 
 
 def _largest_difference(theirs: torch.Tensor, ours: torch.Tensor) -> float:
-    """-inf in theirs is one that the engine does not give; after the last token it gives some."""
+    """The largest absolute difference of logits (T, V); inf if the shapes differ or one of theirs is not finite.
+
+    -inf in theirs is a logit that the engine does not report; after the last token it must report some.
+    """
     given = theirs != -torch.inf
     if theirs.shape != ours.shape or not given[-1].any() or not theirs[given].isfinite().all():
         return float("inf")
     return float((theirs - ours)[given].abs().max())
 
 
-def _continue(model: LanguageModel, ids: Sequence[int], count: int) -> tuple[list[int], list[float]]:
-    """The `count` likeliest tokens after ids, one after the other, and by how much each logit is above the next."""
+def _decode_greedily(model: LanguageModel, ids: Sequence[int], count: int) -> tuple[list[int], list[float]]:
+    """Decode `count` tokens after ids greedily; also return how far the logit of each is above the next best."""
     weight = model.token_embedding.weight
     cache = KVCache(model.config, 1, model.config.block_size, weight.device, weight.dtype)
     idx = torch.tensor([list(ids)])
@@ -294,7 +299,7 @@ def _cut(ids: Sequence[int]) -> str:
 
 
 def certificate_lines(certificate: Mapping[str, Any]) -> list[str]:
-    """A certificate in words, a line for each engine and each difference."""
+    """A certificate in words: a line for each engine and each difference."""
     lines = []
     if (name := certificate.get("other_weights")) is not None:
         which = f"of {certificate['model']}, which may have been trained since"
@@ -319,7 +324,7 @@ def check_export(folder: Path, source: Source) -> dict[str, Any]:
     """`certify` for an export that is being written.
 
     Raises:
-        DisagreementError: an engine computes something else.
+        DisagreementError: the export does not agree with the source.
     """
     certificate = certify(folder, source)
     if certificate["agrees"] is False:

@@ -1,4 +1,4 @@
-"""Which program wrote a checkpoint, and the model in it."""
+"""Find out which program wrote a checkpoint, and read its model."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from utils.formats.nanogpt import is_nanogpt, read_nanogpt
 from utils.formats.pickles import read_pickle
 
 PROGRAMS = "ckpt.pt of nanoGPT, a folder of MyPT, or a .bin of llm.c or llama2.c"
-ARCHIVE = b"PK\x03\x04"  # how a file of torch.save begins
+ARCHIVE = b"PK\x03\x04"  # the first bytes of a file that torch.save wrote
 CHECKPOINT = "ckpt.pt"
 
 
 def read_foreign(path: Path) -> Foreign:
-    """The model that another program wrote.
+    """Read a model that another program wrote.
 
     Raises:
-        UserError: there is none, it is of an unknown program, or has something that cannot be represented.
+        UserError: there is none, the program is unknown, or the model has something that cannot be represented.
     """
     if path.is_dir():
         if is_mypt(path):
@@ -52,5 +52,5 @@ def read_foreign(path: Path) -> Foreign:
 
 
 def name_of(path: Path) -> str:
-    """A path as a record names it: nothing of the machine that it was on."""
+    """The last part of a path: records name no folders of the machine."""
     return os.path.basename(os.path.abspath(path))

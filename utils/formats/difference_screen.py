@@ -1,4 +1,4 @@
-"""What weights.py diff prints."""
+"""The screen of weights.py diff."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from utils.formats.inspection import ranges, shape_text
 from utils.formats.numbers import Change, Difference
 from utils.terminal.words import counted
 
-TENSORS = 10  # that moved most, of those shown
-NAMES = 8  # of tensors that only one has, those of all layers as one
+TENSORS = 10  # shown without --all: those that moved most
+NAMES = 8  # shown without --all, of the tensors that only one has; those of several layers count as one
 
 
 def screen(found: Difference, everything: bool) -> Iterator[RenderableType]:
-    """Which layers moved, and which tensors most; with `everything`, each tensor."""
+    """Show which layers moved, and which tensors moved most; with `everything`, all tensors that differ."""
     moved = {name: change for name, change in found.tensors.items() if change.changed}
     total = Change()
     for change in found.tensors.values():

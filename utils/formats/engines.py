@@ -1,4 +1,4 @@
-"""Programs that open an export: each gives its own token ids, logits and greedy continuations."""
+"""The programs that exports are made for: each computes token ids, logits and greedy continuations by itself."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from utils.formats.pretrained import TOKENIZER
 
 
 class Engine(Protocol):
-    """A program with an export open.
+    """A program that has opened an export.
 
-    name: as people know it.
-    package: as Python imports it.
-    install: as pip knows it.
-    normalised: its logits are logarithms of probabilities; those that it does not give are -inf.
+    name: of the program, for messages.
+    package: the module that is imported.
+    install: the package that pip installs.
+    normalised: its logits are log-probabilities; those that it does not report are -inf.
     spare: tokens of the context that a prompt must leave free.
     """
 
@@ -39,13 +39,13 @@ class Engine(Protocol):
     def __init__(self, folder: Path, context: int) -> None: ...
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text, without tokens before or after it."""
+        """The token ids of a text, with no tokens added before or after it."""
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
-        """(T, V), in float32, for a text from its start."""
+        """The logits (T, V) of a text, in float32."""
 
     def next_logits(self, ids: Sequence[int], count: int) -> Iterator[torch.Tensor]:
-        """(V,) after `ids` and after each likeliest token that follows, `count` in all, with the engine's own cache."""
+        """The logits (V,) after `ids` and after each greedy token, `count` times, with the engine's own cache."""
 
 
 class Transformers(Engine):
@@ -62,7 +62,7 @@ class Transformers(Engine):
             ).eval()
 
     def encode(self, text: str) -> list[int]:
-        with quiet(self._transformers):  # it warns of texts that are longer than the context
+        with quiet(self._transformers):  # it warns about texts that are longer than the context
             return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
@@ -95,18 +95,18 @@ def quiet(transformers: Any) -> Iterator[None]:
 
 
 class LlamaCpp(Engine):
-    """llama.cpp by its server in this process, with a cache in float32.
+    """llama.cpp, as a server in this process with a float32 cache.
 
     The package xllamacpp has wheels; llama-cpp-python is built from source (docs/LOG.md).
-    The server gives the logarithms of probabilities, of the likeliest tokens, before its sampling: one token that has a
-    text of its own is sampled by force, because the server leaves the numbers out where a text ends within a character.
+    The server reports the log-probabilities of the likeliest tokens, as they are before sampling, but omits them
+    if the sampled token ends within a character. So a token that is a whole character is forced by a logit bias.
     """
 
     name, package, install = "llama.cpp", "xllamacpp", "xllamacpp"
     normalised = True
-    spare = 1  # the token that is sampled has a place in the context
-    most = 1000  # tokens of which the logits are asked for
-    places = 4  # of a prompt: a request gives those of its last token only
+    spare = 1  # the sampled token takes a place in the context
+    top = 1000  # likeliest tokens whose logits are asked for
+    positions = 4  # positions in a prompt that are compared: a request gives the logits after its last token only
 
     def __init__(self, folder: Path, context: int) -> None:
         xllamacpp = importlib.import_module("xllamacpp")
@@ -114,9 +114,9 @@ class LlamaCpp(Engine):
         params.model.path = str(folder / GGUF)
         params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = context, 1, 0, False
         params.verbosity = -1
-        params.cpuparams.n_threads = 1  # its threads wait for each other in loops
+        params.cpuparams.n_threads = 1  # several would wait for each other in busy loops
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it rounds to float16
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # rounds to float16
         self._server = xllamacpp.Server(params)
         self._vocab_size = int(self._ask("/v1/models")["data"][0]["meta"]["n_vocab"])
         self._forced = next(ids[0] for text in string.printable if len(ids := self.encode(text)) == 1)
@@ -133,13 +133,13 @@ class LlamaCpp(Engine):
         return list(self._ask("/tokenize", {"content": text, "add_special": False, "parse_special": False})["tokens"])
 
     def _after(self, ids: Sequence[int]) -> torch.Tensor:
-        """(V,), -inf where it is not among the likeliest."""
+        """The logits (V,) after ids; -inf for tokens that are not among the likeliest."""
         found = self._server.handle_completions(
             {
                 "prompt": list(ids),
                 "n_predict": 1,
                 "temperature": 0,
-                "n_probs": min(self.most, self._vocab_size),
+                "n_probs": min(self.top, self._vocab_size),
                 "logit_bias": [[self._forced, 1e4]],
                 "cache_prompt": True,
             }
@@ -151,8 +151,8 @@ class LlamaCpp(Engine):
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         found = torch.full((len(ids), self._vocab_size), -torch.inf)
-        for place in sorted({len(ids) * part // self.places - 1 for part in range(1, self.places + 1)} - {-1}):
-            found[place] = self._after(ids[: place + 1])
+        for position in sorted({len(ids) * part // self.positions - 1 for part in range(1, self.positions + 1)} - {-1}):
+            found[position] = self._after(ids[: position + 1])
         return found
 
     def next_logits(self, ids: Sequence[int], count: int) -> Iterator[torch.Tensor]:
@@ -164,7 +164,7 @@ class LlamaCpp(Engine):
 
 
 class OnnxRuntime(Engine):
-    """onnxruntime, with the cache of the graph; the tokenizer is that of the package tokenizers."""
+    """onnxruntime, with the cache of the graph and the tokenizer of the package tokenizers."""
 
     name, package, install = "onnxruntime", "onnxruntime", "onnxruntime"
 
@@ -208,7 +208,7 @@ ENGINES: dict[str, type[Engine]] = {"hf": Transformers, "onnx": OnnxRuntime, "gg
 
 
 def installed(engine: type[Engine]) -> str | None:
-    """The version of an engine; None if it cannot be imported."""
+    """The installed version of an engine; None if it cannot be imported."""
     try:
         importlib.import_module(engine.package)
     except ImportError:

@@ -1,4 +1,4 @@
-"""The formats of other programs that a model can be exported in."""
+"""Export a model in a format of other programs: hf, gguf or onnx."""
 
 from __future__ import annotations
 
@@ -22,42 +22,42 @@ HUGGINGFACE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "floa
 
 
 def export_as(
-    source: Source, format: str, place: Path, dtype: str, shard_bytes: int, licence: str | None
+    source: Source, format: str, folder: Path, dtype: str, shard_bytes: int, licence: str | None
 ) -> dict[str, Any]:
-    """Write a model in a format, hf, gguf or onnx, with its certificate.
+    """Write a model in a format (hf, gguf or onnx), with its certificate.
 
     Returns:
-        What was written.
+        What the function of the format returns, and `certificate`.
 
     Raises:
-        UserError: something of the model that the format cannot hold, before anything is written.
-        DisagreementError: the program that the format is for computes something else; nothing is left.
+        UserError: the format cannot hold the model; raised before anything is written.
+        DisagreementError: the program that the format is for computes something else; the export is deleted.
     """
     known = {"hf": [*HUGGINGFACE_TYPES], "gguf": [*GGUF_TYPES], "onnx": ["float32"]}[format]
     if dtype not in known:
-        raise UserError(f"--dtype {dtype}: the format {format} has {', '.join(known)}")
+        raise UserError(f"--dtype {dtype}: the format {format} supports {', '.join(known)}")
     check_numbers(source.model, dtype)
     certificate: dict[str, Any] = {}
 
-    def certify(folder: Path) -> None:
-        certificate.update(check_export(folder, source))
+    def certify(written: Path) -> None:
+        certificate.update(check_export(written, source))
 
     if format == "onnx":
-        found = export_onnx(source, place, licence=licence, check=certify)
+        found = export_onnx(source, folder, licence=licence, check=certify)
     elif format == "gguf":
-        found = export_gguf(source, place, kind=GGUF_TYPES[dtype], licence=licence, check=certify)
+        found = export_gguf(source, folder, kind=GGUF_TYPES[dtype], licence=licence, check=certify)
     else:
         kind = HUGGINGFACE_TYPES[dtype]
-        found = export_huggingface(source, place, dtype=kind, shard_bytes=shard_bytes, licence=licence, check=certify)
+        found = export_huggingface(source, folder, dtype=kind, shard_bytes=shard_bytes, licence=licence, check=certify)
     return {**found, "certificate": certificate}
 
 
 def check_numbers(model: LanguageModel, dtype: str) -> None:
-    """Raises FormatError for weights that are not finite, or beyond the numbers of float16 if they are to be that."""
+    """Raises FormatError if weights are not finite, or too large for float16 if that is `dtype`."""
     largest = torch.finfo(torch.float16).max if dtype == "float16" else math.inf
     for name, tensor in model.state_dict().items():
         if not (most := float(tensor.abs().max())) < math.inf:
-            raise FormatError(f"{name} has numbers that are not finite: no program computes anything with them")
+            raise FormatError(f"{name} has numbers that are not finite, so no program could use the export")
         if most > largest:
             raise FormatError(
                 f"--dtype float16 cannot hold {name}: its largest number is {most:.4g}, that of float16 {largest:,.0f}"

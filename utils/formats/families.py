@@ -1,4 +1,4 @@
-"""The families of models that can be imported and exported: which one a configuration or a model of ours belongs to."""
+"""The families of models that can be imported and exported, and the choice of one for a config.json or our model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def family_of(config: ForeignConfig) -> Family:
     """The family that a config.json names.
 
     Raises:
-        ForeignConfigError: none of ours, or a model that brings its own code or is quantized.
+        ForeignConfigError: the family is unknown, or the model brings its own code or is quantized.
     """
     refuse_own_code(config)
     named = config.values.get("architectures") or []
@@ -36,10 +36,10 @@ def family_of(config: ForeignConfig) -> Family:
 
 
 def family_for(config: ModelConfig, preferred: str | None = None) -> Family:
-    """The family that an export of a model of ours is of.
+    """The family in which a model of ours is exported.
 
     Args:
-        preferred: the architecture of the model that training started from; taken if it fits.
+        preferred: the architecture of the model that training started from; chosen if it fits.
 
     Raises:
         FormatError: no family can represent the model; the message names what the nearest one cannot.

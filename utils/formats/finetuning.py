@@ -1,4 +1,4 @@
-"""--init-from hf:NAME: the settings and weights with which a run continues a published model."""
+"""--init-from hf:NAME: the settings and weights of a run that starts from a published model."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from utils.formats.pretrained import TOKENIZER, Pretrained, open_pretrained
 from utils.formats.table import FormatError
 from utils.runs.origin import PRETRAINED_PREFIX, Origin, put_on_top
 
-CHOSEN = ("dropout", "zero_init", "block_size")  # settings of a model that are not those of its weights
-CONTEXT_TOKENS = 1024  # the context that is trained, unless one is asked for
+CHOSEN = ("dropout", "zero_init", "block_size")  # settings of the model that its weights do not determine
+CONTEXT_TOKENS = 1024  # the default context of training
 
 
 def start_from_pretrained(
@@ -26,26 +26,26 @@ def start_from_pretrained(
     root: Path,
     report: Callable[[str], None],
 ) -> tuple[LoadedConfig, Origin]:
-    """The configuration of a run that begins with a published model, and its origin.
+    """The configuration and the origin of a run that starts from a published model.
 
-    Architecture and tokenizer are those of the model. What the command line or a file named on it says stays, so that
-    a contradiction is a mistake; block_size is at most CONTEXT_TOKENS unless they say more.
+    Architecture and tokenizer are those of the model. What the command line or a file named on it sets is kept, so that
+    a contradiction is found later; block_size is at most CONTEXT_TOKENS unless it is set there.
 
     Args:
-        name: after hf:.
-        files: of --config.
+        name: what follows hf:.
+        files: those of --config.
         root: the project folder.
         report: prints one line to the user.
 
     Raises:
-        UserError: no such model, or it cannot be represented.
+        UserError: there is no such model, or it cannot be represented.
     """
     found = find_pretrained(name, report=report)
     report(f"{PRETRAINED_PREFIX}{name}: {found.where}")
     opened = open_pretrained(found.folder)
     if opened.unknown:
         report(f"{PRETRAINED_PREFIX}{name}: keys of config.json that are not used: {', '.join(opened.unknown)}")
-    opened.tokenizer()  # first what may be missing
+    opened.tokenizer()  # raises if it is missing
     named = {relative_name(path, root) for path in files}
 
     def is_explicit(key: str) -> bool:
@@ -67,14 +67,14 @@ def start_from_pretrained(
 def pretrained_as_checkpoint(
     folder: Path, name: str, revision: str | None, model: ModelConfig | None = None, sha256: str | None = None
 ) -> Checkpoint:
-    """The weights of a published model for training that starts from them; each is read when it is asked for.
+    """The weights of a published model as a checkpoint to start from; each tensor is read when it is accessed.
 
     Args:
-        model: of the run: its block_size may be shorter.
-        sha256: of the weights, if they must be those of an earlier start.
+        model: the architecture of the run, whose block_size may be smaller; None for that of the model.
+        sha256: the expected hash of the weights, if the run has started from them before.
 
     Raises:
-        UserError: damaged, or other weights.
+        UserError: the model is damaged, or its weights are not those of `sha256`.
     """
     opened = open_pretrained(folder)
     found = opened.sha256()
@@ -95,7 +95,7 @@ def pretrained_as_checkpoint(
 
 
 def pretrained_facts(opened: Pretrained, name: str, revision: str | None, sha256: str) -> Mapping[str, Any]:
-    """What a run keeps of the model that it began with (meta/pretrained.json), so that its export is complete."""
+    """What a run records of the model that it started from (meta/pretrained.json), so that its export is complete."""
     place = Path(os.path.abspath(os.path.expanduser(name)))
     return {
         "name": place.name if place.is_dir() else name,

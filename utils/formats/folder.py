@@ -1,4 +1,4 @@
-"""Folders of exports: written beside their place under a hidden name, checked, then renamed into it."""
+"""Folders of exports: written under a hidden name beside their destination, checked, then renamed."""
 
 from __future__ import annotations
 
@@ -23,57 +23,57 @@ WRITTEN = re.compile(  # the names of all files that an export may have
 
 
 @contextlib.contextmanager
-def new_folder(place: Path) -> Iterator[Path]:
-    """A hidden folder to write an export into. It becomes `place` at the end, and is deleted after an error.
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder to write an export into. It is renamed to `folder` on success and deleted after an error.
 
-    An older export at `place` is replaced, and stays after an error.
+    An older export at `folder` is replaced on success and kept after an error.
 
     Raises:
-        UserError: at `place` there is something else, another process is writing it, or it cannot be written to.
+        UserError: `folder` has something else, another process is writing there, or it cannot be written to.
         OSError: the disk is full or fails.
     """
-    place = Path(os.path.realpath(place))
+    folder = Path(os.path.realpath(folder))
     try:
-        restore_folder(place)
-        _check_replaceable(place)
-        hidden = place.with_name(f".{place.name}.tmp")
+        restore_folder(folder)
+        _check_replaceable(folder)
+        hidden = folder.with_name(f".{folder.name}.tmp")
         hidden.mkdir(parents=True, exist_ok=True)
-        with _locked(hidden, place):
+        with _locked(hidden, folder):
             try:
-                for path in hidden.iterdir():  # an export that was killed leaves its files
+                for path in hidden.iterdir():  # left by an export that was killed
                     delete(path)
                 yield hidden
                 sync_files(hidden)
-                replace_folder(place, hidden)
+                replace_folder(folder, hidden)
             except BaseException:
                 remove(hidden)
                 raise
     except OSError as error:
-        raise unwritable(place, error) from None
+        raise unwritable(folder, error) from None
 
 
-def _check_replaceable(place: Path) -> None:
-    """Raises UserError unless there is nothing at `place`, or an export and nothing else."""
-    if not os.path.lexists(place):
+def _check_replaceable(folder: Path) -> None:
+    """Raises UserError unless `folder` is free, an empty folder, or an export and nothing else."""
+    if not os.path.lexists(folder):
         return
-    names = os.listdir(place) if place.is_dir() else None
+    names = os.listdir(folder) if folder.is_dir() else None
     if names == []:
         return
     reason = "is not an export"
-    if names and MARKER in names and MADE_HERE in read_text(place / MARKER, errors="replace"):
-        strangers = sorted(name for name in names if not WRITTEN.fullmatch(name))
-        if not strangers:
+    if names and MARKER in names and MADE_HERE in read_text(folder / MARKER, errors="replace"):
+        unknown = sorted(name for name in names if not WRITTEN.fullmatch(name))
+        if not unknown:
             return
-        reason = f"has {cut(strangers[0], SHOWN)}, which is not of the export"
-    raise UserError(f"{place}: exists and {reason}: it is left as it is; --out names another folder")
+        reason = f"has {cut(unknown[0], SHOWN)}, which does not belong to an export"
+    raise UserError(f"{folder}: exists and {reason}: it is left as it is; --out names another folder")
 
 
 @contextlib.contextmanager
-def _locked(hidden: Path, place: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which moves with it and ends with the process.
+def _locked(hidden: Path, folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder. It moves with the folder and ends with the process.
 
     Raises:
-        UserError: another process holds it, or has moved the folder meanwhile.
+        UserError: another process holds it, or has renamed the folder in the meantime.
     """
     handle = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -83,7 +83,7 @@ def _locked(hidden: Path, place: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             moved = True
         if moved:
-            raise UserError(f"{place}: another process is writing an export there")
+            raise UserError(f"{folder}: another process is writing an export there")
         yield
     finally:
         os.close(handle)

@@ -1,9 +1,9 @@
-"""A model of another program, in the words of this project: what a converter returns."""
+"""A model of another program in the names of this project, and functions that the converters share."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from utils.config.loader import Setting
 from utils.errors import SHOWN, UserError, cut, shown
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-GPT2_BLOCK = (  # GPT-2's names of the layers of a block, which its descendants have kept -> ours
+GPT2_BLOCK = (  # GPT-2's names for the layers of a block, which its descendants have kept -> ours
     ("ln_1", "attention_norm"),
     ("attn.c_attn", "attention.qkv"),
     ("attn.c_proj", "attention.proj"),
@@ -31,17 +31,17 @@ GPT2_BLOCK = (  # GPT-2's names of the layers of a block, which its descendants 
 class Foreign:
     """A model that another program wrote.
 
-    program: its name, for people.
-    settings: by our names, with the file and the name that each has there.
-    weights: by our names; their numbers may be mapped from the file.
+    program: its name, for messages.
+    settings: by our names; the source of each names the file and the setting there.
+    weights: by our names; they may be mapped from the file.
     vocab_size: rows of the token embedding.
-    step: updates that they have seen.
-    moments: of AdamW, by our names of parameters: exp_avg and exp_avg_sq; None: the file has none.
-    updates: of AdamW for each parameter, where it has moments.
-    tokenizer: None: the file has none that can be read.
-    tokenizer_kind: gpt2, if that is all that is known of it.
+    step: updates that the weights have had.
+    moments: AdamW's exp_avg and exp_avg_sq, each by our names of the parameters; None if the file has none.
+    updates: the step count of AdamW, if there are moments.
+    tokenizer: None if the file has none that can be read.
+    tokenizer_kind: gpt2, if only the kind of the tokenizer is known.
     notes: a line for each thing that has no counterpart here.
-    best_val_loss: as the program found it, by its own batches.
+    best_val_loss: as the program measured it, on its own batches.
     """
 
     program: str
@@ -58,42 +58,63 @@ class Foreign:
     best_val_loss: float | None = None
 
 
-def renamed(names: Mapping[str, str], name: str) -> str | None:
-    """Our name of a tensor by a table of patterns, where `*` is the number of a layer; None: it is not in the table.
+def renamed(tensors: Mapping[str, Any], names: Mapping[str, str], path: Path, model: str) -> dict[str, Any]:
+    """Tensors by our names.
 
-    >>> renamed({"h.*.ln_1.weight": "blocks.*.attention_norm.weight"}, "h.11.ln_1.weight")
-    'blocks.11.attention_norm.weight'
+    Args:
+        names: their name -> ours, in which `*` is the number of a layer.
+        path: the file, for messages.
+        model: what the file should have, for messages.
+
+    Raises:
+        UserError: a tensor is not in `names`.
+
+    >>> renamed({"h.11.ln": 1}, {"h.*.ln": "blocks.*.norm"}, Path("model.pt"), "a GPT")
+    {'blocks.11.norm': 1}
     """
-    number = re.search(r"(?<=\.)\d+(?=\.)", name)
-    pattern = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
-    if pattern not in names:
-        return None
-    return names[pattern] if number is None else names[pattern].replace("*", number[0])
+    found = {}
+    for name, tensor in tensors.items():
+        number = re.search(r"(?<=\.)\d+(?=\.)", name)
+        pattern = name if number is None else f"{name[: number.start()]}*{name[number.end() :]}"
+        if pattern not in names:
+            raise UserError(f"{path}: {name} is not a tensor of {model}")
+        found[names[pattern] if number is None else names[pattern].replace("*", number[0])] = tensor
+    return found
+
+
+def unstacked(tensors: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Tensors by our names; one whose name has `*` is that of all layers, (L, ...), and becomes one for each layer."""
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if "*" in name:
+            found |= {names[name].replace("*", str(layer)): part for layer, part in enumerate(tensor)}
+        else:
+            found[names[name]] = tensor
+    return found
 
 
 def settings_of(
-    values: Mapping[str, Any], source: str, notes: list[str], handled: Mapping[str, str | None]
+    values: Mapping[str, Any], source: str, notes: list[str], handled: Collection[str]
 ) -> dict[str, Setting]:
     """The settings in a flat configuration of another program.
 
     Args:
-        values: as the program names them.
-        source: the file, for the source of each setting.
-        notes: gets a line for each name without a counterpart.
-        handled: our names of the entries that mean something else here than the table of renamed settings says; None:
-            the caller looks after it.
+        values: by the names of the program.
+        source: the file, which becomes part of the source of each setting.
+        notes: a line is added for each name without a counterpart.
+        handled: names that the caller translates itself.
     """
     settings: dict[str, Setting] = {}
     for name, value in values.items():
-        key = handled[name] if name in handled else RENAMED.get(name, name)
-        if key is None:
+        if name in handled:
             continue
-        if name in NO_COUNTERPART and name not in handled:
+        key = RENAMED.get(name, name)
+        if name in NO_COUNTERPART:
             notes.append(f"{name} = {shown(value)} has no counterpart: {NO_COUNTERPART[name]}")
         elif key not in FIELDS:
             notes.append(f"{cut(str(name), SHOWN)} = {shown(value)} has no counterpart")
         elif not isinstance(value, bool | int | float | str | None):
-            raise UserError(f"{source}: {name}: expected a number, a text or true or false, got {shown(value)}")
+            raise UserError(f"{source}: {name}: expected a number, a text, true or false, got {shown(value)}")
         elif value is not None:
             settings[key] = Setting(value, f"{source}: {name}")
     return settings
@@ -103,7 +124,7 @@ def number(values: Mapping[str, Any], name: str, source: str, most: int) -> int:
     """A whole number from 1 to `most` in a configuration.
 
     Raises:
-        UserError: it is missing, or something else.
+        UserError: it is missing or anything else.
     """
     value = values.get(name)
     if type(value) is not int or not 1 <= value <= most:
@@ -112,10 +133,10 @@ def number(values: Mapping[str, Any], name: str, source: str, most: int) -> int:
 
 
 def tensors_of(value: Any, source: str) -> dict[str, torch.Tensor]:
-    """A state dict, without what torch.compile and DistributedDataParallel put before its names.
+    """A state dict, without the prefixes that torch.compile and DistributedDataParallel add to its names.
 
     Raises:
-        UserError: it is something else.
+        UserError: the value is not a state dict.
     """
     if not isinstance(value, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in value.items()
@@ -127,13 +148,13 @@ def tensors_of(value: Any, source: str) -> dict[str, torch.Tensor]:
 def adamw_moments(
     optimizer: Any, orders: list[list[str]], shapes: Mapping[str, torch.Size]
 ) -> tuple[dict[str, dict[str, torch.Tensor]], int] | None:
-    """The moments of a torch.optim.AdamW state by name, and the number of its updates.
+    """The moments in a state dict of torch.optim.AdamW by name of the parameter, and the number of updates.
 
     Args:
-        orders: names of the parameters in the order of the optimizer; the first whose shapes fit is the one.
+        orders: possible orders of the parameters in the optimizer; the first whose shapes fit is taken.
 
     Returns:
-        {exp_avg: {name: tensor}, exp_avg_sq: ...}; None: there is no state, or no order fits.
+        {exp_avg: {name: tensor}, exp_avg_sq: ...} and the updates; None if there is no such state or no order fits.
     """
     try:
         state, groups = optimizer["state"], optimizer["param_groups"]

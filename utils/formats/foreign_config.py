@@ -1,4 +1,4 @@
-"""Reading config.json of another program: every value is checked, and what cannot be represented is refused by name."""
+"""Read the config.json of another program: every value is checked, and what we cannot represent is refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.config.settings import ModelConfig
 from utils.errors import number_text, shown
 from utils.formats.foreign_files import ForeignConfigError
 
-# Keys that say nothing about the numbers of a model.
+# Keys that do not change what a model computes.
 HARMLESS = frozenset(
     (
         *("_name_or_path", "architectures", "model_type", "tokenizer_class", "transformers_version", "use_cache"),
@@ -26,11 +26,12 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class ForeignConfig:
-    """The values of a config.json (or of a part of it) by name.
+    """The values of a config.json (or of an object in it) by key. It records which keys have been read.
 
     Args:
         values: as parsed.
-        name: of the file, in messages.
+        name: the file, for messages.
+        part: the path of the object in the file, for messages: empty, or ending in a dot.
     """
 
     def __init__(self, values: Mapping[str, Any], name: str, part: str = "") -> None:
@@ -49,18 +50,18 @@ class ForeignConfig:
         return default if value is None else value
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 on; without a default it must be there."""
+        """A whole number of at least 1; required if there is no default."""
         value = self._get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.refuse(key, "a whole number >= 1")
         return value
 
     def optional_integer(self, key: str) -> int | None:
-        """As `integer`, or None."""
+        """As `integer`, but None if it is missing or null."""
         return None if self._get(key, None) is None else self.integer(key)
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0; without a default it must be there."""
+        """A finite number above 0; required if there is no default."""
         value = self._get(key, default)
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise self.refuse(key, "a number above 0")
@@ -74,36 +75,36 @@ class ForeignConfig:
         return value
 
     def choice(self, key: str, words: Mapping[str, str], default: str) -> str:
-        """What `words` has for the value, which is text."""
+        """The entry of `words` for the value."""
         value = self._get(key, default)
         if not isinstance(value, str) or value not in words:
             raise self.refuse(key, " or ".join(words))
         return words[value]
 
     def only(self, key: str, *values: Any) -> None:
-        """Refuse other values than these, which our model computes; a value that is missing is the first."""
+        """Refuse any value but these, which our model can compute; a missing value means the first."""
         value = self._get(key, values[0])
         if not any(value == accepted and isinstance(value, bool) == isinstance(accepted, bool) for accepted in values):
             raise self.refuse(key, " or ".join(json.dumps(accepted) for accepted in values))
 
     def skip(self, *keys: str) -> None:
-        """Say that these keys change no number of ours."""
+        """Mark keys as read: they do not matter here, or the caller checks them."""
         self._read |= set(keys)
 
     def part(self, key: str) -> ForeignConfig:
-        """The object under a key; empty if there is none."""
+        """The object under a key; empty if the key is missing."""
         value = self._get(key, {})
         if not isinstance(value, dict):
             raise self.refuse(key, "an object")
         return ForeignConfig(value, self.name, f"{key}.")
 
     def unread(self) -> list[str]:
-        """The keys that nothing has read, and that may not be harmless."""
+        """The keys that have not been read and are not known to be harmless."""
         return sorted(key for key in self.values if key not in self._read and key not in HARMLESS)
 
 
 def refuse_own_code(config: ForeignConfig) -> None:
-    """Raises ForeignConfigError for a model that is not what its architecture says."""
+    """Raises ForeignConfigError for a model that brings its own code or is quantized."""
     for key, reason in (
         ("auto_map", "the model brings its own code, which is never run"),
         ("quantization_config", "its weights are quantized"),
@@ -114,7 +115,7 @@ def refuse_own_code(config: ForeignConfig) -> None:
 
 
 def rope_settings(config: ForeignConfig, context: int) -> dict[str, Any]:
-    """Our settings of rotary positions, from the keys of releases before and after 5 of transformers.
+    """Our settings for rotary positions, from the keys of transformers before release 5 or since.
 
     Args:
         context: max_position_embeddings.
@@ -152,12 +153,12 @@ def rope_settings(config: ForeignConfig, context: int) -> dict[str, Any]:
             raise rope.refuse("attention_factor", f"{number_text(usual)}, which follows from factor")
         rope.only("truncate", True)
     if unread := rope.unread():
-        raise ForeignConfigError(f"{config.name}: {key}.{unread[0]}: unknown, so its numbers may be others than ours")
+        raise ForeignConfigError(f"{config.name}: {key}.{unread[0]}: unknown, so our numbers might differ")
     return settings
 
 
 def rope_keys(config: ModelConfig) -> dict[str, Any]:
-    """The keys of rotary positions in config.json, as all releases of transformers read them."""
+    """The keys for rotary positions in config.json, in the form that all releases of transformers read."""
     scaling: dict[str, Any] | None = None
     if config.rope_scaling != "none":
         scaling = {"rope_type": config.rope_scaling, "factor": config.rope_factor}
@@ -171,12 +172,12 @@ def rope_keys(config: ModelConfig) -> dict[str, Any]:
 
 
 def sliding_window(config: ForeignConfig) -> int | None:
-    """The window that transformers takes: unlike a value that is missing, null is no window."""
+    """The window that transformers would use: 4096 if the key is missing, none if it is null."""
     return config.optional_integer("sliding_window") if "sliding_window" in config.values else 4096
 
 
 def layer_windows(config: ForeignConfig, n_layer: int) -> dict[str, Any]:
-    """Our settings of a sliding window, for families in which later blocks may have one."""
+    """Our settings for a sliding window, for families in which only later blocks may have one."""
     uses, window = config.flag("use_sliding_window", False), sliding_window(config)
     config.skip("max_window_layers", "layer_types")
     first = config.values.get("max_window_layers", 28)
@@ -186,7 +187,7 @@ def layer_windows(config: ForeignConfig, n_layer: int) -> dict[str, Any]:
     kinds = config.values.get("layer_types")
     if not uses or window is None:
         if kinds is not None and set(_listed(config, kinds)) - {"full_attention"}:
-            raise config.refuse("layer_types", "full_attention only, as use_sliding_window is off")
+            raise config.refuse("layer_types", "full_attention only, because use_sliding_window is off")
         return {}
     if kinds is not None:
         names = _listed(config, kinds)
@@ -203,10 +204,13 @@ def _listed(config: ForeignConfig, kinds: Any) -> list[str]:
 
 
 def our_config(settings: Mapping[str, Any], name: str) -> ModelConfig:
-    """The architecture of our settings.
+    """The architecture that our settings describe.
+
+    Args:
+        name: the file, for messages.
 
     Raises:
-        ForeignConfigError: a size is beyond what we can represent.
+        ForeignConfigError: a value is outside the bounds of our settings.
     """
     from pydantic import ValidationError
 

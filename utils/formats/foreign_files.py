@@ -1,4 +1,4 @@
-"""Files in the folder of a model of another program: of bounded size, and no link leads out of the folder."""
+"""Read files in the folder of a model of another program: of bounded size, and never through a link out of it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class ForeignConfigError(UserError):
 
 
 def boundary(folder: Path) -> Path:
-    """The folder that no link in the folder of a model may lead out of.
+    """The folder that links in the folder of a model must stay in.
 
-    Otherwise a model could put a file of its reader, a key say, into what is made of it. Files in the cache of the hub
-    are links into another folder of their repository.
+    Otherwise a model could copy a file of the user, such as a private key, into what is made from it. In the cache of
+    the hub the boundary is the repository, because the files of a snapshot are links to another folder in it.
     """
     return folder.parent.parent if folder.parent.name == "snapshots" else folder
 
@@ -27,7 +27,7 @@ def read_bounded(path: Path) -> bytes:
     """The content of a file in the folder of a model.
 
     Raises:
-        ForeignConfigError: missing, too large, not a file, or a link out of the folder (see `boundary`).
+        ForeignConfigError: it is missing, too large, not a file, or a link out of the folder (see `boundary`).
     """
     try:
         return read_bytes(path, boundary(path.parent))
@@ -41,7 +41,7 @@ def read_bounded_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of another program.
 
     Raises:
-        ForeignConfigError: missing, too large, damaged or something else.
+        ForeignConfigError: it is missing, too large, damaged or not an object.
     """
     content = read_bounded(path)
     try:

@@ -1,12 +1,13 @@
-"""The export for llama.cpp and what is built on it: one file in the format GGUF, by the package gguf.
+"""The export for llama.cpp and programs built on it: one file in the format GGUF, written by the package gguf.
 
-The tensors are those that the tables of the families name; the package has the names of llama.cpp for them. Its
-architecture llama rotates neighbouring channels, so the rows of its queries and keys are in another order.
+The tables of the families say which tensors there are, and the package has llama.cpp's names for them. The architecture
+llama rotates neighbouring channels, so the rows of its queries and keys are in another order.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,17 @@ from utils.formats.families import family_for
 from utils.formats.folder import MARKER, new_folder
 from utils.formats.gguf_tokenizer import Vocabulary, vocabulary_of
 from utils.formats.source import Source
-from utils.formats.table import Family, FormatError, Place, places, read_places
+from utils.formats.table import Family, FormatError, Place, Shape, half_split, interleaved, places, read_places
 from utils.nn.rotary import scaled
 
 MODEL = "model.gguf"
-HEAD = "output.weight"
+HEAD, ROPE_DIVISORS = "output.weight", "rope_freqs.weight"
 ARCHITECTURES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama"} | {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
-TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # and their numbers as types of whole files
-BLOCK = 32  # numbers of Q8_0 with one scale
+TYPES = {"F32": 0, "F16": 1, "Q8_0": 7}  # types of the matrices, and the `general.file_type` of each
+BLOCK = 32  # numbers that share a scale in Q8_0
 LOADING = """
 import xllamacpp
 
@@ -58,38 +59,37 @@ def gguf_package() -> Any:
 
 def export_gguf(
     source: Source,
-    place: Path,
+    folder: Path,
     *,
     kind: str = "F32",
     licence: str | None = None,
-    check: Callable[[Path], None] = lambda folder: None,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> dict[str, Any]:
     """Write a model in the format of llama.cpp.
 
     Args:
-        place: the folder; an older export is replaced.
-        kind: of the matrices, one of TYPES; vectors and position embeddings are F32.
+        folder: where to write; an older export is replaced.
+        kind: type of the matrices, one of TYPES; vectors and position embeddings are F32.
         licence: of the weights, for the model card.
-        check: is given the folder before it is renamed; an exception deletes it.
+        check: called with the hidden folder before it is renamed; if it raises, that is deleted.
 
     Returns:
-        What was written: architecture, folder, files, bytes.
+        What was written: architecture, folder, files, bytes, dtype, notes.
 
     Raises:
-        UserError: something of the model or its tokenizer that the format cannot hold, before anything is written.
+        UserError: the format cannot hold the model or its tokenizer; raised before anything is written.
     """
     package = gguf_package()
     family = gguf_family(source)
     vocabulary = vocabulary_of(source.tokenizer)
     table = gguf_places(package, family, source.model)
     notes = [f"The architecture is {ARCHITECTURES[family.architecture]}, the matrices are {kind}.", *vocabulary.notes]
-    uneven = [name for name, found in table.items() if len(found.shape) > 1 and _width(found) % BLOCK]
+    uneven = [name for name, found in table.items() if len(found.shape) > 1 and _shape(found)[-1] % BLOCK]
     if kind == "Q8_0" and uneven:
         notes.append(f"{len(uneven)} tensors are F16: their rows do not have a multiple of {BLOCK} numbers.")
-    with new_folder(place) as hidden:
+    with new_folder(folder) as hidden:
         _write(package, hidden / MODEL, source, family, table, vocabulary, kind, licence)
-        tags = {"library_name": "llama.cpp", "pipeline_tag": "text-generation"}
-        card = model_card(source, tags, LOADING.replace("PATH", place.name), licence, notes)
+        card = model_card(source, "llama.cpp", LOADING.replace("PATH", folder.name), licence, notes)
         write_atomic(hidden / MARKER, card)
         if (name := differing_weight(source, hidden / MODEL, kind)) is not None:
             raise RuntimeError(f"the weights that were written are not those of the model: {name}")
@@ -97,7 +97,7 @@ def export_gguf(
         size = (hidden / MODEL).stat().st_size
     return {
         "architecture": ARCHITECTURES[family.architecture],
-        "folder": place,
+        "folder": folder,
         "files": [MODEL],
         "bytes": size,
         "dtype": kind,
@@ -106,16 +106,16 @@ def export_gguf(
 
 
 def gguf_family(source: Source) -> Family:
-    """The family that llama.cpp computes the model with.
+    """The family whose llama.cpp architecture computes the model.
 
     Raises:
-        FormatError: none; the message names what of the model it cannot compute.
+        FormatError: there is none; the message names what llama.cpp cannot compute.
     """
     config = source.model.config
     family = family_for(config, source.pretrained.get("architecture"))
     if obstacles := _obstacles(config, ARCHITECTURES[family.architecture]):
         raise FormatError(
-            f"GGUF cannot hold this model; llama.cpp's {ARCHITECTURES[family.architecture]} does not compute: "
+            f"GGUF cannot hold this model: llama.cpp's {ARCHITECTURES[family.architecture]} does not support "
             f"{', '.join(obstacles)}"
         )
     return family
@@ -135,7 +135,7 @@ def _obstacles(config: ModelConfig, architecture: str) -> list[str]:
 
 
 def gguf_places(package: Any, family: Family, model: LanguageModel) -> dict[str, Place]:
-    """The tensors of the table of a family by their names in GGUF."""
+    """The tensors of a family, by their names in GGUF."""
     known = {architecture: number for number, architecture in package.MODEL_ARCH_NAMES.items()}
     names = package.get_tensor_name_map(known[ARCHITECTURES[family.architecture]], model.config.n_layer)
     found = {}
@@ -147,33 +147,24 @@ def gguf_places(package: Any, family: Family, model: LanguageModel) -> dict[str,
     return found
 
 
-def _width(place: Place) -> int:
-    return place.shape[0] if place.layout == "transposed" else place.shape[-1]
+def _shape(place: Place) -> Shape:
+    """The shape of a tensor in GGUF, where all matrices are (out, in)."""
+    return place.shape[::-1] if place.layout == "transposed" else place.shape
 
 
 def _stored_as(name: str, place: Place, kind: str) -> str:
-    """The type of a tensor in a file whose matrices are of this type."""
+    """The type of a tensor in a file whose matrices have type `kind`."""
     if len(place.shape) == 1 or name == "position_embd.weight":
         return "F32"
-    return "F16" if kind == "Q8_0" and _width(place) % BLOCK else kind
+    return "F16" if kind == "Q8_0" and _shape(place)[-1] % BLOCK else kind
 
 
 def _heads(place: Place, family: Family, config: ModelConfig) -> int | None:
-    """The number of heads whose rows are in another order in GGUF; None: the order is ours."""
+    """The number of heads of a tensor whose rows are in another order in GGUF; None if the order is ours."""
     if ARCHITECTURES[family.architecture] != "llama":
         return None
     heads = {".q_proj.": config.n_head, ".k_proj.": config.kv_heads}
     return next((count for part, count in heads.items() if part in place.theirs), None)
-
-
-def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows (heads * D, ...) so that the channels i and i + D / 2 of a head become neighbours."""
-    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
-
-
-def half_split(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """The inverse of `interleaved`."""
-    return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
 def _write(
@@ -190,33 +181,30 @@ def _write(
     writer = package.GGUFWriter(path, ARCHITECTURES[family.architecture])
     _add_metadata(package, writer, source, kind, licence)
     _add_vocabulary(writer, vocabulary)
-    every = {**table}
-    if config.tie_embeddings:  # some readers do not look for it elsewhere
-        every[HEAD] = table["token_embd.weight"]
-    extra = {"rope_freqs.weight": rope_divisors(config)} if config.rope_scaling == "llama3" else {}
+    stored = {**table}
+    if config.tie_embeddings:  # some readers do not fall back on the embedding
+        stored[HEAD] = table["token_embd.weight"]
+    type_of = package.GGMLQuantizationType
+    types = {name: type_of[_stored_as(name, place, kind)] for name, place in stored.items()}
+    shapes = {name: _shape(place) for name, place in stored.items()}
+    if config.rope_scaling == "llama3":
+        types[ROPE_DIVISORS], shapes[ROPE_DIVISORS] = type_of.F32, (config.head_width // 2,)
 
     def numbers(name: str) -> np.ndarray[Any, Any]:
-        if name in extra:
-            return extra[name].numpy()
-        place = every[name]
-        tensor = place.to_theirs(weights)
-        tensor = (tensor.t() if place.layout == "transposed" else tensor).to("cpu", torch.float32)
+        if name == ROPE_DIVISORS:
+            return rope_divisors(config).numpy()
+        place = stored[name]
+        tensor = place.to_ours(place.to_theirs(weights)).to("cpu", torch.float32)
         heads = _heads(place, family, config)
         tensor = tensor if heads is None else interleaved(tensor, heads)
         return package.quants.quantize(tensor.contiguous().numpy(), types[name])
 
-    type_of = package.GGMLQuantizationType
-    types = {name: type_of[_stored_as(name, place, kind)] for name, place in every.items()}
-    types |= dict.fromkeys(extra, type_of.F32)
-    for name, stored in types.items():
-        shape = extra[name].shape if name in extra else every[name].shape
-        shape = shape[::-1] if name in every and every[name].layout == "transposed" else shape
-        shape = tuple(shape)
-        if stored == type_of.Q8_0:
-            shape = package.quants.quant_shape_to_byte_shape(shape, stored)
-        dtype = {type_of.F32: np.float32, type_of.F16: np.float16}.get(stored, np.uint8)
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        writer.add_tensor_info(name, shape, np.dtype(dtype), size, raw_dtype=stored)
+    for name, kind_of_tensor in types.items():
+        shape = shapes[name]
+        if kind_of_tensor == type_of.Q8_0:
+            shape = package.quants.quant_shape_to_byte_shape(shape, kind_of_tensor)
+        dtype = np.dtype({type_of.F32: np.float32, type_of.F16: np.float16}.get(kind_of_tensor, np.uint8))
+        writer.add_tensor_info(name, shape, dtype, math.prod(shape) * dtype.itemsize, raw_dtype=kind_of_tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -226,7 +214,7 @@ def _write(
 
 
 class _Written(np.ndarray[Any, Any]):
-    """An array whose `tofile` fails with the reason of the system, which that of numpy leaves out."""
+    """An array whose `tofile` raises the error of the operating system; that of numpy leaves out the reason."""
 
     def tofile(self, file: Any) -> None:  # type: ignore[override]
         file.write(np.ascontiguousarray(self).data)
@@ -261,7 +249,7 @@ def _add_metadata(package: Any, writer: Any, source: Source, kind: str, licence:
 
 
 def rope_divisors(config: ModelConfig) -> torch.Tensor:
-    """What llama.cpp divides the frequencies (D / 2,) of rotary positions by, for the scaling of Llama 3."""
+    """The factors (D / 2,) by which llama.cpp divides rotary frequencies, for the scaling of Llama 3."""
     channels = torch.arange(0, config.head_width, 2, dtype=torch.float64)
     frequencies = config.rope_theta ** -(channels / config.head_width)
     return (frequencies / scaled(frequencies, config)).float()
@@ -289,20 +277,24 @@ def _reader(path: Path) -> Any:
 
 
 def stored_type(path: Path) -> str:
-    """The type of the matrices in a GGUF file of ours: one of TYPES."""
+    """The type of the matrices in a GGUF file that we wrote: one of TYPES.
+
+    Raises:
+        FormatError: the file is damaged, or has another type.
+    """
     field = _reader(path).get_field("general.file_type")
     number = None if field is None else field.contents()
     names = {known: name for name, known in TYPES.items()}
     if number not in names:
-        raise FormatError(f"{path}: its matrices are of another type than {', '.join(TYPES)}")
+        raise FormatError(f"{path}: the type of its matrices is none of {', '.join(TYPES)}")
     return names[number]
 
 
 def stored_model(path: Path, source: Source) -> LanguageModel:
-    """Our model with the weights that a GGUF file holds, in float32 and in eval mode.
+    """Our model with the weights in a GGUF file, in float32 and in eval mode.
 
     Raises:
-        FormatError: the file is damaged, or of another model.
+        FormatError: the file is damaged or of another model.
     """
     config = source.model.config
     model = LanguageModel(config, source.model.vocab_size)
@@ -312,10 +304,11 @@ def stored_model(path: Path, source: Source) -> LanguageModel:
 
 
 def stored_tensors(path: Path, source: Source) -> Callable[[str], torch.Tensor]:
-    """The tensors that a GGUF file holds, in float32 and in their layout of transformers, by their names there.
+    """A function that reads a tensor of a GGUF file by its name in transformers, in float32 and in the layout there.
 
     Raises:
-        FormatError: the file is damaged, or of another model; or later, a tensor is missing or has another shape.
+        FormatError: the file is damaged or of another model. The function raises it if the tensor is missing or has
+            another shape.
     """
     package, config = gguf_package(), source.model.config
     family = gguf_family(source)
@@ -339,12 +332,12 @@ def stored_tensors(path: Path, source: Source) -> Callable[[str], torch.Tensor]:
 
 
 def differing_weight(source: Source, path: Path, kind: str) -> str | None:
-    """The first weight of the model that is not in the file, rounded to the kind; None: all are.
+    """The first weight of a GGUF file that is not that of the model, rounded to `kind`; None if all are.
 
     One tensor is read at a time.
     """
     get, weights = stored_tensors(path, source), source.model.state_dict()
-    coarse = {"F32": 0.0, "F16": 2**-10, "Q8_0": 1 / 200}[kind]  # of the largest number of a tensor
+    coarse = {"F32": 0.0, "F16": 2**-10, "Q8_0": 1 / 200}[kind]  # rounding error, relative to the largest number
     for place in places(gguf_family(source), source.model.config, source.model.vocab_size, filled=True):
         tensor = place.to_theirs(weights)
         difference = float((get(place.theirs) - tensor).abs().max())

@@ -1,6 +1,6 @@
-"""A tokenizer as GGUF holds it, for llama.cpp: byte-pair encoding whose words are found by a named pattern.
+"""A tokenizer in GGUF, for llama.cpp: byte-pair encoding of words, which are found by a pattern with a name.
 
-Single characters and single bytes are byte-pair encodings, too: the merges join the bytes of each character.
+Tokens of one character or one byte can be written as byte-pair encoding, too: merges join the bytes of a character.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from utils.formats.table import FormatError
 from utils.tokenization.vocabularies import END_OF_TEXT, byte_level_alphabet
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # kinds of tokens in GGUF
-NO_MERGE = "ĀĀ ĀĀ"  # never applies: no merge makes its parts. Readers want a list that is not empty
+NO_MERGE = "ĀĀ ĀĀ"  # never applies, because no merge makes its parts; readers reject an empty list
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-DIGITS = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}  # what a number is split into, by the name of a pattern
+DIGITS = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}  # the parts of a number, by the name of the pattern
 ESCAPES = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\"}
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The metadata of a tokenizer.
+    """A tokenizer as the metadata of GGUF describe it.
 
-    model: the algorithm, as `tokenizer.ggml.model` names it.
-    pattern: of words, as `tokenizer.ggml.pre` names it; None: the algorithm has none.
+    model: the algorithm, as in `tokenizer.ggml.model`.
+    pattern: of the words, as in `tokenizer.ggml.pre`; None if the algorithm has none.
     end: the id of the token that ends a text.
-    notes: what differs from ours, for the model card.
+    notes: differences from our tokenizer, for the model card.
     """
 
     model: str
@@ -42,10 +42,10 @@ class Vocabulary:
 
 
 def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
-    """The metadata that gives the same ids.
+    """Translate a tokenizer so that llama.cpp gives the same ids.
 
     Raises:
-        FormatError: GGUF cannot hold the tokenizer; the message names what.
+        FormatError: GGUF cannot hold the tokenizer; the message says why.
     """
     facts = json.loads(tokenizer.huggingface())
     model = facts["model"]
@@ -61,7 +61,7 @@ def vocabulary_of(tokenizer: Tokenizer) -> Vocabulary:
 def _byte_pairs(tokenizer: Tokenizer, facts: Mapping[str, Any]) -> Vocabulary:
     model = facts["model"]
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    pattern = pattern_of(facts) if pairs else "gpt-2"  # without merges each byte is a token, whatever the words are
+    pattern = pattern_of(facts) if pairs else "gpt-2"  # without merges each byte is a token, so the words do not matter
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise FormatError(f"GGUF cannot hold this tokenizer: {key} {model[key]!r}")
@@ -76,9 +76,9 @@ def _byte_pairs(tokenizer: Tokenizer, facts: Mapping[str, Any]) -> Vocabulary:
     end = tokenizer.end_of_text
     if end is None:
         raise FormatError(
-            "GGUF cannot hold this tokenizer: it has no token that ends a text, and llama.cpp would take another for it"
+            "GGUF cannot hold this tokenizer: it has no token that ends a text, and llama.cpp would use another as such"
         )
-    if kinds[end] == NORMAL:  # the byte 0, which no text has
+    if kinds[end] == NORMAL:  # the byte 0, which does not occur in texts
         tokens[end], kinds[end] = END_OF_TEXT, CONTROL
     notes = []
     if facts.get("normalizer"):
@@ -89,16 +89,16 @@ def _byte_pairs(tokenizer: Tokenizer, facts: Mapping[str, Any]) -> Vocabulary:
 
 
 def pattern_of(facts: Mapping[str, Any]) -> str:
-    """The name of the pattern of words.
+    """llama.cpp's name for the pattern by which a tokenizer finds words.
 
     Args:
         facts: a tokenizer.json with a pre-tokenizer.
 
     Raises:
-        FormatError: none that has a name.
+        FormatError: llama.cpp does not have the pattern.
     """
     split = facts["pre_tokenizer"]
-    steps = [_essence(step) for step in (split["pretokenizers"] if split["type"] == "Sequence" else [split])]
+    steps = [_relevant(step) for step in (split["pretokenizers"] if split["type"] == "Sequence" else [split])]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False}
     known = {
         "gpt-2": [byte_level | {"use_regex": True}],
@@ -113,12 +113,12 @@ def pattern_of(facts: Mapping[str, Any]) -> str:
             return name
     kinds = ", ".join(step["type"] for step in steps)
     raise FormatError(
-        f"GGUF cannot hold this tokenizer: its words ({kinds}) are none of the patterns {', '.join(known)}"
+        f"GGUF cannot hold this tokenizer: its pre-tokenizer ({kinds}) is none of llama.cpp's: {', '.join(known)}"
     )
 
 
-def _essence(step: Mapping[str, Any]) -> dict[str, Any]:
-    """A step of a pre-tokenizer without what changes no ids."""
+def _relevant(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A step of a pre-tokenizer, without the options that do not change ids."""
     found = {key: value for key, value in step.items() if key != "trim_offsets"}
     return {**found, "use_regex": found.get("use_regex", True)} if step["type"] == "ByteLevel" else found
 
@@ -127,7 +127,7 @@ def _characters(tokenizer: Tokenizer, facts: Mapping[str, Any]) -> Vocabulary:
     vocab: dict[str, int] = facts["model"]["vocab"]
     split = (facts.get("pre_tokenizer") or {}).get("pattern")
     if split != {"Regex": "[\\s\\S]"} or any(len(token) != 1 for token in vocab):
-        raise FormatError("GGUF cannot hold this tokenizer: WordLevel, whose tokens are more than one character")
+        raise FormatError("GGUF cannot hold this tokenizer: WordLevel with tokens of more than one character")
     if facts["model"].get("unk_token") in vocab:
         raise FormatError(
             "GGUF cannot hold this tokenizer: unknown_token, one token for each character without a token of its own"
@@ -136,12 +136,12 @@ def _characters(tokenizer: Tokenizer, facts: Mapping[str, Any]) -> Vocabulary:
     characters = sorted(vocab, key=lambda character: vocab[character])
     kinds = [CONTROL if place == end else NORMAL for place in range(len(characters))]
     if end is None:
-        # Byte-pair encoding needs a token that ends a text. The other algorithm needs none, but llama.cpp does not
-        # come to an end where a text has a character that begins with the same byte as one of the vocabulary.
+        # Byte-pair encoding needs a token that ends a text. RWKV's algorithm needs none, but llama.cpp loops forever on
+        # a character that is not in the vocabulary and begins with the same byte as one that is.
         if not all(character.isascii() for character in characters):
             raise FormatError(
                 "GGUF cannot hold this tokenizer: characters beyond ASCII without a token that ends a text; llama.cpp "
-                "would take another token for it"
+                "would use another as such"
             )
         return Vocabulary("rwkv", None, [ESCAPES.get(token, token) for token in characters], kinds, [], None)
     names = {byte: character for character, byte in byte_level_alphabet().items()}

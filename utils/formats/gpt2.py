@@ -1,7 +1,7 @@
 """GPT-2 [Radford et al. 2019]: learned positions, layer norms with biases, a fused q, k, v projection.
 
 Its linear layers are of the class Conv1D, which stores (in, out). Older files have the causal mask as a tensor, and
-names without the prefix.
+names without the prefix `transformer.`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Published models by name: a local folder, the cache of the Hugging Face hub, or the hub itself, in this order.
+"""Find a published model by name: in a local folder, the cache of the Hugging Face hub, or on the hub, in this order.
 
-The package huggingface_hub does the work and is optional; where a model is in a folder, it is not needed. Its variables
+The optional package huggingface_hub does the work; a model in a folder does not need it. Its environment variables
 apply: HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT, and HF_HUB_OFFLINE, which forbids the network.
 """
 
@@ -25,7 +25,7 @@ from utils.formats.weight_index import INDEX, read_weight_index
 from utils.terminal.words import size
 
 SHARDS = "model-*-of-*.safetensors"
-PATTERNS = (  # of the files of a model that are used; weights are often there in other formats, too
+PATTERNS = (  # the files that are downloaded; many models also have weights in other formats
     *(WEIGHTS, INDEX, SHARDS, CONFIG, "generation_config.json", "tokenizer.json"),
     *("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "README.md", "LICENSE*"),
 )
@@ -33,19 +33,17 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCI
 
 
 class HubError(UserError):
-    """A published model that is not here, or that the hub does not give."""
+    """A published model is not on this machine and cannot be downloaded, or its files are damaged."""
 
 
 @dataclass(frozen=True)
 class Found:
     """A published model on this machine.
 
-    name: as it was asked for.
     where: where it was found, in words.
-    revision: the commit; None for a folder without one.
+    revision: the commit; None if a folder does not record it.
     """
 
-    name: str
     folder: Path
     where: str
     revision: str | None = None
@@ -58,20 +56,20 @@ def find_pretrained(
     revision: str | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Found:
-    """A published model, downloaded if it is nowhere on this machine.
+    """Find a published model, and download it if it is not on this machine.
 
     Args:
         name: a folder, or NAME or ORGANISATION/NAME of the hub.
-        local_dir: a folder that has the model, or that it is downloaded into.
+        local_dir: a folder that has the model or is to be downloaded into; None for the cache of the hub.
         revision: a branch, tag or commit.
         report: prints one line to the user.
 
     Raises:
-        HubError: it is not here and cannot be downloaded.
+        HubError: it is not on this machine and cannot be downloaded.
     """
     for folder in (local_dir, Path(expand_home(name))):
-        if folder is not None and revision is None and (folder / CONFIG).is_file() and not _in_part(folder):
-            return Found(name, Path(os.path.abspath(folder)), f"the folder {folder}", _commit_of(folder))
+        if folder is not None and revision is None and (folder / CONFIG).is_file() and not _is_partial(folder):
+            return Found(Path(os.path.abspath(folder)), f"the folder {folder}", _commit_of(folder))
     check_name(name)
     hub = _hub(name)
     if local_dir is None:
@@ -80,19 +78,19 @@ def find_pretrained(
                 hub.snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=PATTERNS)
             )
             if is_whole(folder):
-                return Found(name, folder, f"the cache of the hub, {hub.constants.HF_HUB_CACHE}", folder.name)
-        except OSError:  # it is not in the cache, or not all of it
+                return Found(folder, f"the cache of the hub, {hub.constants.HF_HUB_CACHE}", folder.name)
+        except OSError:  # not in the cache, or not completely
             pass
     return download(name, local_dir=local_dir, revision=revision, report=report)
 
 
-def _in_part(folder: Path) -> bool:
-    """Whether a download into a folder has not come to its end."""
+def _is_partial(folder: Path) -> bool:
+    """Whether a folder has an unfinished download."""
     return (folder / NOTES).is_dir() and not is_whole(folder)
 
 
 def check_name(name: str) -> None:
-    """Raises HubError unless the hub could have a model of this name; a path that does not exist is none."""
+    """Raises HubError unless a model on the hub can have this name."""
     if not NAME.fullmatch(name) or ".." in name:
         raise HubError(f"{name}: no folder with a {CONFIG}, and not a name of the hub (NAME or ORGANISATION/NAME)")
 
@@ -121,13 +119,13 @@ def download(
     revision: str | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Found:
-    """Download a model from the hub, into its cache or a folder, and compare the files with the hub's hashes.
+    """Download a model from the hub into its cache or a folder, and compare the files with the hub's hashes.
 
-    What is here already is not fetched again, nor is the part of the weights that an earlier try has left, after a kill
-    say. config.json comes last, so a folder that has it has all.
+    Files that are already there are not downloaded again, and a partial file of weights from an interrupted download is
+    continued. config.json comes last, so a folder that has it is complete.
 
     Raises:
-        HubError: it cannot be reached, has no such model or does not give it; or a file has another hash.
+        HubError: the hub cannot be reached, has no such model or denies access, or a file has another hash.
         OSError: the disk is full or fails.
     """
     check_name(name)
@@ -153,21 +151,21 @@ def download(
                     name, revision=facts.sha, local_dir=local_dir, allow_patterns=PATTERNS, ignore_patterns=ignored
                 )
             )
-        if local_dir is None and revision != facts.sha:  # so that the name is found without the network, too
+        if local_dir is None and revision != facts.sha:  # so that the name is also found without the network
             _remember(folder, revision or "main", facts.sha)
     check_hashes(folder, remove=True)
-    return Found(name, folder, f"downloaded from {page} into {folder}", facts.sha)
+    return Found(folder, f"downloaded from {page} into {folder}", facts.sha)
 
 
 @contextlib.contextmanager
 def _errors_explained(hub: Any, name: str, page: str, local_dir: Path | None, revision: str | None) -> Iterator[None]:
-    """Around a download: its failures as one line that says what to do.
+    """Turn the errors of a download into one line that says what to do.
 
     Args:
         page: the address of the model.
 
     Raises:
-        HubError: the hub cannot be reached, has no such model or does not give it, or a file is damaged.
+        HubError: the hub cannot be reached, has no such model or denies access, or a file is damaged.
         OSError: the disk is full or fails.
     """
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -195,17 +193,17 @@ def _errors_explained(hub: Any, name: str, page: str, local_dir: Path | None, re
         if error.errno in DISK_ERRORS:
             raise OSError(error.errno, error.strerror, str(local_dir or hub.constants.HF_HUB_CACHE)) from None
         raise HubError(f"{name} cannot be downloaded: {first_line(error)}") from None
-    except Exception as error:  # the errors of its client for HTTP, which is another package with each release
+    except Exception as error:  # errors of its HTTP client, which differs between releases
         if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "requests", "urllib3", "hf_xet"):
             raise
         raise HubError(
-            f"{name}: {hub.constants.ENDPOINT} cannot be reached: {first_line(error)}; where it can be, "
-            f"python weights.py download {name} --out DIR makes a folder that can be named instead"
+            f"{name}: {hub.constants.ENDPOINT} cannot be reached: {first_line(error)}; on a machine that can reach it, "
+            f"python weights.py download {name} --out DIR makes a folder to use instead"
         ) from None
 
 
 def _check_files(name: str, files: list[str]) -> None:
-    """Raises HubError unless a model has weights that are read here, and a configuration."""
+    """Raises HubError unless a model has weights in safetensors and a config.json."""
     if WEIGHTS not in files and INDEX not in files:
         pickle = next((file for file in PICKLES if file in files), None)
         if pickle:
@@ -219,7 +217,7 @@ def _check_files(name: str, files: list[str]) -> None:
 
 
 def _remember(folder: Path, revision: str, commit: str) -> None:
-    """Note in the cache which commit a branch or tag is."""
+    """Record in the cache which commit a branch or tag refers to."""
     if folder.parent.name == "snapshots" and re.fullmatch(r"[\w./-]+", revision) and ".." not in revision:
         note = folder.parent.parent / "refs" / revision
         note.parent.mkdir(parents=True, exist_ok=True)
@@ -227,7 +225,7 @@ def _remember(folder: Path, revision: str, commit: str) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder has a configuration and all files with weights."""
+    """Whether a folder has a config.json and all files of weights."""
     if not (folder / CONFIG).exists():
         return False
     if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
@@ -235,12 +233,12 @@ def is_whole(folder: Path) -> bool:
     try:
         names = read_weight_index(folder / INDEX)
     except ForeignConfigError:
-        return True  # damaged, which is reported when it is opened
+        return True  # a damaged index is reported when the model is opened
     return all((folder / name).exists() for name in names)
 
 
 def _commit_of(folder: Path) -> str | None:
-    """The commit of a folder that was downloaded, if it says so."""
+    """The commit of a downloaded folder; None if it is not recorded."""
     if folder.parent.name == "snapshots":
         return folder.name
     for note in (folder / NOTES).glob("*.metadata"):
@@ -249,7 +247,7 @@ def _commit_of(folder: Path) -> str | None:
 
 
 def recorded_hashes(folder: Path) -> Iterator[tuple[Path, str]]:
-    """The files of a downloaded model, each with the hash that the hub named: sha256, or git's sha1 of a small file."""
+    """The files of a downloaded model, each with its hash on the hub: SHA-256, or for a small file git's SHA-1."""
     for path in sorted(folder.iterdir()):
         found: str | None = None
         if folder.parent.name == "snapshots" and path.is_symlink():
@@ -261,13 +259,13 @@ def recorded_hashes(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def check_hashes(folder: Path, *, remove: bool = False) -> list[str]:
-    """Compare the files of a downloaded model with the hashes that the hub named.
+    """Compare the files of a downloaded model with their hashes on the hub, as recorded when it was downloaded.
 
     Args:
-        remove: delete a file whose hash is another, so that it is fetched again.
+        remove: delete a file with another hash, so that it is downloaded again.
 
     Returns:
-        The names of the files that have the right hash.
+        The names of the files that were compared; those without a recorded hash are not.
 
     Raises:
         HubError: a file has another hash.

@@ -1,8 +1,8 @@
-"""The large files of a model on the hub, downloaded so that a next try goes on where one was killed.
+"""Download the large files of a model on the hub so that the next try continues where a killed one stopped.
 
-huggingface_hub gives each process a partial file of its own and deletes it at the end. Here it is named after the hash
-of the content, so it is continued exactly as long as the hub has that content, and gets the name of the file once its
-own hash is right. huggingface_hub then finds the file in its place.
+huggingface_hub gives each process a partial file of its own and deletes it at the end. Here the partial file is named
+after the hash of the content, so it is continued as long as the hub has that content. Once its own hash is right, it is
+renamed to where huggingface_hub expects the file.
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from utils.errors import UserError
 from utils.terminal.words import size
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-NOTES = Path(".cache", "huggingface", "download")  # in a folder: what huggingface_hub notes about each file
+NOTES = Path(".cache", "huggingface", "download")  # in a folder: where huggingface_hub keeps a note about each file
 CHUNK = 1 << 22
 
 
 class DamagedError(UserError):
-    """A file that has another hash than the hub states."""
+    """A file does not have the hash that the hub states."""
 
 
 def fetch_weights(
     hub: Any, name: str, commit: str, listed: Any, local_dir: Path | None, report: Callable[[str], None]
 ) -> None:
-    """Download a file into the cache of the hub or a folder, unless it is there.
+    """Download a file into the cache of the hub or a folder, unless it is already there.
 
     Args:
         hub: the package huggingface_hub.
-        listed: the file, as the facts of the model list it; one without a sha256 is left to huggingface_hub.
+        listed: the entry of the file in the model's list of files; without a SHA-256, the file is left to
+            huggingface_hub.
         report: prints one line to the user.
 
     Raises:
-        DamagedError: what was downloaded has another hash; it is deleted.
-        OSError and the errors of huggingface_hub: it cannot be downloaded; what has arrived stays for the next try.
+        DamagedError: the downloaded file has another hash; it is deleted.
+        OSError and the errors of huggingface_hub: the download failed; what has arrived is kept for the next try.
     """
     from huggingface_hub.file_download import repo_folder_name
     from huggingface_hub.utils import WeakFileLock
@@ -49,10 +50,10 @@ def fetch_weights(
     if local_dir is None:
         cache, folder = Path(hub.constants.HF_HUB_CACHE), repo_folder_name(repo_id=name, repo_type="model")
         place, partial_folder = cache / folder / "blobs" / sha256, cache / folder / "blobs"
-        lock = cache / ".locks" / folder / f"{sha256}.lock"  # that of huggingface_hub
+        lock = cache / ".locks" / folder / f"{sha256}.lock"  # the one that huggingface_hub takes
     else:
         if isinstance(hub.try_to_load_from_cache(name, file, revision=commit), str):
-            return  # it is copied from there
+            return  # huggingface_hub copies it from there
         place, partial_folder = local_dir / file, local_dir / NOTES
         lock = partial_folder / f"{file}.lock"
     for parent in (partial_folder, lock.parent):
@@ -62,19 +63,19 @@ def fetch_weights(
             return
         partial = partial_folder / f"{file}.{sha256}.incomplete"
         for other in partial_folder.glob(f"{file}.*.incomplete"):
-            if other != partial:  # of content that the hub no longer has
+            if other != partial:  # has content that the hub no longer has
                 other.unlink()
         _complete(partial, hub.hf_hub_url(name, file, revision=commit), listed, report)
-        if local_dir is not None:  # of what was there before
+        if local_dir is not None:  # the note describes the file that was there before
             note_of(local_dir, file).unlink(missing_ok=True)
         os.replace(partial, place)
 
 
 def _complete(partial: Path, url: str, listed: Any, report: Callable[[str], None]) -> None:
-    """Download what a partial file lacks, sync it and check its hash; the arguments are those of `fetch_weights`.
+    """Download the rest of a partial file, sync it and check its hash. The arguments are those of `fetch_weights`.
 
     Raises:
-        DamagedError: it has another hash; it is deleted.
+        DamagedError: the file has another hash; it is deleted.
     """
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
@@ -84,7 +85,7 @@ def _complete(partial: Path, url: str, listed: Any, report: Callable[[str], None
         if target.tell() > bytes:
             target.truncate(0)
         if here := target.tell():
-            report(f"{file}: {size(here)} of {size(bytes)} are here from an earlier try")
+            report(f"{file}: {size(here)} of {size(bytes)} are already downloaded")
         http_get(
             url,
             target,
@@ -104,12 +105,12 @@ def _complete(partial: Path, url: str, listed: Any, report: Callable[[str], None
 
 
 def note_of(folder: Path, file: str) -> Path:
-    """Where huggingface_hub notes what a file is that it has downloaded into a folder."""
+    """The note of huggingface_hub about a file that it has downloaded into a folder."""
     return folder / NOTES / f"{file}.metadata"
 
 
 def noted(folder: Path, file: str) -> tuple[str | None, str | None]:
-    """(commit, hash) of a file that was downloaded into a folder, from the note about it."""
+    """(commit, hash) of a file that was downloaded into a folder, from its note; None, None without a note."""
     try:
         lines = note_of(folder, file).read_text(encoding="utf-8")[:1000].splitlines()
     except (OSError, ValueError):
@@ -118,7 +119,7 @@ def noted(folder: Path, file: str) -> tuple[str | None, str | None]:
 
 
 def file_hash(path: Path, like: str) -> str:
-    """The hash of a file as the hub names it: sha256, or git's sha1 of a small file; `like` has the length of it."""
+    """The hash of a file in the form of `like`, a hash that the hub states: SHA-256, or git's SHA-1 of small files."""
     digest = hashlib.sha256() if len(like) == 64 else hashlib.sha1(f"blob {path.stat().st_size}\0".encode())
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):

@@ -16,15 +16,14 @@ from utils.formats.card import model_card
 from utils.formats.families import family_for
 from utils.formats.folder import MARKER, new_folder
 from utils.formats.gguf_tokenizer import pattern_of
-from utils.formats.pretrained import CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, open_pretrained
+from utils.formats.pretrained import CHAT_TEMPLATE, CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG, open_pretrained
 from utils.formats.qwen import QWEN2, QWEN2_AS_LLAMA
 from utils.formats.shards import Entry, write_shards
 from utils.formats.source import Source
 from utils.formats.table import Family, FormatError, Place, places
 from utils.inference.evaluation import evaluating
 
-CHAT_TEMPLATE = "chat_template.jinja"
-TOLERANCE = 1e-4  # of logits in float32, or of the largest one, if that is above 1
+TOLERANCE = 1e-4  # of logits in float32, relative to the largest one (at least 1)
 LOADING = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +32,7 @@ model = AutoModelForCausalLM.from_pretrained("PATH")
 inputs = tokenizer("The ", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 """
-# Keys of the model that training started from which this export sets itself, or which follow from others.
+# Keys in the config.json of the model that training started from which are set here, or which follow from others.
 REPLACED = (
     *("rope_parameters", "rope_scaling", "layer_types", "dtype", "torch_dtype", "_name_or_path"),
     *("transformers_version", "auto_map", "quantization_config"),
@@ -42,28 +41,28 @@ REPLACED = (
 
 def export_huggingface(
     source: Source,
-    place: Path,
+    folder: Path,
     *,
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = 5 * 10**9,
     licence: str | None = None,
-    check: Callable[[Path], None] = lambda folder: None,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> dict[str, Any]:
     """Write a model in the format of transformers.
 
     Args:
-        place: the folder; an older export is replaced.
+        folder: where to write; an older export is replaced.
         dtype: of the weights in the files.
-        shard_bytes: of one file with weights at most.
+        shard_bytes: largest size of one file of weights.
         licence: of the weights, for the model card.
-        check: is given the folder before it is renamed; an exception deletes it.
+        check: called with the hidden folder before it is renamed; if it raises, that is deleted.
 
     Returns:
-        What was written: architecture, folder, files, bytes.
+        What was written: architecture, folder, files, bytes, dtype, largest_logit_difference, notes.
 
     Raises:
-        UserError: something of the model that the format cannot hold, before anything is written; or the folder
-            cannot be written.
+        UserError: the format cannot hold the model, which is raised before anything is written; or the folder cannot
+            be written.
     """
     model = source.model
     specification = source.tokenizer.huggingface()
@@ -72,7 +71,7 @@ def export_huggingface(
     notes = _notes(source, family, expected)
     weights = model.state_dict()
     entries = [Entry(found.theirs, found.shape, partial(found.to_theirs, weights)) for found in expected]
-    with new_folder(place) as hidden:
+    with new_folder(folder) as hidden:
         files = write_shards(hidden, entries, dtype, shard_bytes)
         write_json(hidden / CONFIG, their_config(source, family, dtype))
         write_json(hidden / GENERATION, generation_config(source))
@@ -80,15 +79,14 @@ def export_huggingface(
         write_json(hidden / TOKENIZER_CONFIG, tokenizer_config(source))
         if template := source.pretrained.get("chat_template"):
             write_atomic(hidden / CHAT_TEMPLATE, template)
-        tags = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-        card = model_card(source, tags, LOADING.replace("PATH", place.name), licence, notes)
+        card = model_card(source, "transformers", LOADING.replace("PATH", folder.name), licence, notes)
         write_atomic(hidden / MARKER, card)
         difference = check_written(source, hidden, dtype)
         check(hidden)
         size = sum(path.stat().st_size for path in files)
     return {
         "architecture": family.architecture,
-        "folder": place,
+        "folder": folder,
         "files": [path.name for path in files],
         "bytes": size,
         "dtype": str(dtype).removeprefix("torch."),
@@ -98,9 +96,9 @@ def export_huggingface(
 
 
 def _family(source: Source, specification: str) -> Family:
-    """The family of an export: Qwen 2 only with its own tokenizer or weights.
+    """The family of an export; Qwen 2 only if the tokenizer is Qwen's or training started from a Qwen 2.
 
-    AutoTokenizer takes every tokenizer of a Qwen 2 for Qwen's: it reads the vocabulary of tokenizer.json, and finds
+    AutoTokenizer takes every tokenizer of a Qwen 2 for Qwen's: it reads the vocabulary in tokenizer.json but finds
     words by Qwen's pattern, whatever tokenizer_config.json says.
 
     Raises:
@@ -112,8 +110,8 @@ def _family(source: Source, specification: str) -> Family:
         return family
     if refusals := QWEN2_AS_LLAMA.refusals(source.model.config):
         raise FormatError(
-            f"transformers would read this tokenizer as one of Qwen 2, and {QWEN2_AS_LLAMA.architecture}, as which the "
-            f"model could be written, cannot hold: {', '.join(refusals)}"
+            f"transformers would read this tokenizer as one of Qwen 2, and the alternative, "
+            f"{QWEN2_AS_LLAMA.architecture}, cannot hold: {', '.join(refusals)}"
         )
     return QWEN2_AS_LLAMA
 
@@ -129,7 +127,7 @@ def _is_of_qwen(specification: Mapping[str, Any]) -> bool:
 
 
 def their_config(source: Source, family: Family, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json: that of the model that training started from, if there is one, with what is ours on top."""
+    """config.json: our keys, on top of those of the model that training started from if it is of the same family."""
     base: Mapping[str, Any] = source.pretrained.get("config") or {}
     base = base if source.pretrained.get("architecture") == family.architecture else {}
     kept = {key: value for key, value in base.items() if key not in REPLACED}
@@ -137,7 +135,7 @@ def their_config(source: Source, family: Family, dtype: torch.dtype) -> dict[str
     ours = family.write(config)
     context = base.get("max_position_embeddings")
     if config.position == "rope" and isinstance(context, int) and context > config.block_size:
-        ours["max_position_embeddings"] = context  # training used a part of it
+        ours["max_position_embeddings"] = context  # training used only part of it
     end = source.tokenizer.end_of_text
     tokens = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": None}
     return {
@@ -153,7 +151,7 @@ def their_config(source: Source, family: Family, dtype: torch.dtype) -> dict[str
 
 
 def generation_config(source: Source) -> dict[str, Any]:
-    """generation_config.json: that of the model that training started from, or the token that ends a text."""
+    """generation_config.json: that of the model that training started from, or else the token that ends a text."""
     if base := source.pretrained.get("generation_config"):
         return {key: value for key, value in base.items() if key != "transformers_version"}
     end = source.tokenizer.end_of_text
@@ -161,7 +159,7 @@ def generation_config(source: Source) -> dict[str, Any]:
 
 
 def tokenizer_config(source: Source) -> dict[str, Any]:
-    """tokenizer_config.json. Its class reads tokenizer.json as it is; others build a tokenizer from parts of it."""
+    """tokenizer_config.json. Its class uses tokenizer.json as it is; others rebuild the tokenizer from parts of it."""
     base = source.pretrained.get("tokenizer_config") or {}
     kept = {key: value for key, value in base.items() if key not in ("auto_map", "tokenizer_class", "backend")}
     common = {
@@ -174,9 +172,9 @@ def tokenizer_config(source: Source) -> dict[str, Any]:
     end = {"eos_token": ends[0]} if ends else {}
     context = source.model.config.block_size
     if not kept:
-        # In our tokenizers, a special token that is written in a text is text.
+        # Our tokenizers treat a special token that is written out in a text as text.
         return {**common, "model_max_length": context, **end, "split_special_tokens": True}
-    if source.model.config.position == "learned":  # there are no others
+    if source.model.config.position == "learned":  # there are no positions beyond
         given = kept.get("model_max_length")
         kept["model_max_length"] = min(given, context) if isinstance(given, int | float) else context
     return end | {key: value for key, value in kept.items() if key != "eos_token" or value} | common
@@ -184,11 +182,10 @@ def tokenizer_config(source: Source) -> dict[str, Any]:
 
 def _notes(source: Source, family: Family, expected: list[Place]) -> list[str]:
     notes = [f"The architecture is {family.architecture}."]
-    filled = sorted({place.theirs.rpartition(".")[2] for place in expected if place.fill == "zeros"})
-    if filled:
-        notes.append("The model has no biases where this format wants some: they are zeros.")
+    if any(place.fill == "zeros" for place in expected):
+        notes.append("This format has biases that the model does not have: they are zeros.")
     if any(place.fill == "ones" for place in expected):
-        notes.append("The norms of queries and keys have no learned weights: they are ones.")
+        notes.append("This format has norm weights of queries and keys that the model does not have: they are ones.")
     if not source.pretrained:
         notes.append("A special token that is written in a text is encoded as text, as in training.")
     return notes
@@ -197,8 +194,8 @@ def _notes(source: Source, family: Family, expected: list[Place]) -> list[str]:
 def check_written(source: Source, folder: Path, dtype: torch.dtype) -> float:
     """The largest difference between the logits of the export, read again, and those of the model.
 
-    The numbers in the files are compared exactly, a tensor at a time; then the model that the files describe computes
-    with the weights of ours, so no second copy of them is needed.
+    The weights in the files are compared exactly, one tensor at a time. The logits of the model that the files describe
+    are then computed with our own weights, so no second copy is needed.
 
     Raises:
         RuntimeError: they differ.
@@ -207,7 +204,7 @@ def check_written(source: Source, folder: Path, dtype: torch.dtype) -> float:
     config = reopened.with_context(source.model.config.block_size)
     state = {}
     for name, stored in reopened.weights(config).items():
-        ours = weights.get(name, stored)  # what our model lacks, the format has as zeros or ones
+        ours = weights.get(name, stored)  # a weight that our model lacks, which is zeros or ones
         if not torch.equal(stored, ours.to("cpu", dtype)):
             raise RuntimeError(f"the exported weights are not those of the model: {name}")
         state[name] = ours.to("cpu", torch.float32)

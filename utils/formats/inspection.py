@@ -1,4 +1,4 @@
-"""weights.py inspect: the tensors of some weights by module, from their headers alone."""
+"""weights.py inspect: list the tensors of weights by module, from the headers alone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a layer, between dots
-SHOWN_ROWS = 400  # of tensors whose names have no layers
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # of a layer: a whole part of a name, between dots
+SHOWN_ROWS = 400  # a table has no more rows
 
 
 @dataclass(frozen=True)
 class Row:
-    """Tensors that differ only in the number of their layer."""
+    """Tensors whose names differ only in the number of the layer, with the same type and shape."""
 
-    name: str  # with a range in the place of the number
+    name: str  # with a range instead of the number
     dtype: str
     shape: tuple[int, ...]
     count: int
@@ -31,17 +31,17 @@ class Row:
 
 
 def as_json(stored: Stored, stats: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """All that is known of some weights, for --json."""
+    """All facts about the weights, for --json."""
     tensors = {
         name: {
-            "dtype": place.entry.dtype,
-            "shape": list(place.entry.shape),
-            "elements": place.entry.elements,
-            "bytes": place.entry.bytes,
-            "file": place.file.name,
+            "dtype": location.entry.dtype,
+            "shape": list(location.entry.shape),
+            "elements": location.entry.elements,
+            "bytes": location.entry.bytes,
+            "file": location.file.name,
             **(stats or {}).get(name, {}),
         }
-        for name, place in stored.tensors.items()
+        for name, location in stored.tensors.items()
     }
     return {
         "weights": stored.name,
@@ -55,15 +55,15 @@ def as_json(stored: Stored, stats: Mapping[str, Mapping[str, Any]] | None = None
 
 
 def _by_dtype(stored: Stored) -> dict[str, int]:
-    """Elements of each type, most first."""
+    """The number of elements of each type, most first."""
     counts: dict[str, int] = {}
-    for place in stored.tensors.values():
-        counts[place.entry.dtype] = counts.get(place.entry.dtype, 0) + place.entry.elements
+    for location in stored.tensors.values():
+        counts[location.entry.dtype] = counts.get(location.entry.dtype, 0) + location.entry.elements
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
 def module_of(name: str) -> str:
-    """The module that a tensor belongs to, for sums: a layer, or the first part of another name.
+    """The module that a tensor is counted in: its layer, or else its name without the last part.
 
     >>> [module_of(name) for name in ("blocks.3.mlp.up.weight", "model.layers.0.input_layernorm.weight", "head.weight")]
     ['blocks.3', 'model.layers.0', 'head']
@@ -75,20 +75,20 @@ def module_of(name: str) -> str:
 
 def _by_module(stored: Stored) -> dict[str, dict[str, int]]:
     modules: dict[str, dict[str, int]] = {}
-    for name, place in stored.tensors.items():
+    for name, location in stored.tensors.items():
         module = modules.setdefault(module_of(name), {"tensors": 0, "parameters": 0, "bytes": 0})
         module["tensors"] += 1
-        module["parameters"] += place.entry.elements
-        module["bytes"] += place.entry.bytes
+        module["parameters"] += location.entry.elements
+        module["bytes"] += location.entry.bytes
     return modules
 
 
 def rows(stored: Stored) -> list[Row]:
-    """The tensors, those of all layers in one row if they have one shape and type."""
+    """The tensors as rows; those of several layers share a row if their shapes and types are equal."""
     groups: dict[tuple[str, str, tuple[int, ...]], list[str]] = {}
-    for name, place in stored.tensors.items():
+    for name, location in stored.tensors.items():
         pattern = NUMBER.sub("*", name, count=1)
-        groups.setdefault((pattern, place.entry.dtype, place.entry.shape), []).append(name)
+        groups.setdefault((pattern, location.entry.dtype, location.entry.shape), []).append(name)
     found = []
     for (pattern, dtype, shape), names in groups.items():
         entries = [stored.tensors[name].entry for name in names]
@@ -99,7 +99,7 @@ def rows(stored: Stored) -> list[Row]:
 
 
 def ranges(names: Iterable[str]) -> list[str]:
-    """Names of tensors, those of several layers as one.
+    """Names of tensors, with those of several layers merged into one.
 
     >>> ranges(["blocks.0.up", "head", "blocks.1.up"])
     ['blocks.[0-1].up', 'head']
@@ -111,13 +111,13 @@ def ranges(names: Iterable[str]) -> list[str]:
 
 
 def _in_one(pattern: str, names: Sequence[str]) -> str:
-    """The name of all, whose pattern has * for the number of the layer."""
+    """One name for several that match `pattern`, with a range in place of *; a single name stays as it is."""
     numbers = sorted(int(match[0]) for name in names if (match := NUMBER.search(name)) and "*" in pattern)
     return pattern.replace("*", _range(numbers), 1) if len(names) > 1 else names[0]
 
 
 def _range(numbers: list[int]) -> str:
-    """The numbers in few characters: [0-11] or [0,2-5].
+    """Sorted numbers in short: [0-11] or [0,2-5].
 
     >>> _range([0, 2, 3, 4])
     '[0,2-4]'
@@ -132,13 +132,13 @@ def _range(numbers: list[int]) -> str:
 
 
 def screen(stored: Stored, stats: Mapping[str, Mapping[str, Any]] | None = None) -> Iterator[RenderableType]:
-    """What inspect prints."""
+    """The screen of weights.py inspect."""
     names = [path.name for path in stored.files]
     where = (
         str(next(iter(stored.files))) if len(names) == 1 else f"{next(iter(stored.files)).parent}: {len(names)} files"
     )
-    elements = sum(place.entry.elements for place in stored.tensors.values())
-    total = sum(place.entry.bytes for place in stored.tensors.values())
+    elements = sum(location.entry.elements for location in stored.tensors.values())
+    total = sum(location.entry.bytes for location in stored.tensors.values())
     types = ", ".join(f"{dtype} {count / max(elements, 1):.0%}" for dtype, count in _by_dtype(stored).items())
     yield one_line(where)
     yield f"{elements:,} parameters in {counted(len(stored.tensors), 'tensor')}, {size(total)} ({types or 'none'})"
@@ -171,7 +171,7 @@ def _rows_table(shown: Iterable[Row]) -> Table:
 
 
 def _stats_table(stored: Stored, stats: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A row for each tensor; no column for what no tensor has."""
+    """A row for each tensor, without the columns that would be empty."""
     mixed, texts = len(_by_dtype(stored)) > 1, {}
     for name, found in stats.items():
         entry = stored.tensors[name].entry
@@ -195,7 +195,7 @@ def _left_out(count: int) -> Iterator[str]:
 
 
 def shape_text(shape: Iterable[int]) -> str:
-    """A shape as people write it: 768 x 3072.
+    """A shape in words: 768 x 3072.
 
     >>> shape_text((768, 3072)), shape_text(())
     ('768 x 3072', 'one number')

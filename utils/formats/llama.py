@@ -1,7 +1,7 @@
-"""Llama [Touvron et al. 2023] and the families that differ from it in a few points; SmolLM and SmolLM2 are Llamas.
+"""Llama [Touvron et al. 2023], and what the families that differ from it in a few points share.
 
-Rotary positions in the half-split layout, as ours (files of Meta itself interleave the channels), RMS norms, gated
-MLPs, grouped-query attention.
+Rotary positions in the half-split layout, like ours (Meta's own files interleave the channels), RMS norms, gated MLPs,
+grouped-query attention. SmolLM and SmolLM2 are Llamas.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ HOLDS: dict[str, tuple[Any, ...]] = {
     "logit_softcap": (None,),
     "head_bias": (False,),
 }
-MOST_POSITIONS = 65536  # of our setting block_size; rotary positions have no weights, so any part of a context fits
+MOST_POSITIONS = 65536  # the largest block_size; rotary positions have no weights, so a model can be cut to any context
 
 
 def read_shared(config: ForeignConfig) -> dict[str, Any]:
-    """The settings that all families like Llama have; without biases."""
+    """The settings that Llama-like families have in common, without biases."""
     config.only("hidden_act", "silu")
     config.skip("attention_dropout")
     context = config.integer("max_position_embeddings", 2048)
@@ -71,7 +71,7 @@ def read_shared(config: ForeignConfig) -> dict[str, Any]:
 
 
 def write_shared(config: ModelConfig) -> dict[str, Any]:
-    """The keys of config.json that all families like Llama have."""
+    """The keys of config.json that Llama-like families have in common."""
     return {
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,

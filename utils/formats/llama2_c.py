@@ -15,13 +15,14 @@ from utils.config.loader import Setting
 from utils.errors import UserError
 from utils.files import read_named
 from utils.formats.c_files import Layout
-from utils.formats.foreign import Foreign
+from utils.formats.foreign import Foreign, unstacked
+from utils.formats.table import half_split
 from utils.tokenization.protocol import VERSION
 
 TOKENIZER = "tokenizer.bin"
 TOKENIZER_BYTES = 64 << 20
-SPACE = "▁"  # what SentencePiece has in the place of a space
-NAMES = {  # there -> here
+SPACE = "▁"  # what SentencePiece writes for a space
+NAMES = {  # there -> here; freqs_cos and freqs_sin are not needed, and q, k and v are one matrix
     "tok_embeddings": "token_embedding.weight",
     "layers.*.attention_norm": "blocks.*.attention_norm.weight",
     "layers.*.ffn_norm": "blocks.*.mlp_norm.weight",
@@ -32,8 +33,7 @@ NAMES = {  # there -> here
     "norm": "final_norm.weight",
     "output": "head.weight",
 }
-QKV = ("layers.*.wq", "layers.*.wk", "layers.*.wv")  # one matrix here: blocks.*.attention.qkv.weight
-POSITIONS = ("freqs_cos", "freqs_sin")  # which follow from the configuration
+QKV = ("layers.*.wq", "layers.*.wk", "layers.*.wv")
 
 
 def read_llama2_c(path: Path, layout: Layout) -> Foreign:
@@ -49,14 +49,7 @@ def read_llama2_c(path: Path, layout: Layout) -> Foreign:
     fixed = {"norm": "rmsnorm", "norm_eps": 1e-5, "mlp": "swiglu", "position": "rope", "rope_theta": 10000.0}
     settings |= {key: Setting(value, program) for key, value in {**fixed, "bias": False}.items()}
     stacked = map_entries(path, layout.tensors)
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in stacked.items():
-        if name in QKV or name in POSITIONS:
-            continue
-        if "*" in name:
-            weights |= {NAMES[name].replace("*", str(layer)): part for layer, part in enumerate(tensor)}
-        else:
-            weights[NAMES[name]] = tensor
+    weights = unstacked({name: tensor for name, tensor in stacked.items() if name in NAMES}, NAMES)
     for layer in range(sizes.n_layer):
         q, k, v = (stacked[name][layer] for name in QKV)
         parts = (half_split(q, sizes.n_head), half_split(k, sizes.n_kv_head), v)
@@ -67,25 +60,16 @@ def read_llama2_c(path: Path, layout: Layout) -> Foreign:
     return foreign
 
 
-def half_split(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows (H D, C) of queries or keys in our order: there, rotary positions rotate channels 2 i and 2 i + 1 of a
-    head; here, i and i + D / 2.
-    """
-    rows, C = weight.shape
-    pairs = weight.reshape(heads, rows // heads // 2, 2, C)
-    return pairs.transpose(1, 2).reshape(rows, C)
-
-
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in a tokenizer.bin: pieces of SentencePiece with their scores, from which its merges follow.
+    """The tokenizer in a tokenizer.bin: the pieces of SentencePiece with their scores, from which the merges follow.
 
     Raises:
-        UserError: it is damaged, or has fewer pieces than the model has tokens.
+        UserError: the file is damaged, or has fewer pieces than the model has tokens.
     """
     pieces = _pieces(path, vocab_size)
     ids = {piece: number for number, (piece, _) in enumerate(pieces)}
     if len(ids) < len(pieces):
-        raise UserError(f"{path}: a piece is in it twice")
+        raise UserError(f"{path}: a piece appears twice")
     learned = [(piece, score) for piece, score in pieces[3:] if len(piece) > 1 and not _is_byte(piece)]
     merges = []
     for piece, score in learned:
@@ -124,7 +108,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
 
 
 def _pieces(path: Path, vocab_size: int) -> list[tuple[str, float]]:
-    """Text and score of each piece; the first three are <unk>, <s> and </s>.
+    """The text and score of each piece; the first three pieces are <unk>, <s> and </s>.
 
     Raises:
         UserError: the file ends too early, or is larger than any vocabulary.

@@ -16,7 +16,7 @@ from utils.config.loader import Setting
 from utils.errors import UserError
 from utils.files import open_named
 from utils.formats.c_files import LLM_C_HEADER, Layout
-from utils.formats.foreign import GPT2_BLOCK, MOMENTS, Foreign
+from utils.formats.foreign import GPT2_BLOCK, MOMENTS, Foreign, unstacked
 
 STATE_MAGIC, STATE_VERSION = 20240527, 1
 NAMES = {  # there -> here; the rows of queries, keys and values are stacked in the same order
@@ -29,7 +29,7 @@ NAMES = {  # there -> here; the rows of queries, keys and values are stacked in 
 
 
 def read_llm_c(path: Path, layout: Layout) -> Foreign:
-    """The model in a file of llm.c, with the state of its optimizer if that is beside it.
+    """The model in a file of llm.c, with the state of its optimizer if there is one beside it.
 
     Raises:
         UserError: the file cannot be read, or the state is of another model.
@@ -47,14 +47,14 @@ def read_llm_c(path: Path, layout: Layout) -> Foreign:
     foreign.step = foreign.updates = int(number[1])
     states = sorted(path.parent.glob(f"state_{number[1]}_*.bin"))
     if len(states) > 1:
-        foreign.notes.append(f"the state of the optimizer is in {len(states)} parts, of which none is read")
+        foreign.notes.append(f"the state of the optimizer is in {len(states)} parts, so it was left out")
     elif states:
         _add_state(foreign, states[0], layout)
     return foreign
 
 
 def _add_state(foreign: Foreign, path: Path, layout: Layout) -> None:
-    """Take the moments of AdamW from a state file, and the weights in float32 that it may have."""
+    """Take the moments of AdamW from a state file, and the float32 weights if it has them."""
     try:
         with open_named(path) as file:
             header, size = file.read(LLM_C_HEADER), os.fstat(file.fileno()).st_size
@@ -89,11 +89,5 @@ def _add_state(foreign: Foreign, path: Path, layout: Layout) -> None:
 
 
 def _ours(stacked: Mapping[str, torch.Tensor], vocab_size: int) -> dict[str, torch.Tensor]:
-    """The tensors by our names, one for each layer, without the rows that pad the vocabulary."""
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in stacked.items():
-        if "*" in name:
-            found |= {NAMES[name].replace("*", str(layer)): part for layer, part in enumerate(tensor)}
-        else:
-            found[NAMES[name]] = tensor[:vocab_size] if name == "wte" else tensor
-    return found
+    """The tensors by our names, unstacked into layers, without the rows that pad the vocabulary."""
+    return unstacked({**stacked, "wte": stacked["wte"][:vocab_size]}, NAMES)

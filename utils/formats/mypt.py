@@ -21,6 +21,7 @@ from utils.tokenization.protocol import VERSION
 
 MODEL, CONFIG, TOKENIZER, STATE = "model.pt", EXPORT_CONFIG_FILE, TOKENIZER_FILE, "training_state.json"
 OPTIMIZER = "optimizer.pt"
+GPT = "MyPT's GPT"
 TOKENIZER_BYTES = 16 << 20
 NAMES = {  # there -> here
     "token_embedding_table.weight": "token_embedding.weight",
@@ -45,9 +46,8 @@ NAMES = {  # there -> here
     "lm_head.weight": "head.weight",
     "lm_head.bias": "head.bias",
 }
-HERE: dict[str, str | None] = {  # names of config.json that are looked after below
-    **dict.fromkeys(("vocab_size", "bias", "tie_weights", "device", "batch_size", "rope_scale"))
-}
+# Keys of config.json that are translated below.
+HANDLED = ("vocab_size", "bias", "tie_weights", "device", "batch_size", "rope_scale")
 
 
 def is_mypt(folder: Path) -> bool:
@@ -58,7 +58,7 @@ def read_mypt(folder: Path) -> Foreign:
     """The model in a folder of MyPT, with its tokenizer and the state of its optimizer.
 
     Raises:
-        UserError: it has something that this workbench cannot represent, by its name.
+        UserError: it has something that cannot be represented here, which the message names.
     """
     config = _object(folder / CONFIG, CONFIG_BYTES)
     vocab_size = number(config, "vocab_size", f"{folder / CONFIG}", 1 << 24)
@@ -68,14 +68,14 @@ def read_mypt(folder: Path) -> Foreign:
     tensors = {name: tensor for name, tensor in tensors_of(pickled, f"{folder / MODEL}").items() if "tril" not in name}
     if any(".sa.heads." in name for name in tensors):
         raise UserError(
-            f"{folder / MODEL}: blocks.*.sa.heads: of a first version of MyPT, whose MLP has ReLU, which no mlp here is"
+            f"{folder / MODEL}: blocks.*.sa.heads: an early version of MyPT, whose MLP has ReLU; no mlp here has that"
         )
     if config.get("rope_scale", 1.0) != 1.0:
         raise UserError(f"{folder / CONFIG}: rope_scale: expected 1, got {shown(config['rope_scale'])}")
 
     notes: list[str] = []
-    settings = settings_of(config, CONFIG, notes, HERE)
-    weights = _ours(tensors, folder / MODEL)
+    settings = settings_of(config, CONFIG, notes, HANDLED)
+    weights = renamed(tensors, NAMES, folder / MODEL, GPT)
     settings |= _layers(config, weights)
     if "device" in config:
         notes.append(f"device = {shown(config['device'])} is not taken over: the device is chosen again")
@@ -90,7 +90,7 @@ def read_mypt(folder: Path) -> Foreign:
     if isinstance(training := state.get("training_config"), dict):
         foreign.settings |= {
             key: setting
-            for key, setting in settings_of(training, f"{STATE}: training_config", notes, {"batch_size": None}).items()
+            for key, setting in settings_of(training, f"{STATE}: training_config", notes, ("batch_size",)).items()
             if key not in foreign.settings
         }
     if (folder / OPTIMIZER).is_file():
@@ -100,15 +100,18 @@ def read_mypt(folder: Path) -> Foreign:
             notes.append(f"{OPTIMIZER} is not the state of MyPT's AdamW, so it was left out")
         else:
             by_kind, foreign.updates = found
-            foreign.moments = {kind: _ours(of_kind, folder / OPTIMIZER) for kind, of_kind in by_kind.items()}
+            foreign.moments = {
+                kind: renamed(of_kind, NAMES, folder / OPTIMIZER, GPT) for kind, of_kind in by_kind.items()
+            }
             notes.append("weight decay includes the embeddings here, which MyPT leaves out")
     return foreign
 
 
 def _layers(config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, Setting]:
-    """The settings of the model that its layers say; biases that only some layers have are zero in the others.
+    """The settings of the model that follow from its tensors.
 
-    `weights` gets these zeros, and a head of its own.
+    If only some layers have biases, zeros are added to `weights` for the others. The head is added or removed according
+    to whether it is tied to the embedding.
     """
     gated, rms = "blocks.0.mlp.gate.weight" in weights, "final_norm.bias" not in weights
     learned = "position_embedding.weight" in weights
@@ -139,25 +142,16 @@ def _layers(config: Mapping[str, Any], weights: dict[str, torch.Tensor]) -> dict
 
 
 def _orders(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> list[list[str]]:
-    """Orders of the parameters in the optimizer: in two groups, with and without weight decay; or in one."""
+    """Possible orders of the parameters in the optimizer: in groups with and without weight decay, or in one group."""
     tied = config.get("tie_weights") is True
     names = [name for name in tensors if not (tied and name == "lm_head.weight")]
-    # MyPT's own rule, which decides by name; the moments lie in this order.
+    # MyPT's own rule for parameters without weight decay.
     kept = [name for name in names if tensors[name].dim() == 1 or "embedding" in name or "ln" in name]
     return [[name for name in names if name not in kept] + kept, names]
 
 
-def _ours(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, tensor in tensors.items():
-        if (ours := renamed(NAMES, name)) is None:
-            raise UserError(f"{path}: {name} is not a tensor of MyPT's GPT")
-        found[ours] = tensor
-    return found
-
-
 def _tokenizer(path: Path, notes: list[str]) -> tuple[Tokenizer | None, str | None]:
-    """The tokenizer in a folder of MyPT, or its kind, of which there are local files.
+    """The tokenizer in a folder of MyPT and None; or for gpt2, None and the kind.
 
     Raises:
         UserError: the file is damaged.
@@ -168,13 +162,13 @@ def _tokenizer(path: Path, notes: list[str]) -> tuple[Tokenizer | None, str | No
         if not isinstance(characters, list) or not all(isinstance(c, str) and len(c) == 1 for c in characters):
             raise UserError(f"{path}: chars: expected a list of characters")
         if len(set(characters)) < len(characters):
-            raise UserError(f"{path}: chars: a character is in it twice")
+            raise UserError(f"{path}: chars: a character appears twice")
         own = {"type": "char", "version": VERSION, "vocabulary": characters, "unknown_token": None}
         return tokenizer_from_json(own, str(path)), None
     if kind != "gpt2":
         raise UserError(f"{path}: token_kind: expected char or gpt2, got {shown(kind)}")
     if special := state.get("special_token_encoder"):
-        notes.append(f"{len(special)} special tokens of {TOKENIZER} have no counterpart: gpt2 has <|endoftext|> alone")
+        notes.append(f"{len(special)} special tokens of {TOKENIZER} have no counterpart: gpt2 has only <|endoftext|>")
     return None, kind
 
 
@@ -182,7 +176,7 @@ def _object(path: Path, limit: int) -> dict[str, Any]:
     """The JSON object in a small file.
 
     Raises:
-        UserError: it cannot be read, is larger than `limit` bytes, or something else.
+        UserError: it cannot be read, is larger than `limit` bytes, or is not an object.
     """
     try:
         value = json.loads(read_named(path, limit))

@@ -12,6 +12,7 @@ from utils.config.loader import Setting
 from utils.errors import UserError
 from utils.formats.foreign import GPT2_BLOCK, Foreign, adamw_moments, number, renamed, settings_of, tensors_of
 
+GPT = "nanoGPT's GPT"
 NAMES = {  # there -> here; the rows of queries, keys and values are stacked in the same order
     "transformer.wte.weight": "token_embedding.weight",
     "transformer.wpe.weight": "position_embedding.weight",
@@ -24,15 +25,13 @@ NAMES = {  # there -> here; the rows of queries, keys and values are stacked in 
     "transformer.ln_f.bias": "final_norm.bias",
 }
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"  # tied
-GPT2_ROWS = (50257, 50304)  # of the embedding: the tokens of GPT-2, or as many as divide well
-MASK = ".attn.bias"  # a buffer of old versions
+GPT2_ROWS = (50257, 50304)  # of the embedding: the tokens of GPT-2, alone or padded to a multiple of 64
+MASK = ".attn.bias"  # a buffer in old versions
 KEYS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-HERE: dict[str, str | None] = {  # names of its configuration that need more than a table
-    **dict.fromkeys((*KEYS, "bias", "dropout", "batch_size", "gradient_accumulation_steps", "dataset", "decay_lr")),
-    "device": None,
-    "dtype": None,
-    "compile": None,
-}
+HANDLED = (  # names in its configuration that are translated below
+    *(*KEYS, "bias", "dropout", "batch_size", "gradient_accumulation_steps", "decay_lr"),
+    *("dataset", "device", "dtype", "compile"),
+)
 
 
 def is_nanogpt(checkpoint: Any) -> bool:
@@ -43,13 +42,13 @@ def read_nanogpt(path: Path, checkpoint: Mapping[str, Any]) -> Foreign:
     """The model in a checkpoint of nanoGPT, with the state of its optimizer.
 
     Raises:
-        UserError: it has something else than nanoGPT's GPT, by its name.
+        UserError: it has something that nanoGPT's GPT does not have, which the message names.
     """
     arguments, config, source = checkpoint["model_args"], checkpoint.get("config") or {}, path.name
     if not isinstance(arguments, dict) or not isinstance(config, dict):
         raise UserError(f"{path}: model_args and config: expected settings by name")
     if "dim" in arguments:
-        raise UserError(f"{path}: a checkpoint of llama2.c: its export.py makes the model.bin that is read here")
+        raise UserError(f"{path}: a checkpoint of llama2.c: its export.py writes a model.bin, which can be read here")
     sizes = {key: number(arguments, key, f"{path}: model_args", 1 << 24) for key in KEYS}
     tensors = tensors_of(checkpoint["model"], f"{path}: model")
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASK) or tensor.dim() != 4}
@@ -60,20 +59,15 @@ def read_nanogpt(path: Path, checkpoint: Mapping[str, Any]) -> Foreign:
         raise UserError(f"{path}: {HEAD} is not {EMBEDDING}: nanoGPT ties the two")
 
     notes: list[str] = []
-    settings = settings_of(config, f"{source}: config", notes, HERE)
-    settings |= settings_of(
-        {key: value for key, value in arguments.items() if key not in ("vocab_size", "bias")},
-        f"{source}: model_args",
-        notes,
-        {},
-    )
+    settings = settings_of(config, f"{source}: config", notes, HANDLED)
+    settings |= settings_of(arguments, f"{source}: model_args", notes, ("vocab_size", "bias"))
     layers = f"{source}: layers"
     settings |= {
         "bias": Setting(any(name.endswith(".bias") for name in tensors), layers),
         **{key: Setting(value, layers) for key, value in (("mlp", "gelu"), ("norm", "layernorm"))},
     }
     settings |= _training(config, f"{source}: config", notes)
-    weights = _ours(tensors, path)
+    weights = renamed(tensors, NAMES, path, GPT)
     foreign = Foreign("nanoGPT", path, settings, weights, sizes["vocab_size"], notes=notes)
     if sizes["vocab_size"] in GPT2_ROWS:
         foreign.tokenizer_kind = "gpt2"
@@ -84,10 +78,10 @@ def read_nanogpt(path: Path, checkpoint: Mapping[str, Any]) -> Foreign:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     matrices = [name for name in tensors if tensors[name].dim() > 1]
     vectors = [name for name in tensors if tensors[name].dim() < 2]
-    orders = [[*matrices, *vectors], [*sorted(matrices), *sorted(vectors)]]  # the second: of its first versions
+    orders = [[*matrices, *vectors], [*sorted(matrices), *sorted(vectors)]]  # the second is that of its first versions
     if (found := adamw_moments(checkpoint.get("optimizer"), orders, shapes)) is not None:
         by_kind, foreign.updates = found
-        foreign.moments = {kind: _ours(of_kind, path) for kind, of_kind in by_kind.items()}
+        foreign.moments = {kind: renamed(of_kind, NAMES, path, GPT) for kind, of_kind in by_kind.items()}
     elif checkpoint.get("optimizer"):
         notes.append("the state of the optimizer is not that of nanoGPT's AdamW, so it was left out")
     return foreign
@@ -96,7 +90,7 @@ def read_nanogpt(path: Path, checkpoint: Mapping[str, Any]) -> Foreign:
 def _training(config: Mapping[str, Any], source: str, notes: list[str]) -> dict[str, Setting]:
     """The settings of training that mean something else here.
 
-    There, batch_size is that of a micro-step; here, it is the whole of an update.
+    nanoGPT's batch_size is that of a micro-step, ours that of an update.
     """
     settings = {}
     micro_batch, steps = config.get("batch_size"), config.get("gradient_accumulation_steps", 1)
@@ -117,12 +111,3 @@ def _training(config: Mapping[str, Any], source: str, notes: list[str]) -> dict[
         if name in config:
             notes.append(f"{name} = {config[name]} is not taken over: {why}")
     return settings
-
-
-def _ours(tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, tensor in tensors.items():
-        if (ours := renamed(NAMES, name)) is None:
-            raise UserError(f"{path}: {name} is not a tensor of nanoGPT's GPT")
-        found[ours] = tensor
-    return found

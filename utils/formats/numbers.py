@@ -1,4 +1,4 @@
-"""The numbers of stored tensors, a bounded part at a time: sums over them, and how two of them differ."""
+"""Statistics of stored tensors and differences between them, read a part at a time so that memory is bounded."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from utils.checkpoints.tensors import DTYPES
 from utils.errors import UserError
 from utils.files import open_named
 from utils.formats.inspection import module_of
-from utils.formats.stored import Place, Stored
+from utils.formats.stored import Location, Stored
 
-PART_ELEMENTS = 1 << 20  # of a tensor, that are looked at together
+PART_ELEMENTS = 1 << 20  # elements that are read at a time
 
 
-def parts(name: str, place: Place) -> Iterator[torch.Tensor]:
-    """The numbers of a tensor in float64, (n,) for n up to PART_ELEMENTS; float64 holds each exactly.
+def parts(name: str, location: Location) -> Iterator[torch.Tensor]:
+    """The elements of a tensor as float64 (n,), n <= PART_ELEMENTS. Only integers beyond 2**53 are rounded.
 
     Raises:
-        UserError: torch has no such type, or the file cannot be read.
+        UserError: torch does not have the type, or the file cannot be read.
     """
-    path, entry = place.file, place.entry
+    path, entry = location.file, location.entry
     if entry.dtype not in DTYPES:
         raise UserError(f"{path}: {name}: torch has no type for {entry.dtype}")
     dtype = DTYPES[entry.dtype]
     with ExitStack() as stack:
-        ranges = iter(place.ranges)
+        ranges = iter(location.ranges)
         file, left = None, 0
         for start in range(0, entry.elements, PART_ELEMENTS):
             buffer = torch.empty(min(PART_ELEMENTS, entry.elements - start), dtype=dtype)
@@ -49,7 +49,7 @@ def parts(name: str, place: Place) -> Iterator[torch.Tensor]:
 
 @contextlib.contextmanager
 def _opened(path: Path, begin: int) -> Iterator[BinaryIO]:
-    """A file, read from a place on."""
+    """A file, opened at byte `begin`."""
     try:
         with open_named(path) as file:
             file.seek(begin)
@@ -59,19 +59,21 @@ def _opened(path: Path, begin: int) -> Iterator[BinaryIO]:
 
 
 def _read(file: BinaryIO, path: Path, memory: memoryview) -> int:
-    """Fill memory; returns its length."""
+    """Fill `memory` from a file and return its length."""
     if file.readinto(memory) < len(memory):  # type: ignore[attr-defined]
         raise UserError(f"{path}: became shorter while it was read")
     return len(memory)
 
 
 def statistics(stored: Stored) -> dict[str, dict[str, float | int]]:
-    """Of each tensor: its norm and largest absolute value, over finite numbers; zeros; and how many are not finite."""
+    """For each tensor: the norm and the largest absolute value of its finite elements, and the number of zeros and of
+    elements that are not finite.
+    """
     found: dict[str, dict[str, float | int]] = {}
-    for name, place in stored.tensors.items():
+    for name, location in stored.tensors.items():
         squares = largest = 0.0
         zeros = nonfinite = 0
-        for part in parts(name, place):
+        for part in parts(name, location):
             finite = part.isfinite()
             nonfinite += part.numel() - int(finite.sum())
             part = part.where(finite, 0.0).abs_()
@@ -84,37 +86,37 @@ def statistics(stored: Stored) -> dict[str, dict[str, float | int]]:
 
 @dataclass
 class Change:
-    """How the numbers of two tensors, or of the tensors of a layer, differ.
+    """How the elements of two tensors, or of all tensors of a layer, differ.
 
-    squares, of_change: sums of the squares of A, and of B - A, over what is finite in both. nonfinite: numbers that
-    are finite in one of the two only.
+    a_squares, change_squares: sums of squares of A and of B - A, over the elements that are finite in both.
+    nonfinite: elements that differ and are not finite in A or in B.
     """
 
     elements: int = 0
     changed: int = 0
     largest: float = 0.0
-    squares: float = 0.0
-    of_change: float = 0.0
+    a_squares: float = 0.0
+    change_squares: float = 0.0
     nonfinite: int = 0
 
     @property
     def relative(self) -> float:
-        """The norm of the difference over the norm of A; infinite for a change of zeros."""
-        if self.of_change == 0:
+        """The norm of B - A over the norm of A; infinite if A is all zeros and B is not."""
+        if self.change_squares == 0:
             return 0.0
-        return math.sqrt(self.of_change / self.squares) if self.squares else math.inf
+        return math.sqrt(self.change_squares / self.a_squares) if self.a_squares else math.inf
 
     def add(self, other: Change) -> None:
         self.elements += other.elements
         self.changed += other.changed
         self.largest = max(self.largest, other.largest)
-        self.squares += other.squares
-        self.of_change += other.of_change
+        self.a_squares += other.a_squares
+        self.change_squares += other.change_squares
         self.nonfinite += other.nonfinite
 
 
-def change(name: str, a: Place, b: Place) -> Change:
-    """How tensor B differs from tensor A, of the same shape."""
+def change(name: str, a: Location, b: Location) -> Change:
+    """How tensor B differs from tensor A; they have the same shape."""
     found = Change(elements=a.entry.elements)
     for of_a, of_b in zip(parts(name, a), parts(name, b), strict=True):
         finite = of_a.isfinite() & of_b.isfinite()
@@ -122,9 +124,9 @@ def change(name: str, a: Place, b: Place) -> Change:
         found.changed += int((~same).sum())
         found.nonfinite += int((~finite & ~same).sum())
         of_a, of_b = of_a.where(finite, 0.0), of_b.where(finite, 0.0)
-        found.squares += float(of_a.dot(of_a))
+        found.a_squares += float(of_a.dot(of_a))
         of_b -= of_a
-        found.of_change += float(of_b.dot(of_b))
+        found.change_squares += float(of_b.dot(of_b))
         found.largest = max(found.largest, float(of_b.abs_().max()))
     return found
 
@@ -139,7 +141,7 @@ class Difference:
     layers: dict[str, Change]
     only_a: list[str]
     only_b: list[str]
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # of tensors that have two
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]  # of tensors whose shapes differ
     types: dict[str, tuple[str, str]]
 
     @property

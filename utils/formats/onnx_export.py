@@ -1,4 +1,4 @@
-"""The export for the many programs that run ONNX: one step of the model with a cache of fixed capacity."""
+"""The export for programs that run ONNX: one step of the model, with a cache of fixed capacity."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.formats.table import FormatError
 from utils.inference.evaluation import evaluating
 
 MODEL = "model.onnx"
-PACKAGES = ("onnx", "onnxscript")  # that torch.onnx needs
+PACKAGES = ("onnx", "onnxscript")  # needed by torch.onnx
 LOADING = """
 import numpy as np
 import onnxruntime
@@ -40,51 +40,50 @@ while len(ids) < min(50, shape[3]):
 print(tokenizer.decode(ids))
 """
 NOTE = (
-    "The graph is one step: input_ids (1, T) after `position` earlier tokens; keys and values go in and come out. "
+    "The graph computes one step: input_ids (1, T) follow `position` earlier tokens; keys and values are its cache. "
     "The cache holds {capacity:,} tokens and does not slide."
 )
 
 
 def export_onnx(
     source: Source,
-    place: Path,
+    folder: Path,
     *,
     licence: str | None = None,
-    check: Callable[[Path], None] = lambda folder: None,
+    check: Callable[[Path], None] = lambda path: None,
 ) -> dict[str, Any]:
     """Write a model as an ONNX graph, in float32, with its tokenizer.json.
 
     Args:
-        place: the folder; an older export is replaced.
+        folder: where to write; an older export is replaced.
         licence: of the weights, for the model card.
-        check: is given the folder before it is renamed; an exception deletes it.
+        check: called with the hidden folder before it is renamed; if it raises, that is deleted.
 
     Returns:
-        What was written: architecture, folder, files, bytes.
+        What was written: architecture, folder, files, bytes, dtype, notes.
 
     Raises:
-        UserError: something of the model that the format cannot hold, before anything is written.
+        UserError: the format cannot hold the model, or a package is missing; raised before anything is written.
     """
     _check_packages()
     config = source.model.config
     if config.ngram_rows:
         rows = ", ".join(map(str, config.ngram_rows))
-        raise FormatError(f"the graph of ONNX cannot hold this model: ngram_rows {rows}, which need earlier tokens")
+        raise FormatError(f"an ONNX graph cannot hold this model: ngram_rows {rows}, which need earlier tokens")
     specification = source.tokenizer.huggingface()
     notes = ["The format is ONNX.", NOTE.format(capacity=config.block_size)]
-    with new_folder(place) as hidden:
+    with new_folder(folder) as hidden:
         with evaluating(source.model):
             write_graph(source.model, hidden / MODEL)
         write_atomic(hidden / TOKENIZER, specification)
-        tags = {"library_name": "onnxruntime", "pipeline_tag": "text-generation"}
-        card = model_card(source, tags, LOADING.replace("PATH", place.name), licence, notes)
+        card = model_card(source, "onnxruntime", LOADING.replace("PATH", folder.name), licence, notes)
         write_atomic(hidden / MARKER, card)
         check(hidden)
         files = sorted(path for path in hidden.iterdir() if path.name.startswith(MODEL))
         size = sum(path.stat().st_size for path in files)
     return {
         "architecture": "an ONNX graph",
-        "folder": place,
+        "folder": folder,
         "files": [path.name for path in files],
         "bytes": size,
         "dtype": "float32",
@@ -93,7 +92,7 @@ def export_onnx(
 
 
 def _check_packages() -> None:
-    """Raises UserError unless what torch.onnx needs is installed."""
+    """Raises UserError unless the packages that torch.onnx needs are installed."""
     for name in PACKAGES:
         try:
             importlib.import_module(name)

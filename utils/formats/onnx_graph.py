@@ -1,4 +1,4 @@
-"""The model as an ONNX graph: one step with a cache of fixed capacity, which goes in and comes out."""
+"""The model as an ONNX graph: one step, with a cache of fixed capacity as input and output."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from utils.terminal.streams import without_warnings
 
 INPUTS = ("input_ids", "position", "keys", "values")
 OUTPUTS = ("logits", "new_keys", "new_values")
-LARGEST_FILE = 1 << 30  # bytes; beyond 2 GiB a file must keep its weights in another one
+LARGEST_FILE = 1 << 30  # bytes; a graph of more than 2 GiB must keep its weights in another file
 OPSET = 20
 
 
 class _Cache:
-    """A KVCache without state of its own, for one sequence.
+    """A KVCache for one sequence that does not change its inputs.
 
-    keys, values: (L, 1, K, S, D), S = capacity; `new_keys` and `new_values` are those of each layer afterwards.
+    keys, values: (L, 1, K, S, D), S = capacity. `new_keys` and `new_values` collect the updated (1, K, S, D) of each
+    layer.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, model: LanguageModel) -> None:
@@ -32,7 +33,7 @@ class _Cache:
         self.new_keys: list[torch.Tensor] = []
         self.new_values: list[torch.Tensor] = []
         slots = torch.arange(keys.size(3))
-        self._back = positions[:, None] - slots  # (T, S), to the token in a slot
+        self._back = positions[:, None] - slots  # (T, S), distance from a new token to that in a slot
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """As in KVCache."""
@@ -51,10 +52,10 @@ class _Cache:
 
 
 class CachedStep(nn.Module):
-    """Logits of new tokens and the cache with them.
+    """Compute the logits of new tokens, and the cache with these tokens added.
 
-    Inputs: input_ids (1, T); position, (), the number of tokens before them; keys and values (L, 1, K, S, D), zeros at
-    the start of a text. position + T <= S. Outputs: logits (1, T, V); the new keys and values.
+    Inputs: input_ids (1, T); position (), the number of earlier tokens; keys and values (L, 1, K, S, D), zeros at the
+    start of a text. position + T <= S. Outputs: logits (1, T, V); the new keys and values.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -79,14 +80,14 @@ class CachedStep(nn.Module):
 
 
 def cache_shape(model: LanguageModel) -> tuple[int, ...]:
-    """(L, 1, K, S, D) of the keys and of the values; S is the context of the model."""
+    """The shape (L, 1, K, S, D) of keys and of values; S is the context of the model."""
     config = model.config
     return config.n_layer, 1, config.kv_heads, config.block_size, config.head_width
 
 
 def write_graph(model: LanguageModel, path: Path) -> None:
-    """Write the step of a model on the CPU in eval mode; a large one keeps its weights in PATH.data."""
-    T = min(3, model.config.block_size)  # any number: the graph is for all
+    """Write the step of a model, which is on the CPU and in eval mode; the weights of a large one go to PATH.data."""
+    T = min(3, model.config.block_size)  # only an example: the graph accepts any T
     empty = torch.zeros(cache_shape(model))
     example = (torch.zeros(1, T, dtype=torch.int64), torch.tensor(0), empty, empty.clone())
     tokens = {1: torch.export.Dim.DYNAMIC} if T > 1 else {}

@@ -1,13 +1,13 @@
-"""A folder with a model of transformers, opened for reading: what it is, its tokenizer and its weights.
+"""A folder with a model of transformers, opened for reading: its architecture, its tokenizer and its weights.
 
-Nothing of the model is allocated before its configuration, the names and the shapes of all tensors are checked.
+The configuration and the names and shapes of all tensors are checked before any memory is allocated for the model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,23 @@ from utils.formats.families import family_of
 from utils.formats.foreign_config import ForeignConfig, our_config
 from utils.formats.foreign_files import read_bounded, read_bounded_json
 from utils.formats.shards import LOADABLE, Shards, check_regular
-from utils.formats.table import Family, FormatError, Place, our_shapes, places, read_places, without_places
+from utils.formats.table import Family, FormatError, Place, names_in_table, our_shapes, places, read_places
 from utils.tokenization.subwords import LARGEST_VOCABULARY
 
 CONFIG, GENERATION, TOKENIZER = "config.json", "generation_config.json", "tokenizer.json"
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 CHAT_TEMPLATE, CARD = "chat_template.jinja", "README.md"
-HEAD = "lm_head.weight"  # of all families
+HEAD = "lm_head.weight"  # in all families
 
 
 @dataclass(frozen=True)
 class Pretrained:
     """A model of transformers in a folder.
 
-    config: the architecture in our settings; block_size is its whole context.
-    foreign: its config.json.
+    config: the architecture in our settings, with the whole context as block_size.
+    foreign: the content of config.json.
     unknown: keys of config.json that have no counterpart and are not used.
+    their_names: names of tensors in the files, by their names in the table of the family.
     """
 
     folder: Path
@@ -46,14 +47,14 @@ class Pretrained:
     foreign: Mapping[str, Any]
     unknown: list[str]
     shards: Shards
-    their_names: Mapping[str, str]  # in a file, by the name in the table
+    their_names: Mapping[str, str]
     places: list[Place]
 
     def tokenizer(self) -> Tokenizer:
-        """The model's own tokenizer, whose vocabulary has as many ids as the model has rows.
+        """The model's own tokenizer, with as many ids as the embedding has rows.
 
         Raises:
-            TokenizerError: there is no tokenizer.json, or it has more tokens than the model.
+            TokenizerError: there is no tokenizer.json, or it has more tokens than the embedding has rows.
         """
         path = self.folder / TOKENIZER
         if not path.exists():
@@ -63,7 +64,7 @@ class Pretrained:
             raise TokenizerError(
                 f"{self.folder}: no {TOKENIZER}"
                 + (f", only {others[0]}: AutoTokenizer.from_pretrained(...).save_pretrained(...) of transformers makes "
-                   f"a {TOKENIZER} of it" if others else "")
+                   f"a {TOKENIZER} from it" if others else "")
             )  # fmt: skip
         check_regular(path)
         return pretrained_tokenizer(path, self.vocab_size)
@@ -73,10 +74,10 @@ class Pretrained:
         return self.shards.get(self.their_names[name])
 
     def load(self, device: torch.device, dtype: torch.dtype, context: int | None = None) -> LanguageModel:
-        """The model in eval mode: each tensor goes straight to its place on the device, in the precision asked for.
+        """The model in eval mode; each tensor is copied straight from its file to the device, in precision `dtype`.
 
         Args:
-            context: the block_size, at most that of the model; None: all of it.
+            context: the block_size, if shorter than that of the model; None for the whole context.
         """
         config = self.with_context(context)
         model = outline(config, self.vocab_size)
@@ -94,17 +95,17 @@ class Pretrained:
         return model.eval()
 
     def with_context(self, context: int | None) -> ModelConfig:
-        """The architecture with a shorter context: of learned positions, the first are kept."""
+        """The architecture with a context of at most `context` tokens; of learned positions the first are kept."""
         if context is None or context >= self.config.block_size:
             return self.config
         return self.config.model_copy(update={"block_size": context})
 
     def places_for(self, config: ModelConfig) -> list[Place]:
-        """The places for a shorter context."""
+        """`places` for an architecture with a shorter context."""
         return places(self.family, config, self.vocab_size)
 
-    def get_cropped(self, config: ModelConfig) -> Any:
-        """`get`, with only the first rows of learned positions where the context is shorter."""
+    def get_cropped(self, config: ModelConfig) -> Callable[[str], torch.Tensor]:
+        """A function like `get`, which returns only the first rows of learned positions if the context is shorter."""
         cropped = {place.theirs for place in self.places if place.ours == "position_embedding.weight"}
 
         def get(name: str) -> torch.Tensor:
@@ -114,11 +115,11 @@ class Pretrained:
         return get
 
     def weights(self, config: ModelConfig) -> Mapping[str, torch.Tensor]:
-        """Our weights by name, each read when it is asked for."""
+        """Our weights by name; each is read when it is accessed."""
         return _Weights(self, config)
 
     def sha256(self) -> str:
-        """Of the bytes of all files with weights, in the order of their names."""
+        """The SHA-256 of all files of weights, one after another in the order of their names."""
         digest = hashlib.sha256()
         for path in self.shards.files:
             with open(path, "rb") as file:
@@ -127,7 +128,7 @@ class Pretrained:
         return digest.hexdigest()
 
     def facts(self) -> dict[str, Any]:
-        """What a run that starts with the model keeps, so that its own export is complete."""
+        """What a run that starts from the model records, so that its own export is complete."""
         found: dict[str, Any] = {"architecture": self.family.architecture, "config": dict(self.foreign)}
         found |= {"generation_config": self._object(GENERATION), "tokenizer_config": self._object(TOKENIZER_CONFIG)}
         for key, token in self._object(SPECIAL_TOKENS).items():
@@ -141,13 +142,13 @@ class Pretrained:
         return found
 
     def _object(self, name: str) -> dict[str, Any]:
-        """The object in a JSON file of the folder; empty without the file."""
+        """The object in a JSON file of the folder; empty if there is no such file."""
         path = self.folder / name
         return read_bounded_json(path) if path.is_file() else {}
 
 
 class _Weights(Mapping[str, torch.Tensor]):
-    """Our weights, each read from the files when it is asked for."""
+    """Our weights by name; each is read from the files when it is accessed."""
 
     def __init__(self, pretrained: Pretrained, config: ModelConfig) -> None:
         self._get = pretrained.get_cropped(config)
@@ -167,10 +168,10 @@ class _Weights(Mapping[str, torch.Tensor]):
 
 
 def open_pretrained(folder: Path) -> Pretrained:
-    """Read the configuration of a model and the headers of its weights, and check that they fit each other.
+    """Read the configuration of a model and the headers of its weights, and check that they agree.
 
     Raises:
-        FormatError, ForeignConfigError: what is missing, damaged or cannot be represented.
+        FormatError, ForeignConfigError: something is missing, damaged or cannot be represented.
     """
     path = folder / CONFIG
     if not folder.is_dir():
@@ -184,7 +185,7 @@ def open_pretrained(folder: Path) -> Pretrained:
     shards = Shards(folder)
     _check_size(config, vocab_size, shards, path)
     expected = places(family, config, vocab_size)
-    their_names = {full: name for name, full in without_places(family, shards.tensors, expected).items()}
+    their_names = {full: name for name, full in names_in_table(family, shards.tensors, expected).items()}
     check_shapes(expected, shards, their_names)
     if config.tie_embeddings:
         _check_tied(expected, shards, their_names)
@@ -200,9 +201,9 @@ def licence_of(card: str) -> str | None:
 
 
 def _check_size(config: ModelConfig, vocab_size: int, shards: Shards, path: Path) -> None:
-    """Raises FormatError for a configuration of a much larger model than its files hold, before anything is made of it.
+    """Raises FormatError if the files are too small for the model that config.json describes.
 
-    Even the shapes of a model with a thousand blocks take a while.
+    This comes first because even the shapes of a model with a thousand blocks take a while.
     """
     numbers = sum(torch.Size(stored.shape).numel() for stored in shards.tensors.values())
     width, attention = config.n_embd, config.n_head * config.head_width
@@ -211,14 +212,14 @@ def _check_size(config: ModelConfig, vocab_size: int, shards: Shards, path: Path
         least += config.block_size * width
     if least > numbers:
         raise FormatError(
-            f"{path} describes a model of at least {least:,} parameters, the files have {numbers:,} numbers"
+            f"{path} describes a model of at least {least:,} parameters, but the files have {numbers:,} numbers"
         )
 
 
 def _check_tied(expected: list[Place], shards: Shards, their_names: Mapping[str, str]) -> None:
-    """Raises FormatError for a head that is not the embedding, although config.json says so.
+    """Raises FormatError if there is a head that differs from the embedding, although config.json ties the two.
 
-    Releases of transformers before 5 take the embedding then; later ones take the head.
+    In this case releases of transformers before 5 use the embedding, later ones the head.
     """
     if HEAD not in shards.tensors:
         return
@@ -226,13 +227,13 @@ def _check_tied(expected: list[Place], shards: Shards, their_names: Mapping[str,
     name = their_names[embedding]
     if shards.tensors[HEAD][1:] != shards.tensors[name][1:] or not torch.equal(shards.get(HEAD), shards.get(name)):
         raise FormatError(
-            f"{shards.folder}: {HEAD} is not {name}, although tie_word_embeddings is true in config.json; false there "
-            "makes it the head of the model"
+            f"{shards.folder}: {HEAD} is not {name}, although tie_word_embeddings is true in config.json; set it to "
+            "false to use this head"
         )
 
 
 def check_shapes(expected: list[Place], shards: Shards, their_names: Mapping[str, str]) -> None:
-    """Raises FormatError unless each place has a tensor of its shape, of a type that is read."""
+    """Raises FormatError unless the files have each tensor, in the expected shape and a type that can be read."""
     differences = []
     for place in expected:
         if place.theirs not in their_names:

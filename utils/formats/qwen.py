@@ -72,7 +72,7 @@ QWEN2 = Family(
     read=read_qwen2,
     write=write_qwen2,
 )
-# A Qwen 2 without a window as the Llama that computes the same, which has a bias of the output projection, too: zeros.
+# Writes a Qwen 2 without a window as a Llama that computes the same; the bias of its output projection is zeros.
 QWEN2_AS_LLAMA = replace(
     LLAMA,
     rows=tuple(replace(row, fill="zeros") if row.theirs.endswith("o_proj.bias") else row for row in ROWS),

@@ -22,7 +22,7 @@ LOADABLE = {"F64", "F32", "F16", "BF16"}
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor is, and what it is."""
+    """The file, shape and type of a tensor."""
 
     file: Path
     shape: Shape
@@ -30,13 +30,13 @@ class StoredTensor(NamedTuple):
 
 
 class Shards:
-    """The tensors of a folder, by name. Their numbers are read from the disk when they are asked for.
+    """The tensors of a folder by name; each is read from its file when it is accessed.
 
     Args:
         folder: with model.safetensors, or with shards and their index.
 
     Raises:
-        FormatError: no weights, a pickle instead, or a damaged file.
+        FormatError: there are no weights, a pickle instead, or a file is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +47,7 @@ class Shards:
             self._add(path, names)
 
     def _files(self) -> Iterator[tuple[Path, set[str] | None]]:
-        """Each file, and the tensors that the index expects in it. As in transformers, one file goes before several."""
+        """Each file, and the tensors that the index expects in it. As in transformers, a single file has priority."""
         if (self.folder / WEIGHTS).is_file():
             yield self.folder / WEIGHTS, None
         elif (self.folder / INDEX).is_file():
@@ -78,7 +78,7 @@ class Shards:
         self.tensors |= {name: StoredTensor(path, entry.shape, entry.dtype) for name, entry in header.tensors.items()}
 
     def get(self, name: str) -> torch.Tensor:
-        """A tensor, in the memory of its file.
+        """A tensor, mapped from its file.
 
         Raises:
             FormatError: the file is damaged.
@@ -98,12 +98,12 @@ class Shards:
 
     @property
     def files(self) -> list[Path]:
-        """The files with tensors, in order."""
+        """The files that have tensors, sorted."""
         return sorted({stored.file for stored in self.tensors.values()})
 
 
 def check_regular(path: Path) -> None:
-    """Raises FormatError unless the file can be opened and no link leads out of the folder of the model."""
+    """Raises FormatError unless the file can be opened without a link that leads out of the folder of the model."""
     try:
         open_regular(path, boundary(path.parent)).close()
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def check_regular(path: Path) -> None:
 
 
 class Entry(NamedTuple):
-    """A tensor to write: its numbers are made when their turn comes."""
+    """A tensor to write; `make` is called when its turn comes."""
 
     name: str
     shape: Shape
@@ -121,14 +121,14 @@ class Entry(NamedTuple):
 
 
 def write_shards(folder: Path, entries: Sequence[Entry], dtype: torch.dtype, shard_bytes: int) -> list[Path]:
-    """Write tensors in their order, into one file or several with an index.
+    """Write tensors in their order, into one file, or into several with an index.
 
     Args:
         dtype: of all tensors in the files.
-        shard_bytes: of one file at most, unless one tensor is larger.
+        shard_bytes: largest size of one file, unless a single tensor is larger.
 
     Returns:
-        The files with tensors.
+        The files that have tensors.
     """
     size_of = {entry.name: torch.Size(entry.shape).numel() * dtype.itemsize for entry in entries}
     groups: list[list[Entry]] = [[]]

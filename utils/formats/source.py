@@ -1,4 +1,4 @@
-"""What is exported: the weights of a run, its tokenizer, and what is known about both."""
+"""The source of an export: the weights of a run, its tokenizer, and the facts that are recorded about them."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from utils.runs.layout import ARTIFACTS, CONFIG, EXPORT, PRETRAINED, RECORD
 class Source:
     """A trained model, ready to be written in another format.
 
-    name: of the run, or of the folder.
-    run: its directory; None for an export alone.
-    training: step, losses and corpus, as its export says.
-    record, settings: run.json and the configuration; empty for an export alone.
-    pretrained: of the published model that training started from: architecture, config, generation_config,
-        tokenizer_config, name, revision; empty without one.
+    name: of the run, or of the folder of an export without a run.
+    run: the directory of the run; None for an export without one.
+    training: step, losses and corpus, from the export.
+    record, settings: run.json and the configuration; empty without a run.
+    pretrained: architecture, config, generation_config, tokenizer_config, name and revision of the published model
+        that training started from, if any.
     """
 
     name: str
@@ -45,7 +45,7 @@ def open_source(name: str, runs_dir: Path) -> Source:
     """The exported weights of the run that `name` names, or of the export at that path, in float32 on the CPU.
 
     Raises:
-        UserError: no such run, it has no export, or a damaged one.
+        UserError: there is no such run, or its export is missing or damaged.
     """
     folder = find_export(name, runs_dir)
     export = load_export(folder, torch.device("cpu"))
@@ -56,11 +56,11 @@ def open_source(name: str, runs_dir: Path) -> Source:
     return Source(run.name, export.model, export.tokenizer, run, export.training, record, settings, pretrained)
 
 
-def default_place(source: Source, format: str) -> Path:
-    """The folder of an export in a run directory.
+def default_folder(source: Source, format: str) -> Path:
+    """The folder in the run directory that an export in `format` is written to by default.
 
     Raises:
-        UserError: it is an export alone.
+        UserError: the source is an export without a run.
     """
     if source.run is None:
         raise UserError(f"{source.name} is an export without its run: --out DIR says where to write")

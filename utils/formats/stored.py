@@ -1,4 +1,4 @@
-"""Where weights lie: the files that WEIGHTS on a command line means, and each tensor in them. Nothing is loaded."""
+"""Find the files that WEIGHTS on a command line means, and the tensors in them, from the headers alone."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
-class Place(NamedTuple):
-    """A tensor in a file; `entry` has its type, shape and range of bytes.
+class Location(NamedTuple):
+    """Where a tensor is stored. `entry` has its type, its shape and the range of its bytes in `file`.
 
-    pieces: files and ranges of its bytes, where its rows are in several; then `entry` says how many bytes there are.
+    pieces: files and ranges of bytes, if the rows are in several files; `entry` then counts bytes from 0.
     """
 
     file: Path
@@ -50,25 +50,25 @@ class Place(NamedTuple):
 class Stored:
     """The tensors of some weights.
 
-    name: what was asked for. files: in which they are, with their sizes.
+    name: what was asked for. files: their sizes in bytes.
     """
 
     name: str
     files: dict[Path, int]
-    tensors: dict[str, Place]
+    tensors: dict[str, Location]
 
 
 def find_weights(text: str, runs_dir: Callable[[], Path]) -> list[Path]:
     """The files of the weights that WEIGHTS on a command line names.
 
-    It is a file; a folder of safetensors, in the format of this project or of Hugging Face; RUN, which is its export,
-    or else its newest checkpoint; RUN:latest, RUN:best or RUN:STEP; or hf:NAME, a folder or a model in the hub's cache.
+    It may be a file; a folder of safetensors, in the format of this project or of Hugging Face; RUN, for its export or
+    else its newest checkpoint; RUN:latest, RUN:best or RUN:STEP; or hf:NAME, a folder or a model in the hub's cache.
 
     Args:
-        runs_dir: gives the folder of the runs, where RUN is looked for.
+        runs_dir: returns the folder of the runs.
 
     Raises:
-        UserError: there is nothing of that name, or only pickles.
+        UserError: there is nothing of this name, or it has only pickles.
     """
     if text.startswith(HUB):
         return _of_folder(_of_hub(text.removeprefix(HUB)))
@@ -77,7 +77,7 @@ def find_weights(text: str, runs_dir: Callable[[], Path]) -> list[Path]:
         return _of_folder(path)
     if os.path.lexists(path) and not path.is_dir():
         return [path]
-    from utils.runs.find import resolve_run  # a tenth of a second, which a file does not need
+    from utils.runs.find import resolve_run  # the import takes a tenth of a second, which a file does not need
     from utils.runs.origin import split_choice
 
     name, which = split_choice(text)
@@ -109,10 +109,10 @@ def _checkpoint(run: Path, which: str) -> Path:
 
 
 def _of_hub(name: str) -> Path:
-    """The folder of a model on the Hugging Face hub: a local one of that name, or that in the hub's cache.
+    """The folder of hf:NAME: a local folder of this name, or else the snapshot in the cache of the hub.
 
     Raises:
-        UserError: it is in neither place.
+        UserError: there is neither.
     """
     if os.path.isdir(path := expand_home(name)):
         return Path(path)
@@ -127,17 +127,17 @@ def _of_hub(name: str) -> Path:
         revision = ""
     if not re.fullmatch(r"[0-9a-f]{1,64}", revision) or not (model / "snapshots" / revision).is_dir():
         raise UserError(
-            f"{HUB}{name} is not on this machine: it is no folder, and not in {cache}; "
-            f"python weights.py download {name}"
+            f"{HUB}{name} is not on this machine: it is not a folder, and not in {cache}; "
+            f"to download it: python weights.py download {name}"
         )
     return model / "snapshots" / revision
 
 
 def _of_folder(folder: Path) -> list[Path]:
-    """The safetensors in a folder: model.safetensors, or those of its index, or all that there are.
+    """The safetensors in a folder: model.safetensors, or else those that the index names, or else all.
 
     Raises:
-        UserError: there are none, or the index is damaged or names something else.
+        UserError: there are none, or the index is damaged.
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
@@ -158,17 +158,17 @@ def _of_folder(folder: Path) -> list[Path]:
 
 
 def _is_sharded(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that several ranks wrote; a model of the hub has files of the same names."""
+    """Whether a folder is a checkpoint of several ranks. Its state file tells it from a model of the hub in shards."""
     return (folder / INDEX_FILE).is_file() and (folder / STATE_FILE).is_file()
 
 
 def read_stored(name: str, files: Iterable[Path]) -> Stored:
-    """The tensors in files of weights, by their headers. All files of a checkpoint in shards are its whole tensors.
+    """The tensors in files of weights, from their headers. If all shards of a checkpoint are given, tensors are whole.
 
     Raises:
-        UserError: a file is damaged, of an unknown kind, or a pickle; or two have a tensor of the same name.
+        UserError: a file is damaged, a pickle or of an unknown kind, or two files have a tensor of the same name.
     """
-    tensors: dict[str, Place] = {}
+    tensors: dict[str, Location] = {}
     sizes: dict[Path, int] = {}
     files = list(files)
     if len(files) > 1 and _is_sharded(files[0].parent) and all(SHARD_PATTERN.fullmatch(path.name) for path in files):
@@ -177,18 +177,18 @@ def read_stored(name: str, files: Iterable[Path]) -> Stored:
         for tensor, entry in _entries(path):
             if tensor in tensors:
                 raise UserError(f"{path}: {tensor} is in {tensors[tensor].file.name}, too")
-            tensors[tensor] = Place(path, entry)
+            tensors[tensor] = Location(path, entry)
         sizes[path] = path.stat().st_size
     return Stored(name, sizes, tensors)
 
 
-def _joined(folder: Path) -> Iterator[tuple[str, Place]]:
-    """The whole tensors of a checkpoint in shards."""
+def _joined(folder: Path) -> Iterator[tuple[str, Location]]:
+    """The tensors of a checkpoint in shards, put together from their pieces."""
     for name, (tensor, pieces) in locate(folder, "model").items():
         ranges = tuple((piece.file, piece.entry.begin, piece.entry.end) for piece in pieces)
         bytes = sum(piece.entry.bytes for piece in pieces)
         first = pieces[0].file if pieces else folder / INDEX_FILE
-        yield name, Place(first, TensorEntry(tensor.dtype, tensor.shape, 0, bytes), ranges)
+        yield name, Location(first, TensorEntry(tensor.dtype, tensor.shape, 0, bytes), ranges)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, TensorEntry]]:

@@ -1,9 +1,9 @@
-"""The tables of the families: which tensor of another program is which of ours, and in which layout."""
+"""The tables of the families: which tensor of another program corresponds to which of ours, and in which layout."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,18 +21,18 @@ Shape = tuple[int, ...]
 
 
 class FormatError(UserError):
-    """Weights or a configuration that one of the two programs cannot represent, or damaged files."""
+    """A model cannot be represented in a format, or its files are damaged."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A tensor of a family and its place among ours.
+    """A tensor of a family and its counterpart here.
 
     theirs, ours: names, with {} for the number of the block.
-    part: the rows of our tensor that it is.
-    layout: transposed if it is stored as (in, out), where ours is (out, in).
-    fill: what it is in an export of a model that has no such tensor and computes as if it were this; None: the
-        family has no such tensor then either.
+    part: the rows of our tensor that correspond to it.
+    layout: transposed if it is stored as (in, out); ours is (out, in).
+    fill: the value that an export writes if our model lacks the tensor, with which the family computes the same; None
+        if the tensor is then left out.
     """
 
     theirs: str
@@ -46,15 +46,15 @@ class Row:
 class Family:
     """A kind of model of the library transformers.
 
-    architecture: as `architectures` in config.json names it.
-    model_type: as config.json names it.
-    prefix: of the names of most tensors; files made from the model without its head lack it.
+    architecture: the name in `architectures` of config.json.
+    model_type: the name in `model_type` of config.json.
+    prefix: of the names of most tensors; files that were saved from the model without its head lack it.
     rows: the table of the tensors.
-    ignored: names of tensors that are no weights, or that others hold, too.
-    holds: the values of a setting that the family can represent.
-    obstacles: what else of a model it cannot represent, in words.
-    read: our settings of a configuration of theirs.
-    write: their configuration of a model of ours, without what all families have.
+    ignored: names of tensors that are not weights, or that repeat others.
+    holds: for each restricted setting, the values that the family can represent.
+    obstacles: anything else of a model that the family cannot represent, in words.
+    read: translates their configuration into our settings.
+    write: translates our configuration into theirs, without the keys that all families have.
     """
 
     architecture: str
@@ -68,7 +68,7 @@ class Family:
     write: Callable[[ModelConfig], dict[str, Any]]
 
     def refusals(self, config: ModelConfig) -> list[str]:
-        """What of a model the family cannot represent, in words; empty if it can represent all of it."""
+        """What the family cannot represent of a model, in words; empty if there is nothing."""
         found = [
             f"{key} {value if value is not None else 'none'}"
             for key, values in self.holds.items()
@@ -79,10 +79,10 @@ class Family:
 
 @dataclass(frozen=True)
 class Place:
-    """One tensor of a family in one model.
+    """A tensor of a family in a given model, and its counterpart here.
 
-    shape: of theirs.
-    rows: of our tensor, from and to; None: all of it.
+    shape: of their tensor.
+    rows: the rows (start, end) of our tensor; None for all.
     """
 
     theirs: str
@@ -93,11 +93,11 @@ class Place:
     fill: Fill | None = field(default=None)
 
     def to_ours(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Their tensor in our layout; nothing is copied."""
+        """Their tensor in our layout, without a copy."""
         return tensor.t() if self.layout == "transposed" else tensor
 
     def to_theirs(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Their tensor from our weights; nothing is copied but what is filled in."""
+        """Their tensor from our weights, without a copy unless it is filled in."""
         if self.fill is not None:
             return torch.full(self.shape, float(self.fill == "ones"))
         tensor = weights[self.ours].detach()
@@ -107,18 +107,18 @@ class Place:
 
 
 def our_shapes(config: ModelConfig, vocab_size: int) -> dict[str, Shape]:
-    """The shapes of our weights by name, without memory for them."""
+    """The shapes of our weights by name; no memory is allocated for them."""
     return {name: tuple(tensor.shape) for name, tensor in outline(config, vocab_size).state_dict().items()}
 
 
 def places(family: Family, config: ModelConfig, vocab_size: int, *, filled: bool = False) -> list[Place]:
-    """Every tensor that a family has for a model of ours.
+    """All tensors that a family has for a model of ours.
 
     Args:
-        filled: with those that our model lacks, and that have a value which changes nothing.
+        filled: include those that our model lacks and that an export fills in.
 
     Raises:
-        FormatError: one of our tensors has no place.
+        FormatError: one of our tensors has no counterpart.
     """
     shapes = our_shapes(config, vocab_size)
     heads = [count * config.head_width for count in (config.n_head, config.kv_heads, config.kv_heads)]
@@ -141,38 +141,38 @@ def places(family: Family, config: ModelConfig, vocab_size: int, *, filled: bool
             shape = shape[::-1] if row.layout == "transposed" else shape
             found.append(Place(theirs, shape, ours, rows, row.layout, fill))
     placed = {place.ours for place in found}
-    if homeless := [name for name in shapes if name not in placed]:
-        raise FormatError(f"{family.architecture} has no place for {_some(homeless)}")
+    if unplaced := [name for name in shapes if name not in placed]:
+        raise FormatError(f"{family.architecture} has no counterpart for {_some(unplaced)}")
     return found
 
 
 def _filled_shape(name: str, shapes: Mapping[str, Shape], config: ModelConfig) -> Shape:
-    """The shape that a vector would have which our model lacks: a bias, or a weight of the norm of a head."""
+    """The shape of a vector that our model lacks: a bias, or the weight of a norm of queries or keys."""
     module, _, kind = name.rpartition(".")
     return shapes[f"{module}.weight"][:1] if kind == "bias" else (config.head_width,)
 
 
-def without_places(family: Family, names: Iterable[str], expected: Iterable[Place]) -> dict[str, str]:
-    """Their names as a table has them, by the names in a file, which may lack the prefix of the family.
+def names_in_table(family: Family, names: Iterable[str], expected: Iterable[Place]) -> dict[str, str]:
+    """Names of tensors in the table, by their names in a file, which may lack the prefix of the family.
 
     Raises:
-        FormatError: a tensor without a place, or two with the same.
+        FormatError: a tensor is not in the table, or two have the same name there.
     """
     known = {place.theirs for place in expected}
     found: dict[str, str] = {}
     taken: set[str] = set()
-    strangers = []
+    unknown = []
     for name in names:
         full = name if name in known else family.prefix + name
         if full in taken:
-            raise FormatError(f"{full} is there twice, with and without {family.prefix}")
+            raise FormatError(f"{full} appears twice, with and without {family.prefix}")
         if full in known:
             found[name] = full
             taken.add(full)
         elif not family.ignored.fullmatch(name.removeprefix(family.prefix)):
-            strangers.append(name)
-    if strangers:
-        raise FormatError(f"tensors without a place in our model of {family.architecture}: {_some(strangers)}")
+            unknown.append(name)
+    if unknown:
+        raise FormatError(f"tensors that our model of {family.architecture} does not have: {_some(unknown)}")
     return found
 
 
@@ -182,10 +182,10 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 
 
 def read_places(expected: Iterable[Place], get: Callable[[str], torch.Tensor], model: LanguageModel) -> None:
-    """Copy their tensors into the weights of our model, one at a time, onto its device and into its precision.
+    """Copy their tensors into the weights of our model, one at a time, to its device and in its precision.
 
     Args:
-        get: their tensor by its name in a table.
+        get: returns their tensor by its name in the table.
     """
     weights = model.state_dict()
     with torch.no_grad():
@@ -196,7 +196,14 @@ def read_places(expected: Iterable[Place], get: Callable[[str], torch.Tensor], m
             target.copy_(place.to_ours(get(place.theirs)))
 
 
-def tensors_of(expected: Iterable[Place], weights: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Their tensors from our weights, one at a time."""
-    for place in expected:
-        yield place.theirs, place.to_theirs(weights)
+def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder rows (H D, ...) of queries or keys for programs that rotate the channels 2 i and 2 i + 1 of a head.
+
+    We rotate i and i + D / 2.
+    """
+    return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def half_split(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of `interleaved`."""
+    return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)

@@ -1,4 +1,4 @@
-"""weights.py download --verify: is a published model whole, is it computed here as elsewhere, and does it write?"""
+"""weights.py download --verify: check that a published model is complete, gives the right logits and generates text."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from utils.inference.generator import Generator, Request
 from utils.inference.sampling import SamplingOptions
 
 PROMPT = "The "
-CONTEXT_TOKENS = 4096  # of a loaded model, unless more are asked for: its cache takes memory
-TOLERANCE = 1e-4  # of logits in float32, or of the largest one, if that is above 1
+CONTEXT_TOKENS = 4096  # largest context that is loaded, because the cache takes memory
+TOLERANCE = 1e-4  # of logits in float32, relative to the largest one (at least 1)
 TOKENS = 20
 
 
@@ -25,10 +25,11 @@ def verify(found: Found) -> dict[str, Any]:
     """Compare the files with the hub's hashes, load the model, compare its logits with transformers', and generate.
 
     Returns:
-        hashed: the files whose hash is right; empty where nothing says which it should be.
-        architecture, parameters; text: a line that it generates.
+        hashed: the files whose hash was compared; empty if the hashes are not recorded.
+        architecture; parameters: their number.
+        text: a line that the model generates.
         unused: keys of config.json that have no counterpart.
-        logit_difference: the largest between ours and transformers', None where transformers is not installed.
+        logit_difference: the largest absolute difference from transformers; None if it is not installed.
 
     Raises:
         UserError: a file is damaged, the model cannot be represented, or its logits differ.
@@ -40,7 +41,7 @@ def verify(found: Found) -> dict[str, Any]:
     prompt = PROMPT
     try:
         tokenizer.encode(prompt)
-    except TokenizerError:  # a vocabulary without some of its characters
+    except TokenizerError:  # a character is not in the vocabulary
         prompt = ""
     idx = torch.tensor([start_tokens(tokenizer, prompt)])
     with torch.no_grad():
@@ -64,7 +65,7 @@ def verify(found: Found) -> dict[str, Any]:
 
 
 def _their_logits(found: Found, idx: torch.Tensor) -> torch.Tensor | None:
-    """The logits (1, T, V) of transformers; None where it is not installed."""
+    """The logits (1, T, V) of transformers; None if it is not installed."""
     try:
         import transformers
     except ImportError:

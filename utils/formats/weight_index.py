@@ -1,4 +1,4 @@
-"""model.safetensors.index.json: which file has which tensor, where the weights of a model are in several files."""
+"""model.safetensors.index.json: which file has which tensor, if the weights of a model are in several files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ INDEX = "model.safetensors.index.json"
 
 
 def read_weight_index(path: Path) -> dict[str, set[str]]:
-    """The names of the tensors that each file beside the index has, by the name of the file, in order.
+    """The names of the tensors in each file, by the name of the file, sorted.
 
     Raises:
-        ForeignConfigError: it is damaged, or names something else than .safetensors files beside it.
+        ForeignConfigError: it is damaged, or names anything but .safetensors files in its own folder.
     """
     mapping = read_bounded_json(path).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:

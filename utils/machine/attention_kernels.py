@@ -15,16 +15,16 @@ FUSED = {"cudnn": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION"}  # neither keep
 OTHERS = ("EFFICIENT_ATTENTION", "MATH")
 HOPPER = 9  # the major compute capability of H100 and H200
 
-# In training on Hopper. The backward pass of cuDNN does not repeat bit for bit, and torch does not use it with
-# deterministic algorithms; that of FlashAttention does then.
+# The fastest first, in training on Hopper. cuDNN's backward pass does not repeat bit for bit, so torch does not use it
+# with deterministic algorithms; FlashAttention's backward pass then repeats.
 ORDER = ("cudnn", "flash")
-OLDEST_CUDNN = 91501  # 9.15.1; older ones are wrong for lengths that are no multiple of 128: pytorch/pytorch#169849
+OLDEST_CUDNN = 91501  # 9.15.1; older ones are wrong for lengths that are not multiples of 128: pytorch/pytorch#169849
 
 
 def attention_order(device: torch.device) -> AbstractContextManager[None]:
-    """Try the fused kernels in the measured order; restores torch's own order on exit.
+    """A context in which the fused kernels are tried in ORDER; restores torch's own order on exit.
 
-    Does nothing but on Hopper, and with a cuDNN that torch itself would not prefer.
+    It changes nothing on GPUs other than Hopper, or if cuDNN is older than OLDEST_CUDNN.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != HOPPER:
         return contextlib.nullcontext()
@@ -36,10 +36,11 @@ def attention_order(device: torch.device) -> AbstractContextManager[None]:
 def fused_attention(
     device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_width: int, tokens: int, dropout: float
 ) -> tuple[str, str]:
-    """The fused kernel that causal attention uses on a CUDA device, from a trial, and why the better ones are not.
+    """Find the fused kernel that causal attention uses on a CUDA device, by a trial of each.
 
     Returns:
-        Its name, a key of FUSED, or "" if there is none; and torch's reasons against those before it.
+        The name of the kernel, a key of FUSED, or "" if there is none; and torch's reasons against those before it in
+        ORDER.
     """
     reasons: list[str] = []
     for name in ORDER:
@@ -62,7 +63,7 @@ def _try(
     tokens: int,
     dropout: float,
 ) -> str | None:
-    """Run one kernel forward and backward on zeros; returns its error, if there is one."""
+    """Run one kernel forward and backward on zeros; returns its error message, or None."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda), torch.enable_grad(), _only(FUSED[name]):
         q, k, v = (
@@ -80,14 +81,14 @@ def _try(
 
 
 def _only(*backends: str) -> AbstractContextManager[None]:
-    """Only these kernels, the first one that can be used."""
+    """A context in which attention uses the first of these kernels that it can, and no other."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     return sdpa_kernel([getattr(SDPBackend, name) for name in backends], set_priority=True)
 
 
 def _reason(name: str, messages: Sequence[str]) -> str:
-    """What torch's warnings say of a kernel, on one line without the place in torch's source; empty if nothing."""
+    """The reason against a kernel in torch's warnings, on one line without the place in torch's source; or ""."""
     for heading, reason in itertools.pairwise(messages):
         if heading.lower().startswith(f"{name} attention kernel not used"):
             return " ".join(reason.split(" (Triggered internally at ")[0].split())

@@ -15,13 +15,13 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 BEAT_SECONDS = 0.5  # between signs of life
 GRACE_SECONDS = 10.0  # for rank 0 to notice that another has failed, before it is ended
-HANGING_SECONDS = 1.0  # the same where rank 0 is what the others have waited for
+HANGING_SECONDS = 1.0  # the same if the others have been waiting for rank 0
 CLOSING_SECONDS = 25.0  # for rank 0 to close the run; then ranks that have not noticed are ended
-ANSWER_SECONDS = 8.0  # for the store to answer: a host that is cut off hears nothing, not even an error
+ANSWER_SECONDS = 8.0  # for the store to answer; a host that is cut off receives nothing, not even an error
 
 
 class Store(Protocol):
-    """What is used of torch.distributed.Store."""
+    """The methods of torch.distributed.Store that are used here."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -37,19 +37,19 @@ class Store(Protocol):
 
 
 class Board:
-    """What the ranks of a run tell each other beside their tensors.
+    """The messages that the ranks of a run exchange in addition to their tensors.
 
-    A thread leaves a sign of life of this rank, with its progress, every BEAT_SECONDS. It also ends this process where
-    another rank has failed and this one, which hangs, does not notice; or where the store is out of reach, since a
-    request to it would wait for days.
+    A thread leaves a sign of life of this rank, with its progress, every BEAT_SECONDS. It also ends this process if
+    another rank has failed and this one hangs and does not notice, or if the store cannot be reached, because a request
+    to it would wait for days.
 
     Args:
-        own: the thread's connection to the store.
+        own: a connection to the store for the thread alone.
 
-    count: collective operations that this rank has begun.
-    busy: above 0 while this rank does what the others wait for without a limit.
+    count: the number of collective operations that this rank has begun.
+    busy: above 0 while this rank does work that the others wait for without a time limit.
     noticed: whether this rank is ending by itself.
-    gone: whether the store is, and with it torchrun.
+    gone: whether the store is gone, and with it torchrun.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int, own: Store | None = None) -> None:
@@ -57,10 +57,10 @@ class Board:
         self.count, self.busy, self.noticed, self.gone = 0, 0, False, False
         self._shared, self._own = store, own or store
         self._thread: threading.Thread | None = None
-        self._asked: float | None = None  # when the other threads' request began that has no answer yet
+        self._asked: float | None = None  # when a request of another thread began that is still unanswered
         self._stopped = threading.Event()
-        self._beats: dict[int, tuple[str, float]] = {}  # of each rank: the last sign of life, and when it was new here
-        self._changes: dict[int, int] = {}
+        self._beats: dict[int, tuple[str, float]] = {}  # by rank: the last sign of life, and when it was first seen
+        self._changes: dict[int, int] = {}  # by rank: the number of new signs of life since `forget`
 
     def start(self) -> None:
         self.beat(0)
@@ -69,7 +69,7 @@ class Board:
 
     @property
     def _store(self) -> Store:
-        """The connection of this thread: one that waits for an answer blocks all that share it."""
+        """The connection for the current thread: a thread that waits for an answer blocks all that share its own."""
         return self._own if threading.current_thread() is self._thread else self._shared
 
     def stop(self) -> None:
@@ -77,16 +77,16 @@ class Board:
         self._stopped.set()
 
     def post(self, name: str, value: Any) -> None:
-        """Leave a note, which is JSON; nothing where the store is gone."""
+        """Leave a note, which is JSON; does nothing if the store is gone."""
         self._ask(lambda: self._store.set(name, json.dumps(value)))
 
     def post_first(self, name: str, value: Any) -> bool:
-        """Leave a note unless there is one already; returns whether it is this one now."""
+        """Leave a note unless there is one already; returns False if there is another one."""
         found = self._ask(lambda: self._store.compare_set(name, "", json.dumps(value)))
         return found is None or found == json.dumps(value).encode()
 
     def read(self, name: str) -> Any:
-        """A note; None: there is none."""
+        """The note of this name, or None."""
         found = self._ask(lambda: self._store.get(name) if self._store.check([name]) else None)
         return None if found is None else json.loads(found)
 
@@ -95,7 +95,7 @@ class Board:
         self.post(f"beat/{self.rank}", [number, self.count, self.busy])
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """What the store answers; None once it is gone."""
+        """The answer of the store; None once it is gone."""
         if self.gone:
             return None
         in_thread = threading.current_thread() is self._thread
@@ -114,7 +114,7 @@ class Board:
             number += 1
             self.beat(number)
             self._ask(lambda: self._own.wait([f"beat/{self.rank}"], timedelta(seconds=ANSWER_SECONDS)))
-            if self.gone:  # torchrun is, and nobody would start or end us: all stop, with a checkpoint
+            if self.gone:  # so is torchrun, and nothing would restart or end the ranks: all stop, with a checkpoint
                 os.kill(os.getpid(), signal.SIGTERM)
                 self._end_if_cut_off()
                 return
@@ -125,7 +125,7 @@ class Board:
                 os._exit(1)
 
     def _end_if_cut_off(self) -> None:
-        """End this process if it waits for an answer of the store, which never comes."""
+        """End this process if it waits for an answer of the store that never comes."""
         while not self._stopped.wait(BEAT_SECONDS):
             if self._asked is not None and time.monotonic() - self._asked > ANSWER_SECONDS:
                 print(f"error: {self.cut_off}", file=sys.stderr, flush=True)
@@ -133,19 +133,20 @@ class Board:
 
     @property
     def cut_off(self) -> str:
-        """What is wrong where neither the store nor the other ranks answer."""
+        """The error if neither the store nor the other ranks answer."""
         return f"rank {self.rank} hears nothing from torchrun and the other ranks: its host is cut off, or theirs are"
 
     def _is_late(self, failure: Mapping[str, Any], seconds: float) -> bool:
-        """Whether this rank must end, since it has not noticed the note of a failure for so long.
+        """Whether this rank must end because it has not noticed the note of a failure for `seconds`.
 
-        Others than rank 0 wait until that has closed the run: torchrun sends it a signal as soon as one has ended.
+        Ranks other than 0 wait until rank 0 has closed the run, because torchrun sends it a signal once one has ended.
         """
         if self.rank == 0:
             return seconds > (HANGING_SECONDS if 0 in failure.get("late", []) else GRACE_SECONDS)
         return seconds > CLOSING_SECONDS or self.read("end") is not None
 
     def _look(self, ranks: Sequence[int]) -> None:
+        """Read the signs of life of these ranks."""
         now = time.monotonic()
         for rank in ranks:
             seen = json.dumps(self.read(f"beat/{rank}"))
@@ -156,13 +157,13 @@ class Board:
                 self._changes[rank] = self._changes.get(rank, 0) + 1
 
     def silent(self, ranks: Sequence[int], seconds: float) -> list[int]:
-        """Those of `ranks` that gave no sign of life for so long, while this rank was looking."""
+        """Those of `ranks` from which this rank has seen no new sign of life for `seconds`."""
         self._look([rank for rank in ranks if rank != self.rank])
         now = time.monotonic()
         return [rank for rank in ranks if rank != self.rank and now - self._beats[rank][1] > seconds]
 
     def forget(self) -> None:
-        """Count signs of life from now on."""
+        """Forget all signs of life that were seen so far."""
         self._beats, self._changes = {}, {}
 
     def never_seen(self, ranks: Sequence[int]) -> list[int]:

@@ -24,14 +24,14 @@ from utils.machine.attention_kernels import attention_order
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 CGROUPS = Path("/sys/fs/cgroup")
-CGROUP_TREES = ("", "unified", "memory")  # below it: version 2, version 2 beside version 1, version 1
+CGROUP_TREES = ("", "unified", "memory")  # below CGROUPS: version 2, version 2 beside version 1, version 1
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUP_FILES = (  # limit, use and statistics, in version 2 and in version 1; above memory.high a process crawls
     ("memory.max", "memory.current", "memory.stat"),
     ("memory.high", "memory.current", "memory.stat"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
 )
-ULIMITS = ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5))  # and what counts for each, as a field of statm
+ULIMITS = ((resource.RLIMIT_AS, 0), (resource.RLIMIT_DATA, 5))  # each with the field of statm that it limits
 
 FP8_CAPABILITY = (8, 9)  # Ada, then Hopper
 
@@ -60,7 +60,7 @@ CPU_GENERATIONS: Mapping[tuple[str, str], Sequence[tuple[int, int, str]]] = {
 
 
 class DeviceError(UserError):
-    """This machine does not have the device or precision asked for."""
+    """This machine does not have the requested device or precision."""
 
 
 def available_devices() -> list[str]:
@@ -77,7 +77,7 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; `auto` is MPS if there is one, else CUDA, else the CPU.
 
     Raises:
-        DeviceError: there is no such device here; the message lists those that there are.
+        DeviceError: the device is not available; the message lists those that are.
     """
     available = available_devices()
     if name == "auto":
@@ -99,7 +99,7 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The precision of matrix products; `auto` is bfloat16 on a CUDA device that supports it, else float32.
 
-    A CPU uses bfloat16 only on request: small models gain nothing even where there are units for it, and without
+    A CPU uses bfloat16 only on request: small models gain nothing even if the CPU has units for it, and without
     such units it is emulated, 3 times slower than float32 (docs/LOG.md).
 
     Raises:
@@ -121,7 +121,7 @@ def has_bf16_units(device: torch.device) -> bool:
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises DeviceError unless the device multiplies 8-bit matrices, and the rest is in 16 bits."""
+    """Raises DeviceError unless the device multiplies 8-bit matrices and `dtype`, for all else, has 16 bits."""
     if device.type != "cuda":
         raise DeviceError(f"fp8 needs a CUDA device, not {device.type}")
     capability = torch.cuda.get_device_capability(device)
@@ -147,7 +147,7 @@ def is_deterministic(config: TrainConfig, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Set seeds, determinism, kernels and threads of a run; restores all but the seed on exit, for notebooks."""
+    """Set the seed, determinism, kernels and threads of a run; restores all but the seed on exit, for notebooks."""
     deterministic = is_deterministic(config, device)
     before = torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.backends.cudnn.benchmark
     if config.threads is not None:
@@ -174,12 +174,12 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Inside, torch is as in a new process, whatever a notebook has set: gradients, and new tensors float32 on the CPU.
+    """A context with torch's own defaults, whatever a notebook has set: gradients, and new tensors float32 on the CPU.
 
-    Its settings are back on exit.
+    The previous settings are restored on exit.
     """
     dtype, is_cpu = torch.get_default_dtype(), torch.get_default_device().type == "cpu"
-    device = contextlib.nullcontext() if is_cpu else torch.device("cpu")  # a default takes time at every call
+    device = contextlib.nullcontext() if is_cpu else torch.device("cpu")  # setting a default slows down every call
     torch.set_default_dtype(torch.float32)
     try:
         with torch.inference_mode(False), torch.enable_grad(), device:
@@ -190,10 +190,10 @@ def torch_defaults() -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32_products(*, tf32: bool) -> Iterator[None]:
-    """Whether a GPU rounds the factors of float32 products to TF32; restores the previous precision on exit.
+    """Set whether a GPU rounds the factors of float32 products to TF32; restores the previous precision on exit.
 
-    It is set by torch's older interface, which sets the newer one (`fp32_precision`) as well. Set by the newer alone,
-    the older one raises when it is read, and torch.compile reads it.
+    This uses torch's older interface, which sets the newer one (`fp32_precision`) as well. If only the newer one is
+    set, reading the older one raises, and torch.compile reads it.
     """
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
@@ -214,10 +214,10 @@ def float32_products(*, tf32: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """What is computed inside takes one thread, for a process that computes in another thread afterwards.
+    """Compute on one thread inside the block, in a process that computes in another Python thread afterwards.
 
-    GNU's OpenMP keeps threads for each thread that has computed, and once there are more of them than cores all wait in
-    the kernel instead of spinning: a prompt of 200 tokens took a third longer (docs/LOG.md).
+    GNU's OpenMP keeps a pool of threads for each thread that has computed, and once there are more of them than cores,
+    all wait in the kernel instead of spinning: a prompt of 200 tokens took a third longer (docs/LOG.md).
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -235,7 +235,7 @@ def processor_name(device: torch.device) -> str:
 def cpu_generation() -> str:
     """The CPU's microarchitecture with its family and model: "Zen 4 (family 25, model 17)".
 
-    Only the numbers for one that CPU_GENERATIONS does not have; empty where Linux does not report them.
+    Without the name if CPU_GENERATIONS does not have it; empty if the system does not report the numbers.
     """
     vendor, family, model = (_cpuinfo(field) for field in ("vendor_id", "cpu family", "model"))
     if not model.isdigit():
@@ -246,7 +246,7 @@ def cpu_generation() -> str:
 
 
 def device_facts(device: torch.device) -> Mapping[str, str]:
-    """The devices, for env.txt."""
+    """Facts about the devices, for env.txt."""
     facts = {"device": str(device), "torch threads": str(torch.get_num_threads()), "cpu": _cpu_name()}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -266,7 +266,7 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _cpuinfo(field: str) -> str:
-    """A field of the first core in Linux's /proc/cpuinfo; empty where there is none."""
+    """A field of the first core in Linux's /proc/cpuinfo; empty if there is none."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             pairs = (line.split(":", 1) for line in file if ":" in line)
@@ -276,7 +276,7 @@ def _cpuinfo(field: str) -> str:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes held by tensors on a GPU, else by the process (its peak where there is no /proc)."""
+    """Bytes held by tensors on a GPU, else by the process (its peak if there is no /proc)."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     if (statm := _statm(os.getpid())) is None:
@@ -285,11 +285,11 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that the process can still allocate: those free on the GPU, in the machine or in its container."""
+    """Bytes that the process can still allocate: those free on the GPU, or in the machine and its container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = [psutil.virtual_memory().available]
-    if device.type == "mps":  # the same memory, but the GPU may not have all of it
+    if device.type == "mps":  # the GPU uses the same memory, but not all of it
         available.append(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     for folder, names in itertools.product(_memory_cgroups(), CGROUP_FILES):
         with contextlib.suppress(OSError, ValueError):  # not this version of cgroups, or no limit ("max")
@@ -315,14 +315,18 @@ def _memory_cgroups() -> Iterator[Path]:
     parts = [[part for part in path.split("/") if part not in ("", "..")] for path in paths]
     for tree, own in itertools.product(CGROUP_TREES, [[], *parts]):
         root = CGROUPS / tree
-        # A container may see a part of the tree only, without the first folders of the path.
+        # A container may see only a part of the tree, without the first folders of the path.
         seen = next((own[first:] for first in range(len(own)) if (root / own[first]).is_dir()), [])
         yield from (root.joinpath(*seen[:count]) for count in range(len(seen) + 1))
 
 
 @functools.cache
 def _statm(pid: int) -> int | None:
-    """A descriptor of the file with the memory use of this process; open, as it is read at every write of the log."""
+    """A descriptor of the file with the memory use of this process, kept open because every write of the log reads it.
+
+    Args:
+        pid: the id of this process, so that a forked one does not use the descriptor of its parent.
+    """
     try:
         return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -330,7 +334,7 @@ def _statm(pid: int) -> int | None:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work, so that the clock can be read."""
+    """Wait until the device has finished its work, so that the clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

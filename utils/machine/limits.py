@@ -15,7 +15,7 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 REPEATS = 5
 SECONDS = 0.25  # per size; larger matrices are not tried if one product would take longer
 GEMM_SIZES = {"cpu": (512, 1024, 2048), "cuda": (2048, 4096, 8192), "mps": (1024, 2048, 4096)}
-COPY_MIB = {"cpu": (32, 64), "cuda": (128, 256), "mps": (64, 128)}  # beyond the caches
+COPY_MIB = {"cpu": (32, 64), "cuda": (128, 256), "mps": (64, 128)}  # more than fits into the caches
 CALLS = {"cpu": 1, "cuda": 10, "mps": 10}  # between two readings of the clock: a GPU works asynchronously
 
 
@@ -37,7 +37,7 @@ def measure_gemm(device: torch.device, dtype: torch.dtype, product: Product = F.
 
 
 def measure_copy(device: torch.device) -> float:
-    """Bytes per second of a copy on the device, reads and writes added up."""
+    """Bytes per second of a copy on the device, counting both reads and writes."""
     best = 0.0
     for mebibytes in COPY_MIB[device.type]:
         source = torch.ones(mebibytes * 2**18, device=device)
@@ -48,7 +48,7 @@ def measure_copy(device: torch.device) -> float:
 
 
 def measure_read(device: torch.device) -> float:
-    """Bytes per second that a sum over a large tensor reads: decoding cannot be faster."""
+    """Bytes per second that a sum over a large tensor reads, the upper limit for decoding."""
     best = 0.0
     for mebibytes in COPY_MIB[device.type]:
         source = torch.ones(4 * mebibytes * 2**18, device=device)

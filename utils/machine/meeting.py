@@ -14,13 +14,13 @@ MEETING_SECONDS = 60.0  # for all ranks to start
 def meet(store: Store, rank: int, world_size: int, seconds: float = MEETING_SECONDS) -> str:
     """The number of this start, on which all its ranks agree.
 
-    torchrun keeps its store when it starts ranks again, maybe other ones, and notes of the ranks before them must not
-    be read. How often it has done so (TORCHELASTIC_RESTART_COUNT) differs between hosts, of which one may have joined
-    later. So rank 0 counts, and answers each rank that asks. One that was answered says so: a question may be that of
-    a rank before it.
+    torchrun keeps its store when it starts ranks again, possibly a different set of them, and these must not read the
+    notes of earlier ranks. The restart count (TORCHELASTIC_RESTART_COUNT) differs between hosts if one joined later. So
+    rank 0 counts the starts and answers each rank that asks. A rank acknowledges its answer, because rank 0 may have
+    answered a question that an earlier rank left in the store.
 
     Raises:
-        RankError: a rank does not come.
+        RankError: a rank did not start in time.
     """
     until = time.monotonic() + seconds
     if rank:

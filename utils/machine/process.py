@@ -1,4 +1,4 @@
-"""The process: settings that make it fast, and fair to others (before importing torch), and its first descriptors."""
+"""Settings that make this process fast and fair to others, made before importing torch; its standard descriptors."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _is_script = False
 
 
 def tune_process() -> None:
-    """Make idle threads sleep soon, and keep freed memory for the next step; settings of the user's take precedence."""
-    # For determinism on CUDA. cuBLAS looks at it once, so it cannot wait for the first run that asks for that.
+    """Make idle threads sleep soon, and keep freed memory for the next step; the user's settings take precedence."""
+    # For determinism on CUDA. cuBLAS reads it only once, maybe before the first deterministic run of the process.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler prints a line for each of its stages
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise torch's profiler prints a line for each of its stages
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)
     if sys.platform == "linux" and not any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
@@ -32,7 +32,7 @@ def tune_process() -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory: each step allocates the same activations as the previous one.
 
-    Otherwise it goes back to the kernel, which clears every page again: 800 to 40,000 page faults per step
+    Otherwise the memory goes back to the kernel, which clears every page again: 800 to 40,000 page faults per step
     (docs/LOG.md).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -47,24 +47,24 @@ def available_cores() -> int:
 
 
 def hide_imports() -> None:
-    """Hide what a script has imported from the garbage collector, which looks at it whenever it runs, and at the end.
+    """In a script, hide the imported objects from the garbage collector, which visits them in each run and at exit.
 
-    torch has 166,000 objects: 0.4 s at the end (docs/LOG.md). Nothing in another program, and nothing that comes later,
-    such as callbacks: a file in a cycle of references is written when the collector finds it.
+    torch has 166,000 objects: 0.4 s at exit (docs/LOG.md). Does nothing in other programs. Objects that are created
+    later, such as callbacks, are not hidden, because a file in a reference cycle is written when it is collected.
     """
     if _is_script:
         gc.freeze()
 
 
 def begin_script() -> None:
-    """Call it at the start of a script, in a process that runs nothing else."""
+    """Note that this process runs one script and nothing else; called at the start of the script."""
     global _is_script
     _is_script = True
     hide_imports()
 
 
 def keep_standard_descriptors() -> None:
-    """Open the null device in place of stdin, stdout or stderr where the process was started without it (`2>&-`).
+    """Open the null device in place of stdin, stdout or stderr if the process was started without it (`2>&-`).
 
     Otherwise the next file to be opened, a lock perhaps, becomes descriptor 2, and messages are written into it.
     """
@@ -72,14 +72,14 @@ def keep_standard_descriptors() -> None:
         try:
             os.fstat(standard)
         except OSError:
-            fd = os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+            fd = os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor
             assert fd == standard
             os.set_inheritable(fd, True)  # for the programs that this process starts
 
 
 @contextlib.contextmanager
 def gc_frozen() -> Iterator[None]:
-    """Hide existing objects from the garbage collector inside the block: importing torch creates 166,000 of them."""
+    """Hide existing objects, of which importing torch creates 166,000, from the garbage collector inside the block."""
     gc.freeze()
     try:
         yield

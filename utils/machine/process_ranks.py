@@ -1,7 +1,7 @@
-"""A rank that torchrun has started beside others: sums with them, a time limit on each wait, and one end for all.
+"""A rank that torchrun has started along with others: sums over ranks, a time limit on each wait, and a common end.
 
-A rank that waits for another looks at what that one has left on the board (utils/machine/board.py). So a rank that
-fails, dies or hangs is named, and the others end too.
+A rank that waits for others reads their notes and signs of life on the board (utils/machine/board.py). So a rank that
+fails, dies or hangs is named in the error, and the others end, too.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from utils.machine.meeting import MEETING_SECONDS, meet
 from utils.machine.ranks import Ranks, RanksOverError, Work
 from utils.machine.signals import StopSignal
 
-POLL_SECONDS = 1.0  # how often a rank that waits asks what has become of the others
-SILENT_SECONDS = 3.0  # without a sign of life, once a connection is broken: then a rank is gone
+POLL_SECONDS = 1.0  # how often a waiting rank checks on the others
+SILENT_SECONDS = 3.0  # without a sign of life after a connection broke: then a rank is gone
 LEAVE_SECONDS = 5.0  # for the other ranks to leave before rank 0
-FOREVER = timedelta(days=1)  # of torch's own time limits: ours are shorter, and name the rank
+FOREVER = timedelta(days=1)  # torch's own time limits: ours are shorter, and name the rank
 
 
 class ProcessRanks(Ranks):
@@ -89,7 +89,7 @@ class ProcessRanks(Ranks):
         return [value, *(self._read(f"collected/{name}/{rank}", rank) for rank in range(1, self.world_size))]
 
     def _read(self, name: str, of_rank: int) -> Any:
-        """A note that another rank leaves when it gets that far; waited for as long as that one lives."""
+        """Wait for a note that another rank leaves when it gets that far, as long as that rank lives."""
         while (found := self.board.read(name)) is None:
             self._check()
             if self.board.gone:
@@ -148,7 +148,7 @@ class ProcessRanks(Ranks):
                 raise self._found(f"{names(late)} did not get as far as the others within {self.seconds:.0f} s", late)
 
     def _check(self) -> None:
-        """Raises what has become of the others, if they left a note about it."""
+        """Raise the error that another rank has left a note about: it has failed, or training is over."""
         if (failure := self.board.read("failure")) is not None and failure["rank"] != self.rank:
             who = "" if failure.get("found") else f"rank {failure['rank']}: "
             raise RankError(f"{who}{failure['message']}", failure.get("trace", ""))
@@ -156,12 +156,12 @@ class ProcessRanks(Ranks):
             raise RanksOverError(over)
 
     def _check_alive(self, ranks: Sequence[int], seconds: float) -> None:
-        """Raises RankError if one of the ranks has given no sign of life for so many seconds."""
+        """Raise RankError if one of the ranks has given no sign of life for `seconds`."""
         if (silent := self.board.silent(ranks, seconds)) and not self.board.gone:
             raise self._found(f"{names(silent)} gave no sign of life: stopped, or cut off")
 
     def _explained(self, error: RuntimeError) -> Exception:
-        """Why a connection broke: by the note of a rank, or because one is silent from now on."""
+        """The error that explains a broken connection: a rank left a note, or gives no more signs of life."""
         until = time.monotonic() + SILENT_SECONDS
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         self.board.forget()
@@ -170,7 +170,7 @@ class ProcessRanks(Ranks):
                 self._check()
             except (RankError, RanksOverError) as explanation:
                 return explanation
-            self.board.silent(others, SILENT_SECONDS)  # looks
+            self.board.silent(others, SILENT_SECONDS)  # reads the signs of life
             time.sleep(0.05)
         if self.board.gone:
             return RankError(self.board.cut_off)
@@ -179,10 +179,10 @@ class ProcessRanks(Ranks):
         return self._found(f"rank {self.rank} lost its connection: {first_line(error)}")
 
     def _found(self, message: str, late: Sequence[int] = ()) -> RankError:
-        """The error that this rank has found, for all of them.
+        """The error that this rank has found; also leaves a note about it for the others.
 
         Args:
-            late: the ranks that live, but hang.
+            late: the ranks that are alive, but hang.
         """
         self.board.post_first("failure", {"rank": self.rank, "message": message, "found": True, "late": list(late)})
         return RankError(message)
@@ -203,7 +203,7 @@ class ProcessRanks(Ranks):
         until = time.monotonic() + SILENT_SECONDS
         self.board.forget()
         while time.monotonic() < until and self.board.read("failure") is None and self.board.never_seen(others):
-            self.board.silent(others, SILENT_SECONDS)  # looks
+            self.board.silent(others, SILENT_SECONDS)  # reads the signs of life
             time.sleep(0.05)
         silent = self.board.never_seen(others)
         if not silent or self.board.gone or self.board.read("failure") is not None:
@@ -217,12 +217,12 @@ class ProcessRanks(Ranks):
         self.board.post("over", status)
 
     def handle_signal(self, signum: int, _frame: FrameType | None) -> None:
-        """Stop at once, except while this rank is ending: torchrun sends a signal to all once one has ended."""
+        """Stop at once, unless this rank is ending already: torchrun sends a signal to all ranks once one has ended."""
         if not self.board.noticed:
             raise StopSignal(signum)
 
     def end_of_training(self) -> str:
-        """Not on rank 0: the status of the run, once rank 0 knows it."""
+        """On ranks other than 0: wait until rank 0 knows the status of the run, and return it."""
         self.board.busy = 1
         while (status := self.board.read("over")) is None and not self.board.gone:
             self._check()
@@ -231,12 +231,12 @@ class ProcessRanks(Ranks):
         return "interrupted" if status is None else str(status)
 
     def failed(self, message: str, trace: str) -> None:
-        """Not on rank 0: what has failed here, which rank 0 reports."""
+        """On ranks other than 0: leave a note about a failure of this rank, which rank 0 reports."""
         self.board.noticed, self.board.busy = True, 1
         self.board.post_first("failure", {"rank": self.rank, "message": message, "trace": trace})
 
     def end(self, exit_status: int) -> None:
-        """On rank 0: tell the others the exit status, and let them go first: torchrun ends all once one has failed."""
+        """On rank 0: post the exit status, and let the others leave first: torchrun ends all once one has failed."""
         self.training_is_over("failed" if exit_status else "completed")
         self.board.post("end", exit_status)
         others, until = list(range(1, self.world_size)), time.monotonic() + LEAVE_SECONDS
@@ -249,7 +249,7 @@ class ProcessRanks(Ranks):
         self._close(exit_status)
 
     def _kill(self, ranks: Sequence[int]) -> None:
-        """End the processes of ranks that do nothing any more; on other hosts torchrun does, 30 s after its signal."""
+        """Kill the processes of ranks that no longer respond; on other hosts torchrun does, 30 s after its signal."""
         for rank in ranks:
             host, pid, created = self.board.read(f"process/{rank}") or ("", 0, 0.0)
             with contextlib.suppress(psutil.Error):
@@ -257,7 +257,11 @@ class ProcessRanks(Ranks):
                     psutil.Process(pid).kill()
 
     def leave(self) -> int | None:
-        """Not on rank 0: the exit status, once rank 0 has one; None: it is gone, and this rank is to report that."""
+        """On ranks other than 0: wait for rank 0's exit status, and leave the group.
+
+        Returns:
+            The exit status; None if rank 0 is gone and this rank is the one to report that.
+        """
         self.board.noticed, self.board.busy = True, 1
         try:
             while (status := self.board.read("end")) is None and not self.board.gone:
@@ -273,7 +277,7 @@ class ProcessRanks(Ranks):
         return None if reports else 1 if status is None else int(status)
 
     def _close(self, exit_status: int) -> None:
-        """Leave the others; after a failure without waiting for sums, which never come of a host that is cut off."""
+        """Leave the group; after a failure, do not wait for sums, which a host that is cut off never sends."""
         self.board.stop()
         if exit_status:
             atexit.register(os._exit, exit_status)
@@ -283,7 +287,7 @@ class ProcessRanks(Ranks):
 
 
 def own_store(world_size: int) -> dist.Store:
-    """A connection to torchrun's store beside that of torch."""
+    """A connection to torchrun's store in addition to torch's own."""
     return dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
@@ -295,7 +299,7 @@ def own_store(world_size: int) -> dist.Store:
 
 
 def names(ranks: Sequence[int]) -> str:
-    """ranks in words: "rank 1", "ranks 1 and 2"."""
+    """The ranks in words: "rank 1", "ranks 1 and 2"."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"

@@ -3,9 +3,9 @@
 torchrun starts them (utils/machine/process_ranks.py). Rank 0 decides and writes; the others compute. Without torchrun
 there is one rank, `ONE`, which communicates with nobody.
 
-A sum of two numbers is the same in either order, and a sum in which all but one number are zero is that number in any
-order. All that must be equal to the last bit is made of these two: pairs of ranks (`start_sum` with a level), and
-vectors that are zero outside a rank's own entries (`sum_exactly`).
+A sum of two numbers is the same in either order, and so is a sum of which all numbers but one are zero. Sums that must
+be equal to the last bit consist of these two kinds alone: sums over pairs of ranks (`start_sum` with a level), and sums
+of vectors that are zero outside a rank's own entries (`sum_exactly`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from utils.errors import RankError
 
 
 class Work(Protocol):
-    """A sum that has been started."""
+    """A collective operation that has been started."""
 
     def wait(self, timeout: timedelta = ...) -> object: ...
 
@@ -32,7 +32,7 @@ class Work(Protocol):
 class RanksOverError(Exception):
     """Rank 0 has ended training while this rank was at work.
 
-    status: of the run.
+    status: the status of the run.
     """
 
     def __init__(self, status: str) -> None:
@@ -42,12 +42,12 @@ class RanksOverError(Exception):
 
 @dataclass(eq=False)
 class Ranks:
-    """This process among the ranks of a run; by itself, a single one.
+    """This process as one of the ranks of a run; this base class is a single rank.
 
-    backend: of torch.distributed.
-    seconds: that a rank waits for another which is not busy.
-    memory: bytes that each rank can allocate at the start, of the rank that has least; None: nobody has asked.
-    sent_bytes: in sums, so far, by this rank; those of all ranks go round a ring.
+    backend: the backend of torch.distributed.
+    seconds: how long a rank waits for another one that is not busy.
+    memory: the bytes that each rank can allocate at the start, the minimum over ranks; None: not measured.
+    sent_bytes: the bytes that this rank has sent in sums so far; a sum over all ranks counts as a ring all-reduce.
     """
 
     rank: int = 0
@@ -63,15 +63,15 @@ class Ranks:
         return self.world_size > 1
 
     def share(self, _name: str, value: Any) -> Any:
-        """What rank 0 calls `name`: JSON, but not null; `value` counts on rank 0 only."""
+        """Rank 0's `value` for `name` (JSON, but not null), on every rank; the `value` of other ranks is not used."""
         return value
 
     def collect(self, _name: str, value: Any) -> list[Any]:
-        """On rank 0: what each rank calls `name`, JSON but not null, in their order. On others: an empty list."""
+        """On rank 0: each rank's `value` for `name` (JSON, but not null), by rank. On others: an empty list."""
         return [value]
 
     def sum_exactly(self, vector: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks of vectors that are zero outside a rank's own entries, in place, so it is exact."""
+        """Sum vectors over ranks, in place. Each is zero outside its rank's own entries, so the sum is exact."""
         if self.several:
             self.wait(self.start_sum(vector, None))
         return vector
@@ -81,22 +81,22 @@ class Ranks:
         return bool(self.sum_exactly(torch.tensor([float(flag)])).item()) if self.several else flag
 
     def interleave(self, own: torch.Tensor, count: int) -> torch.Tensor:
-        """(count,) numbers of which each rank has every world_size-th, from its own number on."""
+        """All (count,) numbers, of which this rank has every world_size-th in `own`, starting with number `rank`."""
         full = own.new_zeros(count)
         full[self.rank :: self.world_size] = own
         return self.sum_exactly(full)
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """The tensors of all ranks, which have one shape, in their order."""
+        """The tensors of all ranks, which have the same shape, in the order of ranks."""
         return [tensor]
 
     def broadcast(self, tensor: torch.Tensor) -> None:
         """Copy rank 0's values into the tensors of the others."""
 
     def start_sum(self, tensor: torch.Tensor, level: int | None) -> Work:
-        """Start to add, in place, the tensors of this rank and its partner of a level, rank XOR 2**level; None: of all.
+        """Start to add, in place, the tensors of this rank and its partner at a level, rank XOR 2**level.
 
-        The sum exists once it was waited for (`wait`).
+        Without a level, those of all ranks are added. The sum is complete after `wait`.
         """
         raise AssertionError("one rank has nobody to add to")
 
@@ -104,30 +104,31 @@ class Ranks:
         """Wait for a sum.
 
         Raises:
-            RankError: a rank has failed, is gone, or hangs. On rank 0 its message is that of the run.
-            RanksOverError: not on rank 0, which has ended training.
+            RankError: a rank has failed, is gone, or hangs. On rank 0, this is how the run fails.
+            RanksOverError: rank 0 has ended training (on the other ranks only).
         """
 
     def together(self, start: Callable[[], Any]) -> None:
-        """Do what all ranks do at once, an operation of torch.distributed that `start` starts, and wait for it."""
+        """Start a collective operation of torch.distributed, in which all ranks take part, and wait for it."""
         raise AssertionError("one rank has nobody to do it with")
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """Around work that this rank alone does, and that may take any time: the others wait for it without a limit."""
+        """A context for work of this rank alone that may take any time: the others wait for it without a limit."""
         yield
 
     def training_begins(self) -> None:
-        """From now on the ranks keep in step; until then they are busy."""
+        """Called when training begins: from then on the ranks keep in step; before, they count as busy."""
 
     def dead(self) -> RankError | None:
-        """Another rank that died before training began, for which torchrun sent this one a signal."""
+        """The error about a rank that died before training began, if that is why torchrun sent this one a signal."""
         return None
 
     def training_is_over(self, status: str, failure: str | None = None) -> None:
-        """On rank 0: how its training has ended, for the others, which end theirs.
+        """On rank 0: announce how training has ended, so that the other ranks end theirs.
 
         Args:
+            status: the status of the run.
             failure: what has failed, with the name of the rank.
         """
 

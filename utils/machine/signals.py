@@ -16,9 +16,9 @@ SAVE_SIGNAL = signal.SIGUSR1
 
 
 class StopSignal(KeyboardInterrupt):
-    """A signal that stops at once, wherever the program is.
+    """Raised by a signal that stops the program at once, wherever it is.
 
-    signum: of the first signal, which decides the exit status.
+    signum: the number of the first signal, which decides the exit status.
     """
 
     def __init__(self, signum: int) -> None:
@@ -33,13 +33,13 @@ class StopRequest:
     reason: why to stop; None: training continues.
     signum: the signal that asked to stop.
     save: a checkpoint is requested (SIGUSR1) while training continues.
-    save_due: such a request, of any rank, is to be met at this step; the loop clears both.
+    save_due: such a request, on any rank, must be met at this step; the loop clears both.
     patient: False once there is no step left to finish: from then on even the first signal raises.
     signum_of_others: the signal by which another rank was asked to stop.
-    silent: say nothing, since another process does.
+    silent: print nothing, because another process does.
     deaf: ignore signals: torchrun sends one to all ranks once one has ended, and this one is ending already.
-    on_continue: called when the process goes on after it was stopped (SIGSTOP, Ctrl-Z, a batch system): what they
-        measure must not count that time as work.
+    on_continue: called when the process goes on after it was suspended (SIGSTOP, Ctrl-Z, a batch system), so that
+        clocks do not count that time as work.
     """
 
     reason: str | None = None
@@ -65,29 +65,29 @@ class StopRequest:
         name = signal.Signals(signum).name
         if signum == SAVE_SIGNAL:
             self.save = True
-            self._tell(f"\n{name}: saving a checkpoint after this step\n")
+            self._print(f"\n{name}: saving a checkpoint after this step\n")
             return
         first = self.signum is None
         self.signum = self.signum or signum
         self.stop(name)
         if signum == signal.SIGHUP and not first:
-            return  # a terminal that is closed sends it twice, by the shell and by the kernel: nobody is impatient
+            return  # not a second request: for a closed terminal, the shell and the kernel both send it
         if not (first and self.patient):
             raise StopSignal(self.signum)
-        self._tell(f"\n{name}: stopping after this step; a second signal stops at once\n")
+        self._print(f"\n{name}: stopping after this step; a second signal stops at once\n")
 
-    def _tell(self, message: str) -> None:
+    def _print(self, message: str) -> None:
         if not self.silent:
-            _tell(message)
+            _write(message)
 
     def handle_continue(self, _signum: int, _frame: FrameType | None) -> None:
         for call in self.on_continue:
             call()
 
 
-def _tell(message: str) -> None:
+def _write(message: str) -> None:
     """Write to stderr by os.write, because a handler may interrupt code that holds the lock of a stream."""
-    with contextlib.suppress(OSError):  # the terminal or the pipe may be what has gone
+    with contextlib.suppress(OSError):  # the terminal or the pipe may be gone
         os.write(2, message.encode())
 
 
@@ -113,7 +113,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 @contextlib.contextmanager
 def raise_on_signals() -> Iterator[None]:
-    """Raise StopSignal at SIGTERM and SIGHUP inside the block, so that what is half-written is removed as by Ctrl-C.
+    """Raise StopSignal at SIGTERM and SIGHUP inside the block, so that half-written files are removed as after Ctrl-C.
 
     Only the main thread can handle signals; in another thread nothing changes.
     """
@@ -134,7 +134,7 @@ def raise_on_signals() -> Iterator[None]:
 
 
 class Deadline:
-    """A limit of wall time, checked between steps.
+    """A limit on wall time, checked between steps.
 
     Args:
         minutes: from now on; None: no limit.

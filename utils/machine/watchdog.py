@@ -1,7 +1,8 @@
-"""A watchdog: when this process is killed, it stops a child that would go on, and removes a temporary folder.
+"""A watchdog: if this process is killed, it stops a child that would otherwise go on, and removes a temporary folder.
 
-It waits for the end of a pipe that only this process holds open, so it works wherever there are pipes. It runs as a
-script of its own (`python watchdog.py PID FOLDER`), in its own session: a signal to the group does not reach it.
+It waits for the end of a pipe that only this process holds open, so it works wherever there are pipes. It is a script
+of its own (`python watchdog.py PID FOLDER`) in its own session, so that a signal to the process group does not reach
+it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def watched(pid: int, folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(BrokenPipeError):  # it was killed
+        with contextlib.suppress(BrokenPipeError):  # the watchdog was killed
             watchdog.communicate(CALLED_OFF)
 
 

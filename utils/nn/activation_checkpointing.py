@@ -1,7 +1,7 @@
 """Activation checkpointing [Chen et al. 2016]: a block keeps only its input, and the backward pass runs it again.
 
-That takes about a third more time, and of the activations only those of one block are in memory at a time. The second
-run draws the same random numbers and gives the same bits, and so do the gradients.
+A step takes about a third longer, but only the activations of one block are in memory at a time. The second run draws
+the same random numbers and gives the same bits, so the gradients are the same, too.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recomputed(function: Callable[..., torch.Tensor], dropout: float) -> Callable[..., torch.Tensor]:
-    """`function`, but what it computes is computed again in the backward pass, if there is to be one.
+    """Wrap `function` so that the backward pass computes its activations again instead of keeping them.
 
     Args:
-        dropout: in it. If there is any, the state of the random numbers is saved and restored on the host, which a
-            CUDA graph cannot record.
+        dropout: the dropout probability in `function`. If it is not 0, the random state is saved and restored on the
+            host, which a CUDA graph cannot record.
     """
 
     def call(*arguments: Any) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Causal self-attention, with a faster backward pass than torch's for short sequences on a CPU.
 
-torch's kernel for CPUs multiplies blocks of 32 rows one by one. Where all scores of a sequence fit into the cache,
-one batched product over all sequences and heads is up to twice as fast (docs/LOG.md).
+torch's kernel for CPUs multiplies blocks of 32 rows one by one. If all scores of a sequence fit into the cache, one
+batched product over all sequences and heads is up to twice as fast (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from utils.nn.linear import once_differentiable
 from utils.nn.private import private_operator
 
 SOFTMAX_BACKWARD = private_operator("_softmax_backward_data")
-SHORT_TOKENS = 128  # from about 192 on torch's kernel is as fast, and it needs no memory for the scores
+SHORT_TOKENS = 128  # from about 192, torch's kernel is as fast, and it needs no memory for the scores
 
 
 def causal_attention(
@@ -33,9 +33,9 @@ def causal_attention(
     Args:
         q: (B, T, H, D); H / K query heads share a key/value head [Ainslie et al. 2023].
         k, v: (B, T, K, D).
-        dropout: of attention weights.
-        mask: (B, 1, T, T), to add to the scores: a causal one that rules out more; None: nothing else is ruled out.
-        window: the number of tokens that a token attends to at most, itself included; None: no limit.
+        dropout: the probability of dropping an attention weight.
+        mask: (B, 1, T, T), added to the scores: a causal mask that excludes further tokens; None excludes none.
+        window: the maximum number of tokens that a token attends to, itself included; None: no limit.
 
     Returns:
         (B, T, H * D).
@@ -43,7 +43,7 @@ def causal_attention(
     B, T, H, _ = q.shape
     if window is not None and window < T:
         mask = window_mask(T, window, q) if mask is None else mask + window_mask(T, window, mask)
-    by_products = (
+    use_products = (
         q.is_cpu
         and SOFTMAX_BACKWARD is not None
         and q.dtype is v.dtype is torch.float32
@@ -52,7 +52,7 @@ def causal_attention(
         and not dropout
         and not torch.compiler.is_compiling()
     )
-    if by_products:
+    if use_products:
         return ShortAttention.apply(q, k, v, mask)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H | K, T, D)
     if mask is None:
@@ -60,7 +60,7 @@ def causal_attention(
             q, k, v, dropout_p=dropout, is_causal=T > 1, enable_gqa=k.size(1) != H
         )  # (B, H, T, D)
     else:
-        if k.size(1) != H:  # the kernels that take a mask know no groups
+        if k.size(1) != H:  # the kernels that take a mask do not support grouped queries
             k, v = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k, v))  # (B, H, T, D)
         y = F.scaled_dot_product_attention(q, k, v, mask.to(q.dtype), dropout)
     return y.transpose(1, 2).reshape(B, T, -1)
@@ -68,20 +68,20 @@ def causal_attention(
 
 @functools.lru_cache(maxsize=8)
 def causal_mask(length: int) -> torch.Tensor:
-    """(length, length), to add to the scores: minus infinity above the diagonal, else zero."""
+    """The mask (length, length) to add to the scores: minus infinity above the diagonal, zero elsewhere."""
     return torch.full((length, length), -math.inf, dtype=torch.float32, device="cpu").triu_(1)
 
 
 def window_mask(length: int, window: int, like: torch.Tensor) -> torch.Tensor:
-    """(1, 1, length, length), to add to the scores: zero for the last `window` tokens, else minus infinity.
+    """The mask (1, 1, length, length) to add to the scores: zero for the last `window` tokens, else minus infinity.
 
     Args:
-        like: a tensor of the device and precision.
+        like: a tensor that has the device and precision of the mask.
     """
-    places = torch.arange(length, device=like.device)
-    back = places[:, None] - places
-    shown = torch.zeros((), dtype=like.dtype, device=like.device)
-    return torch.where((back >= 0) & (back < window), shown, -math.inf)[None, None]
+    positions = torch.arange(length, device=like.device)
+    back = positions[:, None] - positions
+    zero = torch.zeros((), dtype=like.dtype, device=like.device)
+    return torch.where((back >= 0) & (back < window), zero, -math.inf)[None, None]
 
 
 class ShortAttention(torch.autograd.Function):
@@ -94,7 +94,7 @@ class ShortAttention(torch.autograd.Function):
         B, T, H, D = q.shape
         q, k, v = (x.transpose(1, 2).reshape(B * H, T, D) for x in (q, k, v))
         if mask is None:
-            is_fake = type(q) is not torch.Tensor  # and so would be the mask, which must not be cached
+            is_fake = type(q) is not torch.Tensor  # a mask made here would be fake, too, and must not be cached
             mask = (causal_mask.__wrapped__ if is_fake else causal_mask)(T)
         else:
             mask = mask.expand(B, H, T, T).reshape(B * H, T, T)
@@ -110,8 +110,8 @@ class ShortAttention(torch.autograd.Function):
         q, k, v, weights = ctx.saved_tensors
         B, (T, D) = gradient.size(0), v.shape[1:]
         rows = gradient.view(B, T, -1, D).transpose(1, 2).reshape(-1, T, D)  # (B * H, T, D)
-        of_v = torch.bmm(weights.mT, rows)
-        of_scores = SOFTMAX_BACKWARD(torch.bmm(rows, v.mT), weights, -1, torch.float32)
-        of_q = torch.baddbmm(of_v, of_scores, k, beta=0, alpha=D**-0.5)  # with beta = 0 of_v is not read
-        of_k = torch.baddbmm(of_v, of_scores.mT, q, beta=0, alpha=D**-0.5)
-        return *(x.view(B, -1, T, D).transpose(1, 2) for x in (of_q, of_k, of_v)), None
+        grad_v = torch.bmm(weights.mT, rows)
+        grad_scores = SOFTMAX_BACKWARD(torch.bmm(rows, v.mT), weights, -1, torch.float32)
+        grad_q = torch.baddbmm(grad_v, grad_scores, k, beta=0, alpha=D**-0.5)  # with beta = 0 grad_v is not read
+        grad_k = torch.baddbmm(grad_v, grad_scores.mT, q, beta=0, alpha=D**-0.5)
+        return *(x.view(B, -1, T, D).transpose(1, 2) for x in (grad_q, grad_k, grad_v)), None

@@ -12,17 +12,17 @@ from torch.overrides import TorchFunctionMode
 
 from utils.nn.roles import HEAD, TIED_EMBEDDING, declared_roles
 
-IN_PLACE = ("normal_", "uniform_", "fill_", "zero_")  # what a module may initialise its parameters with
+IN_PLACE = ("normal_", "uniform_", "fill_", "zero_")  # tensor methods that modules initialise parameters with
 
 
 @runtime_checkable
 class MixesTokens(Protocol):
-    """A layer with matrix products in which no parameter takes part, such as attention."""
+    """A layer with matrix products that involve no parameter, such as attention."""
 
     def mixing_products(self, context: float) -> float:
-        """Multiplications for one token, the mean over a sequence in which `context` keys precede one on average.
+        """Multiplications per token, averaged over a sequence whose tokens attend to `context` keys on average.
 
-        So the sequence has 2 context - 1 tokens: each meets itself and all before it, 1, 2, 3, ... keys.
+        Such a sequence has 2 context - 1 tokens, which attend to 1, 2, 3, ... keys: themselves and all before them.
         """
 
 
@@ -30,12 +30,12 @@ def forward_flops(model: nn.Module, tokens: int, context: float) -> float:
     """Floating-point operations of a forward pass; a multiplication and its addition count as two.
 
     Only matrix products count, as in PaLM's appendix B [Chowdhery et al. 2022]: norms, activations, softmax and
-    lookups are a few operations for each number. A matrix whose layer declares no role counts as one by which every
-    token is multiplied.
+    lookups need only a few operations per element. A matrix without a declared role counts as if every token were
+    multiplied by it.
 
     Args:
-        tokens: positions that pass through the model, over all sequences.
-        context: keys that a query meets on average where no window limits them: (T + 1) / 2 of T tokens.
+        tokens: the number of tokens that pass through the model, over all sequences.
+        context: the mean number of keys that a query attends to if no window limits it: (T + 1) / 2 for T tokens.
     """
     matrices = sum(parameter.numel() for parameter in multiplying(model))
     mixing = sum(layer.mixing_products(context) for layer in model.modules() if isinstance(layer, MixesTokens))
@@ -43,7 +43,7 @@ def forward_flops(model: nn.Module, tokens: int, context: float) -> float:
 
 
 def prefill_flops(model: nn.Module, tokens: int) -> float:
-    """Floating-point operations of one pass over a prompt, of which only the last token meets the output head."""
+    """Floating-point operations of one pass over a prompt, whose last token alone goes through the output head."""
     head = sum(weight.numel() for weight, role in declared_roles(model).items() if role in (HEAD, TIED_EMBEDDING))
     return forward_flops(model, tokens, (tokens + 1) / 2) - 2.0 * (tokens - 1) * head
 
@@ -57,9 +57,9 @@ def multiplying(model: nn.Module) -> list[nn.Parameter]:
 def training_flops(model: nn.Module, batch_size: int, block_size: int) -> float:
     """Floating-point operations of one update's forward and backward passes.
 
-    The backward pass costs twice the forward, or where a matrix is frozen, as much as the forward: the gradient of the
-    matrix is left out. Attention counts as what it needs, the lower triangle; a kernel that computes the whole square
-    does more.
+    The backward pass costs twice as much as the forward pass, except for a frozen matrix, whose gradient is not
+    computed: there it costs as much as the forward pass. Attention counts as the lower triangle that it needs, even if
+    a kernel computes the whole square.
     """
     tokens = batch_size * block_size
     frozen = sum(p.numel() for p in multiplying(model) if not p.requires_grad)
@@ -68,16 +68,16 @@ def training_flops(model: nn.Module, batch_size: int, block_size: int) -> float:
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Modules made inside have parameters with shapes but without memory, and draw no random numbers.
+    """A context in which new modules have parameters with shapes but without memory, and draw no random numbers.
 
-    torch's meta device alone imports the compiler to initialise what has no numbers: two seconds.
+    With torch's meta device alone, initialising a parameter would import the compiler, which takes two seconds.
     """
     with torch.device("meta"), _NoInitialisation():
         yield
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Skips what fills a tensor with numbers."""
+    """Skips the functions that initialise a tensor."""
 
     def __torch_function__(
         self,

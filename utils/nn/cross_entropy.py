@@ -1,11 +1,11 @@
 """The loss of the output head without its logits: cross-entropy in chunks of rows.
 
 With a large vocabulary the logits are the largest tensors of a training step: 65,536 rows of 50,304 are 6.6 GB in
-bfloat16, and cross-entropy in float32 keeps two more such tensors of twice the size. Here a chunk of rows goes from its
-logits to its loss, to the gradient of the logits and on to its part of the gradients of the hidden states and of the
-weight before the next chunk begins, so that one chunk of logits is all that exists [Wijmans et al. 2025, Cut Your
-Losses; Hsu et al. 2024, Liger Kernel]. The logits are not computed a second time either: what is left for the backward
-pass is to scale the gradients.
+bfloat16, and cross-entropy in float32 keeps two more such tensors of twice the size. Here the forward pass works
+through chunks of rows: it computes the logits of a chunk, their loss, their gradient, and from that the chunk's part of
+the gradients of the hidden states and the weight, before it begins the next chunk. So only one chunk of logits exists
+at a time [Wijmans et al. 2025, Cut Your Losses; Hsu et al. 2024, Liger Kernel], and no logits are computed twice: the
+backward pass only scales the gradients.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from utils.nn.targets import IGNORED
 
 ALIGNMENT = 128  # rows of the weight: matrix products of other sizes miss the fast kernels
 SMALL_VOCABULARY = 4096  # below, the logits are small beside the rest, and one compiled kernel is faster than chunks
-CHUNK_LOGITS = 1 << 30  # at most: 2 GB in bfloat16, 16,384 rows of GPT-2's words (docs/LOG.md)
+CHUNK_LOGITS = 1 << 30  # at most: 2 GB in bfloat16, or 16,384 rows with GPT-2's vocabulary (docs/LOG.md)
 
 # Overwrites logits (n, V) with the gradient of the sum of their losses; returns the losses, (n,).
 LossesAndGradient = Callable[[torch.Tensor, torch.Tensor, float | None], torch.Tensor]
 
-# The logits of a chunk by its number, (n, V + padding).
+# Maps the number of a chunk to its logits, (n, V + padding).
 LogitsProduct = Callable[[int], torch.Tensor]
 
 
 def rows_at_once(device: torch.device, rows: int, vocab_size: int) -> int:
-    """The rows of a chunk; 0: plain cross-entropy is faster there, or keeps the bits that a CPU has always given.
+    """The rows of a chunk, or 0 for plain cross-entropy.
 
-    Chunks halve the rows, so that those of a batch whose size is a power of two are equal.
+    Plain cross-entropy is faster for a small vocabulary, and on a CPU it keeps the bits of earlier losses. Otherwise
+    the rows are halved until a chunk is small enough, so a batch whose size is a power of two gives equal chunks.
     """
     if device.type != "cuda" or vocab_size < SMALL_VOCABULARY:
         return 0
@@ -53,13 +54,13 @@ def plain_cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Te
 def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """The loss of each row in nats; the logits are overwritten with the gradient of the sum of the losses.
 
-    On a GPU `utils.nn.cross_entropy_kernel` computes the same with one kernel, if it can: see `fastest_by_row`.
+    On a GPU `utils.nn.cross_entropy_kernel` computes the same in one kernel if it works: see `fastest_loss_kernel`.
 
     Args:
-        logits: (n, V), before the soft cap. The gradient is not divided by a number of rows: it lies between -1 and 1,
-            which float16 can hold.
-        targets: (n,), IGNORED where there is no loss.
-        softcap: the logits count as softcap tanh(logits / softcap) [Gemma Team 2024, Gemma 2]; None: as they are.
+        logits: (n, V), before the soft cap. The gradient is not divided by the number of rows, so it lies between -1
+            and 1, which float16 can hold.
+        targets: (n,); the loss of a row whose target is IGNORED is 0.
+        softcap: replace the logits by softcap tanh(logits / softcap) [Gemma Team 2024, Gemma 2]; None: do not.
 
     Returns:
         (n,), in float32 or the precision of the logits, whichever is higher.
@@ -81,10 +82,10 @@ def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: fl
     return losses.where(counted, 0.0)
 
 
-def fastest_by_row(
+def fastest_loss_kernel(
     device: torch.device, dtype: torch.dtype, vocab_size: int, softcap: float | None
 ) -> LossesAndGradient:
-    """The kernel that does what `losses_and_gradient` does, where it works; torch.compile makes one of its own."""
+    """The Triton kernel if it works, else `losses_and_gradient`, which torch.compile turns into a kernel of its own."""
     if device.type != "cuda" or torch.compiler.is_compiling():
         return losses_and_gradient
     return kernel_on(device, dtype, vocab_size, softcap) or losses_and_gradient
@@ -94,10 +95,10 @@ def fastest_by_row(
 def kernel_on(
     device: torch.device, dtype: torch.dtype, vocab_size: int, softcap: float | None
 ) -> LossesAndGradient | None:
-    """The kernel for such logits; None where it does not work, which is tried once.
+    """The Triton kernel for such logits, tried once; None if it does not work.
 
-    The trial compiles the code that is used from then on: another width, padding or cap would be compiled once more.
-    Triton is a part of torch's builds for CUDA on Linux. It needs a C compiler.
+    The trial has the width, padding and cap of the real logits, so the code that it compiles is used from then on.
+    Triton is part of torch's builds for CUDA on Linux and needs a C compiler.
     """
     if torch.finfo(dtype).bits > 32:
         return None
@@ -126,17 +127,16 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """The mean cross-entropy of the logits `hidden weight^T`, in nats per target; it has no second derivative.
 
-    Where no target has a loss, it is 0.
-
     The products are in the precision of autocast, if that is on. The gradient of the weight is summed in float32.
 
     Args:
         hidden: (N, C).
         weight: (V, C).
-        targets: (N,), int64; IGNORED where there is no loss.
-        rows: of a chunk, see `rows_at_once`.
-        softcap: of the logits, see `losses_and_gradient`.
-        fp8: compute the logits in 8 bits (C a multiple of 16), the gradients as ever; only where gradients are needed.
+        targets: (N,), int64; those that are IGNORED do not count. If all are, the loss is 0.
+        rows: the rows of a chunk, see `rows_at_once`.
+        softcap: the cap on the logits, see `losses_and_gradient`.
+        fp8: compute the logits, but not the gradients, in 8 bits (C must be a multiple of 16); without gradients,
+            this has no effect.
 
     Returns:
         (), in float32 or the precision of `hidden`, whichever is higher.
@@ -152,7 +152,7 @@ def chunked_cross_entropy(
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """`chunked_cross_entropy`, whose forward pass computes the gradients, too."""
+    """`chunked_cross_entropy` with gradients, which the forward pass computes."""
 
     @staticmethod
     def forward(
@@ -168,47 +168,47 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = padded(weight, dtype)  # (V + padding, C)
             x = hidden.to(dtype)
-            of_x = torch.empty_like(x)
-            of_matrix = torch.zeros_like(matrix, dtype=torch.promote_types(dtype, torch.float32))
+            grad_x = torch.empty_like(x)
+            grad_matrix = torch.zeros_like(matrix, dtype=torch.promote_types(dtype, torch.float32))
             multiply = float8_logits_product(x, matrix, rows) if fp8 else logits_product(x, matrix, rows)
             chunks = gradients_of_logits(multiply, len(weight), targets, rows, softcap)
             all_losses = []
-            for (losses, of_logits), part, of_part in zip(chunks, x.split(rows), of_x.split(rows), strict=True):
-                torch.mm(of_logits, matrix, out=of_part)
+            for (losses, grad_logits), part, grad_part in zip(chunks, x.split(rows), grad_x.split(rows), strict=True):
+                torch.mm(grad_logits, matrix, out=grad_part)
                 if ctx.needs_input_grad[1]:
-                    add_product(of_matrix, of_logits.t(), part)
+                    add_product(grad_matrix, grad_logits.t(), part)
                 all_losses.append(losses)
             count = (targets != IGNORED).sum().clamp(min=1)
-            ctx.save_for_backward(of_x, of_matrix, count)
+            ctx.save_for_backward(grad_x, grad_matrix, count)
             ctx.dtypes, ctx.vocab_size = (hidden.dtype, weight.dtype), len(weight)
             return torch.cat(all_losses).sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        of_x, of_matrix, count = ctx.saved_tensors
+        grad_x, grad_matrix, count = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         scale = (gradient / count).reshape(1)  # with a dimension: as a scalar it would be rounded to 16 bits
         return (
-            (of_x * scale).to(ctx.dtypes[0]) if needs_hidden else None,
-            (of_matrix[: ctx.vocab_size] * scale).to(ctx.dtypes[1]) if needs_weight else None,
+            (grad_x * scale).to(ctx.dtypes[0]) if needs_hidden else None,
+            (grad_matrix[: ctx.vocab_size] * scale).to(ctx.dtypes[1]) if needs_weight else None,
             *(None, None, None, None),
         )
 
 
 def padded(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (V, C) in another precision, with rows of zeros up to a multiple of ALIGNMENT."""
+    """The weight (V, C) in `dtype`, padded with rows of zeros to a multiple of ALIGNMENT."""
     return F.pad(weight.to(dtype), (0, 0, 0, -len(weight) % ALIGNMENT)) if len(weight) % ALIGNMENT else weight.to(dtype)
 
 
 def logits_product(x: torch.Tensor, matrix: torch.Tensor, rows: int) -> LogitsProduct:
-    """x matrix^T: (N, C) and (V + padding, C); each chunk overwrites the one before it."""
+    """x matrix^T of (N, C) and (V + padding, C), chunk by chunk; each chunk overwrites the one before it."""
     parts, logits = x.split(rows), x.new_empty(min(rows, len(x)), len(matrix))
     return lambda chunk: torch.mm(parts[chunk], matrix.t(), out=logits[: len(parts[chunk])])
 
 
 def float8_logits_product(x: torch.Tensor, matrix: torch.Tensor, rows: int) -> LogitsProduct:
-    """As `logits_product`, in 8 bits with one scale for each of the two."""
+    """Like `logits_product`, but in 8 bits, with one scale for each operand."""
     (x8, x_scale), (matrix8, matrix_scale) = rounded(x, VALUES), rounded(matrix, VALUES)
     parts = x8.split(rows)
     return lambda chunk: product(parts[chunk], matrix8, x_scale, matrix_scale, x.dtype, fast=True)
@@ -221,20 +221,20 @@ def gradients_of_logits(
     rows: int,
     softcap: float | None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each chunk its losses (n,), and the gradient of its logits (n, V + padding), which the next may overwrite.
+    """Yield each chunk's losses (n,) and the gradient of its logits (n, V + padding), which the next may overwrite.
 
-    A column of padding has a logit of zero, which no target and no sum sees: that zero is its gradient.
+    The columns of padding take part in no loss. Their logits are zero, which serves as their gradient.
     """
-    by_row: LossesAndGradient | None = None
+    loss_kernel: LossesAndGradient | None = None
     for chunk, targets_of_chunk in enumerate(targets.split(rows)):
         logits = multiply(chunk)
-        by_row = by_row or fastest_by_row(logits.device, logits.dtype, vocab_size, softcap)
-        yield by_row(logits[:, :vocab_size], targets_of_chunk, softcap), logits
+        loss_kernel = loss_kernel or fastest_loss_kernel(logits.device, logits.dtype, vocab_size, softcap)
+        yield loss_kernel(logits[:, :vocab_size], targets_of_chunk, softcap), logits
         del logits
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a b, (M, K) and (K, N), where `total` may have a higher precision."""
+    """total += a b, with a (M, K), b (K, N), and `total` in the same or a higher precision."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda and not torch.compiler.is_compiling() and adds_to_float32(a.device, a.dtype):
@@ -245,7 +245,7 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 @functools.cache
 def adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's matrix product adds to a matrix in float32: older releases refuse."""
+    """Whether torch can add the product of matrices in this precision to a float32 matrix; older releases cannot."""
     total, a = torch.zeros(16, 16, device=device), torch.zeros(16, 16, device=device, dtype=dtype)
     try:
         torch.addmm(total, a, a, out_dtype=total.dtype, out=total)

@@ -1,11 +1,11 @@
-"""The part of the loss that goes row by row, as one kernel for a GPU, written in Triton.
+"""The row-wise part of the loss as one Triton kernel for GPUs.
 
-One program computes one row. It reads the row once for its maximum and its sum of exponentials, which it keeps up to
-date together [Milakov and Gimelshein 2018, Online normalizer calculation for softmax], and once more to overwrite the
-logits with their gradient [Hsu et al. 2024, Liger Kernel]. The second time they come from the cache of the GPU. No
-program waits for another one and none adds to memory, so the same logits give the same bits.
+One program computes one row. It reads the row twice: first for the maximum and the sum of exponentials, both in one
+pass [Milakov and Gimelshein 2018, Online normalizer calculation for softmax], then to overwrite the logits with their
+gradient [Hsu et al. 2024, Liger Kernel]; by then they are in the GPU's cache. No program waits for another, and none
+adds atomically to memory, so the same logits give the same bits.
 
-Importing this module fails where Triton is not installed: see `utils.nn.cross_entropy.kernel_on`.
+Importing this module fails if Triton is not installed: see `utils.nn.cross_entropy.kernel_on`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from utils.nn import targets as target_values
 
 IGNORED = tl.constexpr(target_values.IGNORED)
 LOWEST = tl.constexpr(-3.0e38)  # not -inf: the difference of two infinities is not a number
-EIGHT = tl.constexpr(8)  # neighbouring columns of one thread: 16 bytes of bfloat16, one instruction
-GROUPS, WARPS = 512, 8  # groups of eight columns that a program has in hand, and its warps of 32 threads (docs/LOG.md)
+EIGHT = tl.constexpr(8)  # neighbouring columns that a thread loads: 16 bytes of bfloat16, one instruction
+GROUPS, WARPS = 512, 8  # groups of eight columns that a program holds at a time, and its warps (docs/LOG.md)
 
 
 def losses_and_gradient(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """`utils.nn.cross_entropy.losses_and_gradient` of logits with 16 or 32 bits, whose rows are contiguous.
+    """`utils.nn.cross_entropy.losses_and_gradient` for logits of 16 or 32 bits whose rows are contiguous.
 
-    A target that is no column of the logits has a loss of NaN.
+    The loss of a row is NaN if its target is neither a column of the logits nor IGNORED.
     """
     assert logits.stride(1) == 1
     assert logits.element_size() <= 4
@@ -51,18 +51,18 @@ def _one_row(
     SOFTCAP: tl.constexpr,
     GROUPS: tl.constexpr,
 ) -> None:
-    WHOLE: tl.constexpr = VOCAB_SIZE // EIGHT  # groups; what remains is less than one
+    WHOLE: tl.constexpr = VOCAB_SIZE // EIGHT  # full groups; fewer than eight columns remain
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     target = tl.load(targets + row)
     is_column = (target >= 0) & (target < VOCAB_SIZE)
-    of_target = _capped(tl.load(logits + target, mask=is_column, other=float("nan")), SOFTCAP)
+    target_logit = _capped(tl.load(logits + target, mask=is_column, other=float("nan")), SOFTCAP)
     in_group = tl.arange(0, EIGHT)
     remaining = WHOLE * EIGHT + in_group
     last = _capped(tl.load(logits + remaining, mask=remaining < VOCAB_SIZE, other=0.0), SOFTCAP)
     last = tl.where(remaining < VOCAB_SIZE, last, LOWEST)  # (EIGHT,)
 
-    highest = tl.full((GROUPS,), LOWEST, tl.float32)  # a maximum and a sum of each thread: they meet after the loop
+    highest = tl.full((GROUPS,), LOWEST, tl.float32)  # running maxima and sums, combined after the loop
     total = tl.zeros((GROUPS,), tl.float32)
     for begin in tl.range(0, WHOLE, GROUPS, num_stages=1):
         groups = begin + tl.arange(0, GROUPS)[:, None]
@@ -74,7 +74,7 @@ def _one_row(
         highest = higher
     maximum = tl.maximum(tl.max(highest, 0), tl.max(last, 0))
     total = tl.sum(total * tl.exp(highest - maximum), 0) + tl.sum(tl.exp(last - maximum), 0)
-    tl.store(losses + row, tl.where(target == IGNORED, 0.0, maximum - of_target + tl.log(total)))
+    tl.store(losses + row, tl.where(target == IGNORED, 0.0, maximum - target_logit + tl.log(total)))
     scale = 1 / total
 
     for begin in tl.range(0, WHOLE, GROUPS, num_stages=1):
@@ -100,7 +100,7 @@ def _capped(x: tl.tensor, SOFTCAP: tl.constexpr) -> tl.tensor:
 def _gradient(
     x: tl.tensor, columns: tl.tensor, target: tl.tensor, maximum: tl.tensor, scale: tl.tensor, SOFTCAP: tl.constexpr
 ) -> tl.tensor:
-    """Of the loss of a row with respect to the logits before the soft cap, which are `x` after it."""
+    """The gradient of a row's loss with respect to the logits before the soft cap; `x` are those after it."""
     gradient = tl.exp(x - maximum) * scale - tl.where(columns == target, 1.0, 0.0)
     if SOFTCAP is not None:
         gradient *= 1 - (x / SOFTCAP) * (x / SOFTCAP)

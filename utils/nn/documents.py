@@ -1,4 +1,4 @@
-"""Rows of several documents: attention and positions stay within each, as if it were alone."""
+"""Rows that hold several documents: attention and positions stay within each document, as if it were alone."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from utils.nn.attention import causal_attention
 
 
 class DocumentMask:
-    """The documents in a batch of rows, each of which begins with the same token; a row may begin within one.
+    """Separates the documents in a batch of rows.
 
-    A forward pass uses it in the place of a KVCache: `begin` gives the positions, each layer calls `attend`.
+    Each document begins with the same token; a row may begin in the middle of a document. A forward pass uses the mask
+    in place of a KVCache: `begin` gives the positions, each layer calls `attend`.
 
     Args:
         idx: (B, T) token ids.
-        token: that a document begins with.
-        dtype: of the model's numbers.
-        dropout: of attention weights.
-        windows: of each layer (see `causal_attention`); empty: none has one.
+        token: the id that each document begins with.
+        dtype: the precision of the mask, which is that of the queries.
+        dropout: the probability of dropping an attention weight.
+        windows: the window of each layer (see `causal_attention`); empty: no layer has one.
 
-    positions: (B, T), from the start of the document.
-    mask: (B, 1, T, T), to add to the scores: zero where a token sees another one, else minus infinity.
+    positions: (B, T), counted from the start of the document.
+    mask: (B, 1, T, T), added to the scores: zero for the tokens that a token attends to, else minus infinity.
     """
 
     def __init__(
@@ -35,13 +36,13 @@ class DocumentMask:
         windows: Sequence[int | None] = (),
     ) -> None:
         B, T = idx.shape
-        places = torch.arange(T, device=idx.device)
-        starts = torch.where(idx == token, places, 0).cummax(dim=1).values  # (B, T), of each token's document
-        self.positions = places - starts
-        # A token sees what precedes it, from the start of its document on.
-        seen = (places <= places[:, None]) & (places >= starts[:, :, None])  # (B, T, T)
-        shown = torch.zeros((), dtype=dtype, device=idx.device)
-        self.mask = torch.where(seen, shown, -math.inf)[:, None]
+        indices = torch.arange(T, device=idx.device)
+        starts = torch.where(idx == token, indices, 0).cummax(dim=1).values  # (B, T), of each token's document
+        self.positions = indices - starts
+        # A token sees itself and the tokens before it, back to the start of its document.
+        seen = (indices <= indices[:, None]) & (indices >= starts[:, :, None])  # (B, T, T)
+        zero = torch.zeros((), dtype=dtype, device=idx.device)
+        self.mask = torch.where(seen, zero, -math.inf)[:, None]
         self.lengths = [0] * B
         self._dropout = dropout
         self._windows = windows

@@ -1,4 +1,4 @@
-"""GPT-2's GELU by a sigmoid instead of a tanh, which is slow on a CPU."""
+"""GPT-2's GELU, computed with a sigmoid instead of a tanh, which is slow on a CPU."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from utils.nn.linear import once_differentiable
 from utils.nn.private import private_operator
 
 CUBIC = 0.044715
-FEW_ELEMENTS = 1 << 13  # with fewer, the calls take longer than a tanh
+FEW_ELEMENTS = 1 << 13  # up to here, the calls take longer than a tanh
 SCALE = 2 * math.sqrt(2 / math.pi)
 SIGMOID_BACKWARD = private_operator("ops.aten.sigmoid_backward.grad_input")
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 [Hendrycks and Gimpel 2016], any shape."""
-    by_sigmoid = (
+    use_sigmoid = (
         x.numel() > FEW_ELEMENTS
         and x.is_cpu
         and x.dtype is torch.float32
         and SIGMOID_BACKWARD is not None
         and not torch.compiler.is_compiling()
     )
-    if by_sigmoid:
+    if use_sigmoid:
         return SigmoidGELU.apply(x)
     return F.gelu(x, approximate="tanh")
 
@@ -34,9 +34,9 @@ def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 class SigmoidGELU(torch.autograd.Function):
     """x sigmoid(z) with z = 2 sqrt(2 / pi) (x + 0.044715 x^3): the same, since (1 + tanh(y)) / 2 = sigmoid(2 y).
 
-    torch's sigmoid takes a tenth of the time of its tanh. The derivative is computed along with the value, while both
-    are in the cache, and only it is kept for the backward pass. Most of the time goes into new memory, so operations
-    are in place where they can be. It has no second derivative.
+    torch's sigmoid takes a tenth of the time of its tanh. The forward pass also computes the derivative, while its
+    inputs are in the cache, and keeps only that for the backward pass. Allocating memory takes most of the time, so
+    operations are in place where possible. There is no second derivative.
     """
 
     @staticmethod
@@ -46,7 +46,7 @@ class SigmoidGELU(torch.autograd.Function):
         sigmoid = z.sigmoid()
         y = x * sigmoid
         if ctx.needs_input_grad[0]:
-            third = z.sub_(x, alpha=SCALE * 2 / 3)  # of x dz/dx
+            third = z.sub_(x, alpha=SCALE * 2 / 3)  # a third of x dz/dx
             SIGMOID_BACKWARD(third, sigmoid, grad_input=third)  # times sigmoid (1 - sigmoid)
             ctx.save_for_backward(sigmoid.add_(third, alpha=3))
         return y

@@ -16,15 +16,15 @@ NO_TOKEN = -1  # the id of what precedes the first token of a sequence
 class KVCache:
     """Buffers for `capacity` tokens of each sequence, allocated once; slot p % capacity holds token p.
 
-    So a sequence longer than the capacity overwrites its oldest tokens: a window slides over it. Sequences may have
+    A sequence longer than the capacity overwrites its oldest tokens: a window slides over it. Sequences may have
     different lengths. On a GPU, attention always covers all slots, under a mask, so that shapes never change; on a CPU
-    it covers those in use.
+    it covers only the slots in use.
 
     A forward pass calls `begin` with its tokens, `attend` once in each layer, and `end`.
 
     keys, values: (L, B, K, S, D), S = capacity.
     tokens: (B, S), by slot.
-    lengths: of the sequences, on the host; `positions` is the same on the device.
+    lengths: the lengths of the sequences, on the host; `positions` has the same numbers on the device.
     """
 
     def __init__(
@@ -38,16 +38,16 @@ class KVCache:
         self.tokens = torch.full((batch_size, capacity), NO_TOKEN, device=device)
         self.lengths = [0] * batch_size
         self._positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self._ahead = 0  # of _positions
+        self._ahead = 0  # the tokens that _positions does not count yet
         self.capacity = capacity
-        self._numbers = torch.arange(capacity, device=device)  # of slots
+        self._numbers = torch.arange(capacity, device=device)  # the numbers of the slots
         self._rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self._static = device.type == "cuda"
         self._window, self._full_attention_layers = config.sliding_window, config.full_attention_layers
 
     @property
     def positions(self) -> torch.Tensor:
-        """(B,), of the next token of each sequence, on the device."""
+        """The position of the next token of each sequence, (B,), on the device."""
         if self._ahead:
             self._positions += self._ahead
             self._ahead = 0
@@ -65,13 +65,14 @@ class KVCache:
         self.lengths = [length - count for length in self.lengths]
 
     def begin(self, idx: torch.Tensor, lengths: Sequence[int] | None = None) -> slice | torch.Tensor:
-        """Make room for tokens idx (B, T); T > 1 only before a window slides.
+        """Make room for tokens idx (B, T); several tokens at once (T > 1) must not overwrite older ones.
 
         Args:
-            lengths: the number of tokens of each sequence, if they differ; the rest is padding. For an empty cache.
+            lengths: the number of tokens of each sequence, if they differ; the rest of a row is padding. The cache
+                must be empty.
 
         Returns:
-            The positions of the tokens, (B, T), or as a slice if all sequences have the same.
+            The positions of the tokens, (B, T), or one slice if they are the same in all sequences.
         """
         T, longest = idx.size(1), max(self.lengths)
         assert T == 1 or longest + T <= self.capacity, f"{longest + T} tokens exceed the {self.capacity} of the cache"
@@ -87,12 +88,12 @@ class KVCache:
             slots = slice(first, first + T)
             self.tokens[:, slots] = idx
             self._new = self._by_slot[:, :, slots].unbind()  # 2 L of (B, T, K, D)
-            self._slots: torch.Tensor | None = None  # (B, T), where they differ
+            self._slots: torch.Tensor | None = None  # (B, T) if the sequences differ in length
             windowed = self._window is not None and longest + T > self._window
             if not self._is_empty and (T > 1 or self._static or windowed):
                 positions = torch.arange(longest, longest + T, device=idx.device)[None]
                 visible = self._visible_to(positions)
-                if T > 1 or self._static:  # else one token sees all that is in use
+                if T > 1 or self._static:  # otherwise the one token sees all slots in use
                     self._mask = visible
                 self._window_mask = self._within_window(positions, visible) if windowed else self._mask
             return slice(longest, longest + T)
@@ -108,14 +109,15 @@ class KVCache:
         return (self._numbers[: self._visible] <= positions[:, :, None])[:, None]
 
     def _within_window(self, positions: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """`visible` (B, 1, T, slots) without what lies before the window of tokens at these positions (B, T)."""
+        """`visible` (B, 1, T, slots) without the slots outside the window of tokens at these positions (B, T)."""
         if self._window is None:
             return visible
-        back = (positions[:, :, None] - self._numbers[: visible.size(-1)]) % self.capacity  # to the newest in a slot
+        # The distance to the newest token of each slot.
+        back = (positions[:, :, None] - self._numbers[: visible.size(-1)]) % self.capacity
         return visible & (back < self._window)[:, None]
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Store new keys and values, and attend: each new token to its whole sequence up to itself.
+        """Store the new keys and values, and let each new token attend to its sequence up to itself.
 
         Args:
             q: (B, T, H, D).
@@ -143,7 +145,7 @@ class KVCache:
         return y.transpose(1, 2).reshape(B, T, -1)
 
     def end(self) -> None:
-        """Count the tokens of `begin`, which all layers have stored."""
+        """Count the tokens passed to `begin`, once all layers have stored them."""
         if len(set(self._counts)) == 1:
             self._ahead += self._counts[0]
         else:
@@ -151,16 +153,16 @@ class KVCache:
         self.lengths = [length + new for length, new in zip(self.lengths, self._counts, strict=True)]
 
     def tokens_before(self, count: int) -> torch.Tensor:
-        """The last tokens of each sequence, (B, count): NO_TOKEN where there are none, or they were overwritten."""
+        """The last tokens of each sequence, (B, count); NO_TOKEN before its start and for overwritten tokens."""
         back = torch.arange(count, 0, -1, device=self.tokens.device)
         positions = self.positions[:, None] - back  # (B, count)
         unknown = (positions < 0) | (back > self.capacity)
         return self.tokens[self._rows, positions % self.capacity].masked_fill(unknown, NO_TOKEN)
 
     def replace(self, rows: Sequence[int], other: KVCache) -> None:
-        """Replace these sequences with those of another cache, which are all of the same length."""
+        """Replace the sequences in `rows` with those of another cache, which all have the same length."""
         count = other.lengths[0]
-        # A slice where it is all of them: a list of rows would have to be copied to the device.
+        # A slice if these are all rows, because a list of rows would have to be copied to the device.
         chosen = slice(None) if len(rows) == len(self.lengths) else list(rows)
         self.keys[:, chosen, :, :count] = other.keys[:, :, :, :count]
         self.values[:, chosen, :, :count] = other.values[:, :, :, :count]

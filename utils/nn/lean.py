@@ -1,4 +1,4 @@
-"""Plain objects in place of modules, for decoding: there a call of a module takes longer than its arithmetic."""
+"""Plain objects in place of modules for decoding, where calling a module takes longer than its arithmetic."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ _MAY_BE_PLAIN: set[type[nn.Module]] = {nn.Embedding, nn.LayerNorm, nn.RMSNorm}
 
 
 def may_be_plain(module_class: type[M]) -> type[M]:
-    """A class decorator: `lean` replaces modules of exactly this class, not of a subclass.
+    """A class decorator that lets `lean` replace modules of exactly this class (not of subclasses).
 
-    So the class uses nn.Module for attributes and the call only: no `super()` in its methods, and what changes in
-    tensors is changed in place.
+    The class must use nn.Module for attributes and calls only: its methods do not use `super()`, and change tensors
+    only in place.
     """
     _MAY_BE_PLAIN.add(module_class)
     return module_class
 
 
 def lean(model: M) -> M:
-    """Plain objects that compute as `model` does, with its tensors and in its present mode.
+    """Plain objects that compute what `model` computes, with its tensors and in its current mode.
 
-    They have no hooks and find attributes at once. Later changes of tensors in place are seen, other changes of the
-    model are not. A part of an unknown class, with a hook, or with a `forward` of its own stays a module and is called
-    as one, with all that it consists of.
+    They have no hooks, and access to their attributes is fast. They see later in-place changes of tensors, but no other
+    changes of the model. A submodule of an unknown class, with a hook, or with a `forward` of its own stays a module,
+    and so does everything in it.
     """
     return cast(M, _lean(model, {}))
 
 
 def is_patched(module: nn.Module) -> bool:
-    """Whether a call of the module runs more than the `forward` of its class: a hook, or a `forward` of its own."""
+    """Whether calling the module runs anything but the `forward` of its class: a hook, or a `forward` of its own."""
     parts = vars(module)
     return "forward" in parts or any(parts[kind] for kind in HOOKS)
 
 
 def _lean(module: nn.Module, classes: dict[type, type]) -> Any:
-    """classes: the plain class of each class that was met before."""
+    """The plain object for `module`, or the module itself; `classes` caches the plain class of each module class."""
     parts = vars(module)
     if is_patched(module):
         return module
@@ -65,6 +65,6 @@ def _identity(x: torch.Tensor) -> torch.Tensor:
 
 
 def _plain_class(module_class: type[nn.Module]) -> type:
-    """The methods and constants of a module's class; a call is its forward."""
+    """A class with the methods and constants of `module_class`; calling its objects calls their `forward`."""
     own = {name: value for name, value in vars(module_class).items() if not name.startswith("__")}
     return type(module_class.__name__, (), own | {"__call__": module_class.forward})

@@ -1,7 +1,7 @@
-"""Linear layers. On a CPU in float32, oneDNN computes their matrix products: it uses AVX-512 on every processor.
+"""Linear layers. On a CPU with AVX-512, their float32 matrix products are computed by oneDNN.
 
-torch uses MKL for float32, which stays with AVX2 on AMD's processors: half the speed where there is AVX-512. Where
-there is none, MKL is faster by an eighth of a step, and computes them (docs/LOG.md).
+torch uses MKL for float32, which uses only AVX2 on AMD's processors: half the speed of AVX-512. On processors without
+AVX-512, MKL makes a step an eighth faster, so there it computes the products (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from utils.nn.lean import is_patched, may_be_plain
 from utils.nn.private import private_operator
 from utils.nn.roles import BIAS, MATRIX, declare
 
-# The operator that torch.compile makes of a linear layer for inference; it has no gradient of its own.
+# The operator that torch.compile turns a linear layer into for inference; it has no gradient.
 ONEDNN = private_operator("ops.mkldnn._linear_pointwise.default") if torch.backends.mkldnn.is_available() else None
 
 ONEDNN_IS_FASTER = torch.backends.cpu.get_cpu_capability() != "AVX2"  # than MKL
 
 R = TypeVar("R")
 
-SMALL_PRODUCT = 1 << 17  # multiplications; below, a call of oneDNN takes longer than the product
+SMALL_PRODUCT = 1 << 17  # multiplications; up to here, calling oneDNN takes longer than the product itself
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -36,26 +36,26 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         weight: (out, in).
         bias: (out,), or None.
     """
-    by_onednn = (  # evaluated dozens of times a step: comparing a device's name alone takes a quarter of a microsecond
+    use_onednn = (  # evaluated dozens of times a step: comparing a device's name alone takes a quarter of a microsecond
         x.is_cpu
         and x.dtype is torch.float32 is weight.dtype
         and ONEDNN is not None
         and ONEDNN_IS_FASTER
         and x.numel() * weight.shape[0] > SMALL_PRODUCT  # false for empty tensors, too
-        and x.shape[-1] == weight.shape[1]  # if not, torch's message is the better one
+        and x.shape[-1] == weight.shape[1]  # otherwise F.linear raises the better message
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
-    if not by_onednn:
+    if not use_onednn:
         return F.linear(x, weight, bias)
     return OneDNNLinear.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
 
 
 @may_be_plain
 class Linear(nn.Linear):
-    """nn.Linear, by the fastest matrix product that the device has for its precision."""
+    """nn.Linear with the fastest matrix product for the device and precision."""
 
-    multiply = staticmethod(linear)  # or a function like it, such as one in another precision
+    multiply = staticmethod(linear)  # may be replaced by a like function, such as one in another precision
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
@@ -67,7 +67,7 @@ class Linear(nn.Linear):
 
 
 def matrix_of(layer: nn.Module) -> torch.Tensor | None:
-    """The weight (out, in) of a layer that multiplies by it and does nothing else; None for any other layer."""
+    """The weight (out, in) of a layer that only multiplies by it; None for any other layer."""
     return layer.weight if type(layer) is Linear and layer.bias is None and not is_patched(layer) else None
 
 
@@ -78,20 +78,21 @@ def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) 
 
 
 def product_dtype(x: torch.Tensor) -> torch.dtype:
-    """The precision in which a linear layer multiplies x here."""
+    """The precision in which a linear layer multiplies x, given the current state of autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def once_differentiable(backward: Callable[..., R]) -> Callable[..., R]:
-    """Mark the backward pass of an autograd function that has no second derivative.
+    """A decorator for the backward pass of an autograd function that has no second derivative.
 
-    With create_graph it raises a RuntimeError. torch has a decorator of this name, which takes 10 microseconds a call.
+    With create_graph the backward pass raises a RuntimeError. torch's decorator of this name takes 10 microseconds a
+    call.
     """
 
     @functools.wraps(backward)
     def checked(ctx: Any, *gradients: torch.Tensor) -> R:
-        if torch.is_grad_enabled():  # autograd turns it off but for create_graph
+        if torch.is_grad_enabled():  # in a backward pass, only with create_graph
             raise RuntimeError(f"{type(ctx).__name__} has no second derivative: create_graph is not supported")
         return backward(ctx, *gradients)
 

@@ -1,13 +1,13 @@
-"""LoRA: trained products of low rank beside frozen linear layers [Hu et al. 2021].
+"""LoRA: trained low-rank products beside frozen linear layers [Hu et al. 2021].
 
     y = x W^T + b + alpha / r * dropout(x) A^T B^T        A: (r, in), B: (out, r)
 
-Only A and B are trained; B starts at zero, so at step 0 the model equals its base. A frozen weight has no gradient and
-no state of the optimizer, and a checkpoint does not repeat it.
+Only A and B are trained; B starts at zero, so at step 0 the model equals its base. Frozen weights have no gradients and
+no optimizer state, and checkpoints do not repeat them.
 
-q, k and v are stacked in one matrix. With learned positions they are one matrix of GPT-2 (c_attn), which has one
-adapter; with rotary positions they are three of Llama (q_proj, k_proj, v_proj), and each has an A and a B of its own.
-So what is trained is what peft trains on the same model in transformers.
+q, k and v are stacked in one matrix. With learned positions this is GPT-2's c_attn and gets one adapter; with rotary
+positions it stands for Llama's q_proj, k_proj and v_proj, each of which gets its own A and B. So the trained parameters
+are those that peft trains on the same model in transformers.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from utils.nn.linear import Linear, linear
 from utils.nn.roles import ADAPTER, declare, declared_roles
 
 PARTS = ("lora_a", "lora_b")  # the parameters of an adapter
-BLOCKS = "blocks."  # what the names of the layers of blocks begin with
+BLOCKS = "blocks."  # the prefix of the names of layers in blocks
 
 
 @may_be_plain
 class LoraLinear(Linear):
-    """A linear layer that an adapter was added to, by `add_adapters`.
+    """A linear layer to which `add_adapters` has added an adapter.
 
     lora_a: (n r, in), for n matrices that are stacked in the weight.
     lora_b: (out, r).
     lora_rows: the rows of each of these n matrices.
     """
 
-    multiply = staticmethod(linear)  # once more: a plain object (utils/nn/lean.py) does not inherit
+    multiply = staticmethod(linear)  # repeated, because plain objects (utils/nn/lean.py) do not inherit
 
     lora_a: nn.Parameter
     lora_b: nn.Parameter
@@ -58,12 +58,12 @@ class LoraLinear(Linear):
 
 
 def add_adapters(model: nn.Module, config: ModelConfig, settings: OptimizerConfig) -> None:
-    """Freeze `model` and add an adapter to each layer that `lora_targets` names; nothing without a `lora_rank`.
+    """Freeze `model` and add an adapter to each layer that `lora_targets` names; do nothing without a `lora_rank`.
 
-    A is drawn as torch draws the weight of a linear layer, which is peft's choice; B is zero.
+    A is initialised like the weight of an nn.Linear, as in peft; B is zero.
 
     Raises:
-        UserError: the model has no such layer.
+        UserError: a target names no layer of the model.
     """
     rank = settings.lora_rank
     if rank is None:
@@ -85,12 +85,12 @@ def add_adapters(model: nn.Module, config: ModelConfig, settings: OptimizerConfi
 
 
 def adapter_settings(settings: OptimizerConfig) -> dict[str, Any]:
-    """The settings of adapters, as JSON: `add_adapters` takes them again by `OptimizerConfig.model_validate`."""
+    """The settings of adapters as JSON, which `OptimizerConfig.model_validate` reads again for `add_adapters`."""
     return {key: value for key, value in settings.model_dump(mode="json").items() if key.startswith("lora_")}
 
 
 def targeted_layers(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
-    """The linear layers by name that `targets` name by the end of their names, as in peft; no targets: all of blocks.
+    """The linear layers whose names end in one of `targets`, as in peft; without targets, all those in blocks.
 
     Raises:
         UserError: a target names no layer.
@@ -104,7 +104,8 @@ def targeted_layers(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.
         if not named:
             known = dict.fromkeys(name.rpartition(".")[2] for name in layers)
             raise UserError(
-                f"lora_targets: the model has no linear layer {target}, but {', '.join(known)}{nearest(target, known)}"
+                f"lora_targets: the model has no linear layer {target}; it has {', '.join(known)}"
+                f"{nearest(target, known)}"
             )
         found |= named
     return {name: layer for name, layer in layers.items() if name in found}
@@ -121,32 +122,32 @@ def is_adapter(name: str) -> bool:
 
 
 def frozen_weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights that adapters leave as they are; none without adapters."""
+    """The frozen weights of a model with adapters, by name; empty for a model without adapters."""
     if not adapted_layers(model):
         return {}
     return {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
 
 
 def merged_weights(model: nn.Module, weights: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The state dict of the model without adapters that computes the same; merged matrices are rounded once.
+    """The state dict of a model without adapters that computes the same; merged matrices are rounded once.
 
     Args:
-        model: with or without adapters.
-        weights: a state dict of such a model; None: its own.
+        model: a model with or without adapters.
+        weights: a state dict that fits `model`; None: that of `model` itself.
     """
     weights = model.state_dict() if weights is None else weights
     merged = {name: tensor for name, tensor in weights.items() if not is_adapter(name)}
     for name, layer in adapted_layers(model).items():
         weight, a, b = (weights[f"{name}.{part}"].detach().cpu().double() for part in ("weight", *PARTS))
         parts = zip(a.chunk(len(layer.lora_rows)), b.split(layer.lora_rows), strict=True)
-        change = torch.cat([of_b @ of_a for of_a, of_b in parts])  # (out, in)
+        change = torch.cat([b_block @ a_block for a_block, b_block in parts])  # (out, in)
         merged[f"{name}.weight"] = torch.add(weight, change, alpha=layer.lora_scale).to(weights[f"{name}.weight"].dtype)
     return merged
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterCounts:
-    """Numbers of parameters of a model."""
+    """How many parameters of a model are trained, and how many are not."""
 
     trainable: int
     frozen: int
@@ -157,11 +158,11 @@ class ParameterCounts:
 
     @property
     def words(self) -> str:
-        """The numbers, and the share that is trained."""
+        """Both numbers and the trainable share, as text."""
         return f"{self.trainable:,} trainable ({self.trainable / self.total:.2%}), {self.frozen:,} frozen"
 
 
 def count_parameters(model: nn.Module) -> ParameterCounts:
-    """How many parameters are trained, and how many are not; a shared one counts once."""
+    """The parameter counts of a model; a shared parameter counts once."""
     sizes = [(parameter.requires_grad, parameter.numel()) for parameter in model.parameters()]
     return ParameterCounts(sum(n for trained, n in sizes if trained), sum(n for trained, n in sizes if not trained))

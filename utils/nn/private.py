@@ -1,6 +1,6 @@
-"""Operators that torch does not document: looked up once, at import, and None in a release of torch without them.
+"""Operators that torch does not document, looked up once, at import; None if the installed torch does not have them.
 
-Whoever uses one falls back to public operators where it is None.
+Code that uses one falls back to public operators if it is None.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 
 def private_operator(path: str) -> Callable[..., Any] | None:
-    """`torch.<path>`, or None where this release or build of torch has no such operator."""
+    """`torch.<path>`, or None if this release or build of torch has no such operator."""
     try:
         found = operator.attrgetter(path)(torch)
     except (AttributeError, RuntimeError):

@@ -23,10 +23,10 @@ Group = Literal["matrices", "embeddings", "head", "vectors"]
 class Role:
     """What a parameter is for.
 
-    name: names the initialisation, see `init_weights` in model.py.
+    name: selects the initialisation, see `init_weights` in model.py.
     group: the optimizer's parameter group.
-    multiplies: every token is multiplied by the whole matrix; of an embedding a token only reads one row.
-    rows: of the matrices that are stacked in this one (queries, keys and values, say); empty: it is one matrix.
+    multiplies: every token is multiplied by the whole matrix, whereas it reads only one row of an embedding.
+    rows: the rows of each of the matrices stacked in this one (queries, keys and values, say); empty: a single matrix.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Role:
     rows: tuple[int, ...] = ()
 
     def stacked(self, *rows: int) -> Role:
-        """The same role for several matrices in one, with these numbers of rows."""
+        """The same role for several matrices stacked in one, with these numbers of rows."""
         return replace(self, rows=rows)
 
 
@@ -43,19 +43,19 @@ MATRIX = Role("matrix", "matrices", multiplies=True)
 RESIDUAL = Role("residual projection", "matrices", multiplies=True)  # the last matrix before a residual addition
 HEAD = Role("head", "head", multiplies=True)
 EMBEDDING = Role("embedding", "embeddings")
-TIED_EMBEDDING = Role("embedding", "embeddings", multiplies=True)  # which is the output head, too
+TIED_EMBEDDING = Role("embedding", "embeddings", multiplies=True)  # also the output head
 ZERO_EMBEDDING = Role("zero embedding", "embeddings")
 BIAS = Role("bias", "vectors")
 SCALE = Role("scale", "vectors")  # the weight of a norm
-ADAPTER = Role("adapter", "matrices", multiplies=True)  # a part of one, see utils/nn/lora.py
+ADAPTER = Role("adapter", "matrices", multiplies=True)  # lora_a or lora_b, see utils/nn/lora.py
 
-_ATTRIBUTE = "parameter_roles"  # of a module: {name of a parameter: role}
+_ATTRIBUTE = "parameter_roles"  # the attribute of a module that holds {name of a parameter: role}
 
 
 def declare(module: M, **roles: Role) -> M:
-    """Declare the roles of parameters of `module`, by their names; an earlier role of one is replaced.
+    """Declare the roles of parameters of `module` by name, replacing earlier ones; returns the module.
 
-    A parameter that the module does not use (a bias that is None) may be named. Returns the module.
+    A parameter that the module does not use (a bias that is None) may be named, too.
     """
     assert roles.keys() <= module._parameters.keys(), f"{type(module).__name__} has no such parameter: {roles}"
     vars(module)[_ATTRIBUTE] = vars(module).get(_ATTRIBUTE, {}) | roles

@@ -21,18 +21,18 @@ def rope_factors(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Te
     angles = positions[..., None, None] * frequencies  # (..., 1, D / 2)
     cos, sin = angles.cos(), angles.sin()
     if config.rope_scaling == "yarn":  # equation 25: larger queries and keys sharpen the attention
-        length = 0.1 * math.log(config.rope_factor) + 1
-        cos, sin = length * cos, length * sin
+        scale = 0.1 * math.log(config.rope_factor) + 1
+        cos, sin = scale * cos, scale * sin
     return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def scaled(frequencies: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """Frequencies (D / 2,) for a longer context than the one that the model was first trained with.
+    """Frequencies (D / 2,) for a longer context than the one that the model was originally trained with.
 
-    linear: all are divided by the factor [Chen et al. 2023]. llama3: those with few rotations within the old context
-    are, those with many are not, and between the two the share grows with the number of rotations [Grattafiori et al.
-    2024, The Llama 3 Herd of Models; llama-models]. yarn: the share grows with the number of the pair of channels
-    [Peng et al. 2023, YaRN, section 3.2].
+    linear: all are divided by the factor [Chen et al. 2023]. llama3: frequencies with few rotations within the original
+    context are divided, those with many are kept, and those in between are mixed in proportion to their rotations
+    [Grattafiori et al. 2024, The Llama 3 Herd of Models; llama-models]. yarn: likewise, but mixed in proportion to the
+    index of the channel pair [Peng et al. 2023, YaRN, section 3.2].
     """
     slow = frequencies / config.rope_factor
     if config.rope_scaling == "linear":
@@ -41,12 +41,12 @@ def scaled(frequencies: torch.Tensor, config: ModelConfig) -> torch.Tensor:
     assert context is not None
     if config.rope_scaling == "llama3":
         rotations = context / (2 * math.pi / frequencies)
-        share = ((rotations - low) / (high - low)).clamp(0, 1)  # that is left as it is
+        share = ((rotations - low) / (high - low)).clamp(0, 1)  # the share that is kept
     else:
         first, last = (
             config.head_width * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
             for rotations in (high, low)
-        )  # pairs of channels with so many rotations
+        )  # the channel pairs with this many rotations
         first, last = max(math.floor(first), 0), min(math.ceil(last), config.head_width - 1)
         pairs = torch.arange(len(frequencies), dtype=frequencies.dtype, device=frequencies.device)
         share = 1 - ((pairs - first) / (last - first or 0.001)).clamp(0, 1)

@@ -9,9 +9,9 @@ from utils.nn.kv_cache import KVCache
 
 
 class SlotCache(KVCache):
-    """Memory for `slots` sequences, of which the first `len(lengths)` are in use: a pass computes only these.
+    """Memory for `slots` sequences. The first `len(lengths)` rows are in use, and a pass computes only these.
 
-    So a sequence that leaves is replaced by the last one. The rows of a cache are in the order of `lengths`.
+    To keep them together, the last sequence moves to the row of one that leaves.
     """
 
     def __init__(
@@ -23,9 +23,9 @@ class SlotCache(KVCache):
         self._use(0)
 
     def _use(self, count: int) -> None:
-        """Let passes cover the first `count` sequences."""
+        """Make passes cover the first `count` sequences."""
         by_slot, tokens, positions, rows = self._all
-        _ = self.positions  # added up while its rows are those in use
+        _ = self.positions  # brought up to date for the rows that were in use so far
         self._by_slot = by_slot[:, :count]
         self._by_head = self._by_slot.transpose(2, 3)
         self.keys, self.values = self._by_head.chunk(2)
@@ -40,7 +40,7 @@ class SlotCache(KVCache):
         self.replace([row], other)
 
     def leave(self, row: int) -> None:
-        """Forget a sequence; the last one gets its row."""
+        """Remove a sequence; the last one moves to its row."""
         last = len(self.lengths) - 1
         if row != last:
             used = min(self.lengths[last], self.capacity)

@@ -1,3 +1,3 @@
-"""What a target may be beside a token."""
+"""The value of a target that is not a token."""
 
-IGNORED = -100  # it has no loss, as in torch.nn.functional.cross_entropy
+IGNORED = -100  # has no loss, as in torch.nn.functional.cross_entropy

@@ -21,12 +21,11 @@ def _unguarded(method: Any) -> Any:
 class EagerOptimizer(torch.optim.Optimizer):
     """An optimizer that is never part of a compiled graph.
 
-    torch's own methods are guarded against that, and import its compiler to do so: 70 MB and a second at each start.
+    torch's own methods have a guard against that, which imports the compiler: 70 MB and a second at each start.
 
-    `found_inf`, if set, is 1 (a 0-dimensional tensor) where a gradient is not finite: then a step changes nothing.
-
-    On CUDA a step reads the settings that a schedule changes, those named in `scheduled`, from the device, so that a
-    recorded step (utils/machine/graphs.py) follows them: `publish` copies them there, as each step does by itself.
+    found_inf: if set, a 0-dimensional tensor that is 1 if a gradient is not finite: then a step changes nothing.
+    scheduled: the settings that a schedule changes. On CUDA a step reads them from the device, so that a recorded step
+        (utils/machine/graphs.py) follows them. `publish` copies them there; a step that is not recorded calls it.
     """
 
     _step_supports_amp_scaling = True  # torch's GradScaler sets found_inf, and need not wait for the device
@@ -37,7 +36,7 @@ class EagerOptimizer(torch.optim.Optimizer):
 
     def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
         super().__init__(groups, {})
-        self._published: list[dict[str, torch.Tensor]] = []  # of each group, if it is on CUDA
+        self._published: list[dict[str, torch.Tensor]] = []  # for each group; empty for one that is not on CUDA
 
     def publish(self) -> None:
         """Copy the scheduled settings of all groups to the device, without waiting for it."""
@@ -53,7 +52,7 @@ class EagerOptimizer(torch.optim.Optimizer):
                 tensor.fill_(group[name])
 
     def settings(self) -> Iterator[dict[str, Any]]:
-        """Each group with its present settings, the published ones as 0-dimensional tensors."""
+        """Each group with its current settings, the published ones as 0-dimensional tensors."""
         if not (any(self._published) and torch.cuda.is_current_stream_capturing()):
             self.publish()
         for group, published in zip(self.param_groups, self._published, strict=True):
@@ -73,10 +72,10 @@ class EagerOptimizer(torch.optim.Optimizer):
 
 
 class AdamW(EagerOptimizer):
-    """AdamW [Loshchilov and Hutter 2019], one fused kernel a group. The state is that of torch.optim.AdamW.
+    """AdamW [Loshchilov and Hutter 2019], one fused kernel a group. Its state is that of torch.optim.AdamW.
 
     Args:
-        groups: with lr, betas, eps, weight_decay, and fused = True.
+        groups: parameter groups with lr, betas, eps, weight_decay, and fused = True.
     """
 
     @torch.no_grad()
@@ -90,17 +89,17 @@ def adamw_update(
     states: dict[torch.Tensor, dict[str, torch.Tensor]],
     found_inf: torch.Tensor | None = None,
 ) -> None:
-    """Update the parameters of a group that have a gradient; each counts its own updates, as torch's does."""
+    """Update the parameters of a group that have a gradient; each counts its own updates, as in torch."""
     params = [p for p in group["params"] if p.grad is not None]
     if not params:
         return
-    of_params = [states[p] for p in params]
-    for p, state in zip(params, of_params, strict=True):
+    param_states = [states[p] for p in params]
+    for p, state in zip(params, param_states, strict=True):
         if not state:
             state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"] = torch.zeros_like(p)
             state["exp_avg_sq"] = torch.zeros_like(p)
-    steps = [state["step"] for state in of_params]
+    steps = [state["step"] for state in param_states]
     torch._foreach_add_(steps, 1)
     beta1, beta2 = group["betas"]
     decay = group["weight_decay"]
@@ -110,8 +109,8 @@ def adamw_update(
     (FUSED_ADAMW or _public_adamw)(
         params,
         [p.grad for p in params],
-        [state["exp_avg"] for state in of_params],
-        [state["exp_avg_sq"] for state in of_params],
+        [state["exp_avg"] for state in param_states],
+        [state["exp_avg_sq"] for state in param_states],
         [],
         steps,
         lr=group["lr"],
@@ -128,7 +127,11 @@ def adamw_update(
 
 
 def decay_factor(group: dict[str, Any], finite: torch.Tensor | None) -> Any:
-    """What weight decay multiplies the parameters of a group by, a number or a tensor: 1 unless all is `finite`."""
+    """The factor (a number or a tensor) by which weight decay multiplies the parameters of a group; 1 if not `finite`.
+
+    Args:
+        finite: (), whether all gradients are finite; None: they are.
+    """
     factor = 1 - group["lr"] * group["weight_decay"]
     return factor if finite is None else torch.where(finite, factor, 1.0)
 
@@ -144,7 +147,7 @@ def _public_adamw(
     found_inf: torch.Tensor | None,
     **settings: Any,
 ) -> None:
-    """What FUSED_ADAMW does, by torch's documented function; `found_inf` makes it wait for the device."""
+    """The update of FUSED_ADAMW by torch's documented function; with `found_inf` it waits for the device."""
     if found_inf is None or not found_inf:
         before = [step - 1 for step in steps]  # the function counts this update itself
         adamw(params, gradients, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, before, **settings)

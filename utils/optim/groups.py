@@ -16,15 +16,15 @@ from utils.optim.schedules import scheduled_settings, set_learning_rate, set_wei
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The trainable parameters, each in the group of its role (utils/nn/roles.py), or else of its shape.
+    """The trainable parameters, grouped by their roles (utils/nn/roles.py).
 
     The groups are matrices, embeddings, head (an untied one) and vectors (biases, norm weights); empty ones are left
-    out. Without a role, what has two or more dimensions is a matrix and all else a vector.
+    out. A parameter without a role counts as a matrix if it has two or more dimensions, else as a vector.
 
     Returns:
-        for each group: name; params, in the order of the model; lr_scale, its learning rate as a multiple of the
-        schedule's; decays, whether weight decay applies. For matrices also blocks, for each parameter the numbers of
-        rows of the matrices that are stacked in it (queries, keys and values are).
+        For each group: name; params, in the order of the model; lr_scale, its learning rate as a multiple of the
+        schedule's; decays, whether weight decay applies. For matrices also blocks: for each parameter, the numbers of
+        rows of the matrices that are stacked in it, such as queries, keys and values.
     """
     rates: dict[Group, float | None] = {
         "matrices": None,
@@ -60,7 +60,7 @@ def group_by_shape(parameter: torch.Tensor) -> Group:
 
 
 def _rows(parameter: torch.Tensor, role: Role | None) -> list[int]:
-    """Of the matrices that are stacked in a parameter."""
+    """The numbers of rows of the matrices that are stacked in a parameter."""
     rows = [parameter.size(0)] if role is None or not role.rows else list(role.rows)
     assert sum(rows) == parameter.size(0), f"{rows} rows are declared of a matrix that has {parameter.size(0)}"
     return rows
@@ -68,17 +68,17 @@ def _rows(parameter: torch.Tensor, role: Role | None) -> list[int]:
 
 def adamw(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW for all parameters."""
-    return AdamW(group | _of_adamw(config) for group in groups)
+    return AdamW(group | _adamw_settings(config) for group in groups)
 
 
 def muon(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Muon for the matrices (q, k and v separately), AdamW for the other groups."""
-    of_muon = {"momentum": config.momentum}
-    return Muon(group | (of_muon if group["name"] == "matrices" else _of_adamw(config)) for group in groups)
+    muon_settings = {"momentum": config.momentum}
+    return Muon(group | (muon_settings if group["name"] == "matrices" else _adamw_settings(config)) for group in groups)
 
 
-def _of_adamw(config: OptimizerConfig) -> dict[str, Any]:
-    """The settings of a group. With `fused`, torch keeps the count of steps on the device when it loads a state."""
+def _adamw_settings(config: OptimizerConfig) -> dict[str, Any]:
+    """AdamW's settings of a group. With `fused`, torch keeps the step count on the device when it loads a state."""
     return {"betas": (config.beta1, config.beta2), "eps": config.adam_eps, "fused": True}
 
 

@@ -1,10 +1,10 @@
-"""Muon: updates of matrices by their momentum, made orthogonal."""
+"""Muon: matrices are updated by their orthogonalized momentum."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from utils.optim.adamw import EagerOptimizer, adamw_update, decay_factor
 # Coefficients of the quintic iteration, chosen for a steep slope at zero [Jordan et al. 2024, Muon].
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def newton_schulz(matrices: torch.Tensor) -> torch.Tensor:
@@ -41,13 +43,13 @@ class Muon(EagerOptimizer):
     AdamW's updates, so one learning rate suits both [Liu et al. 2025, Muon is Scalable for LLM Training].
 
     Args:
-        groups: with lr and weight_decay. Those for Muon also have momentum, and blocks: for each parameter, the numbers
-            of rows of the matrices that are stacked in it (q, k and v, say), each of which is made orthogonal by
-            itself. Those for AdamW have what AdamW needs (utils/optim/adamw.py).
+        groups: parameter groups with lr and weight_decay. Those for Muon also have momentum, and blocks: for each
+            parameter, the numbers of rows of the matrices that are stacked in it (q, k and v, say), each of which is
+            made orthogonal separately. Those for AdamW have the settings of AdamW (utils/optim/adamw.py).
 
-    orthogonalize: what makes (N, rows, columns) matrices orthogonal; updates in lanes deal them over ranks.
-    of_shards: where the parameters are rows of larger ones (utils/training/sharded_update.py), what makes their
-        directions orthogonal: (parameters, blocks, directions) -> updates, of the size of `update_scale`.
+    orthogonalize: the function that makes matrices (N, rows, columns) orthogonal; with lanes, the ranks share its work.
+    of_shards: if the parameters are shards, rows of larger ones (utils/training/sharded_update.py), the function that
+        makes their directions orthogonal: (parameters, blocks, directions) -> updates, scaled by `update_scale`.
     """
 
     orthogonalize: Callable[[torch.Tensor], torch.Tensor] = staticmethod(newton_schulz)
@@ -71,7 +73,7 @@ class Muon(EagerOptimizer):
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         finite = None if self.found_inf is None else self.found_inf == 0  # (), on the device
-        if finite is not None:  # a buffer stays what it is if it is the gradient, too
+        if finite is not None:  # a buffer that is its own gradient does not change
             gradients = [torch.where(finite, g, buffer) for g, buffer in zip(gradients, buffers, strict=True)]
         directions = _nesterov(buffers, gradients, group["momentum"])
         decay = group["weight_decay"]
@@ -84,15 +86,12 @@ class Muon(EagerOptimizer):
             ):
                 p += update * rate
             return
-        by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        blocks: list[Pair] = []
         for (p, rows), direction in zip(trained, directions, strict=True):
             assert p.is_contiguous(), "Muon updates a parameter in place as a matrix of its first dimension"
             matrix, direction = p.view(len(p), -1), direction.reshape(len(p), -1)  # (rows, all other dimensions)
-            for weight, block in zip(matrix.split(rows), direction.split(rows), strict=True):
-                if block.size(0) > block.size(1):
-                    weight, block = weight.mT, block.mT
-                by_shape[tuple(block.shape)].append((weight, block))
-        for shape, pairs in by_shape.items():
+            blocks += zip(matrix.split(rows), direction.split(rows), strict=True)
+        for shape, pairs in wide_by_shape(blocks).items():
             updates = self.orthogonalize(stacked([block for _, block in pairs]))
             if finite is not None:
                 updates *= finite
@@ -103,26 +102,33 @@ class Muon(EagerOptimizer):
 
 
 def orthogonal_blocks(matrix: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """A whole direction, whose first dimension is stacked from matrices of these rows, each made orthogonal.
+    """Make each of the matrices that are stacked in `matrix` orthogonal.
 
     Args:
-        matrix: (sum of rows, ...).
+        matrix: (sum of rows, ...), the direction of a whole parameter.
+        rows: the number of rows of each stacked matrix.
 
     Returns:
-        Of the same shape, each matrix of the size of `update_scale`.
+        A tensor of the same shape, each of its matrices scaled by `update_scale`.
     """
     flat = matrix.reshape(len(matrix), -1)  # (rows, all other dimensions)
     result = torch.empty_like(flat)
-    by_shape: dict[tuple[int, ...], list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
-    for block, place in zip(flat.split(list(rows)), result.split(list(rows)), strict=True):
-        if block.size(0) > block.size(1):
-            block, place = block.mT, place.mT
-        by_shape[tuple(block.shape)].append((block, place))
-    for shape, pairs in by_shape.items():
+    blocks = zip(flat.split(list(rows)), result.split(list(rows)), strict=True)
+    for shape, pairs in wide_by_shape(blocks).items():
         done = newton_schulz(stacked([block for block, _ in pairs])) * update_scale(shape)
-        for (_, place), update in zip(pairs, done.unbind(), strict=True):
-            place.copy_(update)
+        for (_, target), update in zip(pairs, done.unbind(), strict=True):
+            target.copy_(update)
     return result.view_as(matrix)
+
+
+def wide_by_shape(pairs: Iterable[Pair]) -> dict[tuple[int, ...], list[Pair]]:
+    """Group pairs of equally shaped matrices by shape; those with more rows than columns are transposed first."""
+    found: dict[tuple[int, ...], list[Pair]] = defaultdict(list)
+    for a, b in pairs:
+        if a.size(0) > a.size(1):
+            a, b = a.mT, b.mT
+        found[tuple(a.shape)].append((a, b))
+    return found
 
 
 def _nesterov(
@@ -132,7 +138,7 @@ def _nesterov(
     if not isinstance(momentum, torch.Tensor):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         return list(torch._foreach_lerp(gradients, buffers, momentum))
-    fresh = torch._foreach_mul(gradients, 1 - momentum)  # a lerp with a tensor would be a kernel for each buffer
+    fresh = torch._foreach_mul(gradients, 1 - momentum)  # a lerp by a tensor would launch a kernel for each buffer
     torch._foreach_mul_(buffers, momentum)
     torch._foreach_add_(buffers, fresh)
     directions = torch._foreach_mul(buffers, momentum)
@@ -141,7 +147,10 @@ def _nesterov(
 
 
 def stacked(matrices: list[torch.Tensor]) -> torch.Tensor:
-    """One tensor (N, rows, columns), in bfloat16 if the device has units for it: emulated, it is 3 times slower."""
+    """The matrices as one tensor (N, rows, columns), in bfloat16 if the device has units for it.
+
+    Emulated bfloat16 is 3 times slower than float32.
+    """
     stacked = torch.stack(matrices)
     return stacked.bfloat16() if has_bf16_units(stacked.device) else stacked
 

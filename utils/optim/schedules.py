@@ -67,7 +67,7 @@ def scheduled_settings(config: OptimizerConfig) -> tuple[str, ...]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of each group, its own multiple of the schedule's."""
+    """Set the learning rate of each group to its multiple (`lr_scale`) of `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
 
