@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
-    """Run the experiment of a command line; returns the exit status."""
+    """Run the experiment of a command line; return the exit status."""
     parser = Parser(prog="train.py", description=__doc__)
     add_origin_flags(parser)
     add_multirun_flags(parser)
@@ -59,7 +59,7 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
         raise UserError("--notify reports the end of one run: leave it out, or leave out --multirun and --prove")
     for flag in ("prove", "multirun", "budget"):
         if ranks is not None and getattr(own, flag) is not None:
-            raise UserError(f"--{flag} starts or measures trainings of one process: leave out torchrun")
+            raise UserError(f"--{flag} works with a single process only: leave out torchrun")
     if own.prove is not None:
         from utils.experiments.prove import prove_command
 
@@ -70,7 +70,6 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
         return multirun(parsed, PROJECT_ROOT)
     if own.jobs != 1:
         raise UserError("--jobs is for the runs of --multirun: this is one run")
-    words = ("train.py", *argv)
     for loaded, origin in launches(parsed):
         loaded, facts = with_budget(own, loaded, origin)
         try:
@@ -78,7 +77,7 @@ def experiment(argv: Sequence[str], ranks: Ranks | None = None) -> int:
                 loaded,
                 origin=origin,
                 quiet=own.json,
-                argv=words,
+                argv=("train.py", *argv),
                 strict=own.strict,
                 facts=facts,
                 ranks=ranks,
@@ -110,15 +109,15 @@ def train(
         config: the merged configuration, with or without the sources of its values.
         origin: the run that this one resumes, forks, or takes its first weights from.
         quiet: print warnings only.
-        argv: the command line, for the record.
+        argv: the command line, to be recorded.
         root: the folder that relative paths start from.
-        strict: treat a finding of the preflight as a mistake.
-        facts: further fields of run.json of a new run.
-        ranks: that train together, of which this process is rank 0; None: it trains alone.
-        notifier: sends how the run ended.
+        strict: raise UserError if the preflight finds anything.
+        facts: extra fields for run.json of a new run.
+        ranks: the ranks that train together; this process is rank 0. None: this process trains alone.
+        notifier: reports how the run ended.
 
     Returns:
-        How it ended; also for a run that diverged or was interrupted.
+        The result, also of a run that diverged or was interrupted.
 
     Raises:
         UserError: a mistake found before the run directory is made or changed.
@@ -163,13 +162,13 @@ def train_session(session: Session) -> None:
 
 
 def training_loop(session: Session, profiler: RunProfiler) -> None:
-    """Train until all updates are done, early stopping ends it, or a stop is requested.
+    """Train until all updates are done, early stopping ends the run, or a stop is requested; then save a checkpoint.
 
-    Step k means k completed updates. The last thing done is a checkpoint of where it stopped.
+    Step k means k completed updates.
 
     Raises:
-        NonFiniteError: a loss or gradient was not finite; the log is complete up to where that was noticed, its
-            update was skipped, and no checkpoint has been saved since.
+        NonFiniteError: a loss or gradient was not finite. Its update was skipped, the log is complete up to the step
+            at which this was noticed, and no checkpoint has been saved since.
     """
     from utils.optim.schedules import apply_schedules
 
@@ -189,7 +188,7 @@ def training_loop(session: Session, profiler: RunProfiler) -> None:
             with phase("logging"):
                 session.log_step(loss, grad_norms, lr)
             with phase("optimizer"):
-                update.apply(grad_norms)  # not with a non-finite gradient
+                update.apply(grad_norms)  # changes nothing if a gradient is not finite
         session.step_done(loss)
 
         if profiler.ready:

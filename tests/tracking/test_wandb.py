@@ -237,7 +237,7 @@ def test_without_the_package_there_is_one_warning(
     monkeypatch.setattr("utils.training.session.is_installed", lambda name: name != "wandb")
     assert train.main(tiny_argv("--wandb-mode", "offline")) == 0
     out = capsys.readouterr().out
-    assert out.count("wandb is not installed: this run is not fed to it") == 1
+    assert out.count("wandb is not installed: this run is not sent to it") == 1
     assert "--wandb)" in out
     assert read_record(only_run())["views"]["wandb"] == {"state": "off", "reason": "not installed"}
 

@@ -55,7 +55,7 @@ def test_uncommitted_and_unrecorded_code_is_told(load: Callable[..., LoadedConfi
     left_out = ["a.bin (not a source file)", ".env (looks like a secret)", "b.bin (not a source file)"]
     git = GitFacts(commit="c", dirty=True, patch=patch, left_out=left_out)
     first, second = findings(load(aim_logging=True), tmp_path, git)
-    assert first == "uncommitted, kept in meta/code.patch: a, b"
+    assert first == "uncommitted changes, recorded in meta/code.patch: a, b"
     assert second == "not recorded: 2 files that are not source files, such as a.bin, .env (looks like a secret)"
     one, seven = (
         GitFacts(commit="c", left_out=left_out[:1]),
@@ -161,7 +161,7 @@ def test_slow_attention_on_a_gpu_is_reported_with_the_reason(
 ) -> None:
     monkeypatch.setattr(preflight_module, "fused_attention", lambda *_: (kernel, "flash: a head is too wide"))
     setup = replace(make_setup(load(aim_logging=True), tmp_path), device=torch.device(device), dtype=dtype)
-    expected = "attention is neither FlashAttention nor cuDNN's, but slower: flash: a head is too wide"
+    expected = "attention uses a slower kernel than FlashAttention or cuDNN's: flash: a head is too wide"
     assert preflight(setup, CLEAN) == [expected] * count
 
 
@@ -172,7 +172,7 @@ def test_a_disk_that_is_too_small_is_told(
     monkeypatch.setattr(preflight_module.shutil, "disk_usage", lambda folder: usage)
     (printed,) = findings(load(aim_logging=True), tmp_path, CLEAN)
     assert re.match(
-        r"the disk cannot hold the planned checkpoints: 4 of 0\.0 MB are 0\.2 MB, free are 0\.0 MB", printed
+        r"the disk cannot hold the planned checkpoints: 4 of 0\.0 MB take 0\.2 MB, and 0\.0 MB are free", printed
     )
 
 
@@ -213,8 +213,10 @@ def test_the_noise_is_reported_when_further_seeds_are_planned(
     assert not capsys.readouterr().out
     report_noise(setup, CLEAN, runs, Terminal())
     printed = " ".join(capsys.readouterr().out.split())
-    assert "noise: with 2 other seeds, the last val/loss of this configuration deviates by 0.14" in printed
-    assert "3 seeds show a difference of about 0.32" in printed
+    assert (
+        "noise: over 2 other seeds, the last val/loss of this configuration has a standard deviation of 0.14" in printed
+    )
+    assert "3 seeds, against as many other runs, can show a difference of about 0.32" in printed
 
 
 def test_strict_turns_what_is_reported_into_a_mistake(

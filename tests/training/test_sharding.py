@@ -149,7 +149,7 @@ def test_a_parameter_that_cannot_be_followed_is_refused() -> None:
     messages = {"as a value": "is not initialised by", "truncated": "is not initialised by"}
     for way in ("as a value", "truncated", "in parts", "in steps"):
         initialisation = Initialisation(Ranks(0, 0, 2))
-        with pytest.raises(UserError, match=messages.get(way, "no filling of a whole parameter")):  # noqa: PT012
+        with pytest.raises(UserError, match=messages.get(way, "does not fill a whole parameter")):  # noqa: PT012
             with torch.device("meta"), initialisation:
                 model = Odd(way)
             initialisation.rows_of("weight", model.weight)

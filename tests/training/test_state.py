@@ -20,8 +20,8 @@ from utils.training.state import (
     branch,
     build_state,
     capture,
-    foreign,
     load_weights,
+    mismatch,
     random_states,
     restore,
     set_random_states,
@@ -167,20 +167,20 @@ def test_a_checkpoint_of_another_experiment_is_foreign(
     build: Build, tmp_path: Path, sections: dict[str, Any], reason: str
 ) -> None:
     checkpoint, own = saved(build(**sections), tmp_path / "step_000001"), build()
-    assert foreign(checkpoint, own.config.model, own.corpus) == reason
+    assert mismatch(checkpoint, own.config.model, own.corpus) == reason
 
 
 def test_a_checkpoint_of_another_corpus_is_foreign(build: Build, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("another text of the same experiment, and long enough\n" * 20)
     checkpoint, own = saved(build(data={"dataset": str(other)}), tmp_path / "step_000001"), build()
-    assert foreign(checkpoint, own.config.model, own.corpus) == "its corpus_hash is not that of this run"
+    assert mismatch(checkpoint, own.config.model, own.corpus) == "its corpus_hash is not that of this run"
 
 
 def test_a_state_that_says_nothing_is_foreign(build: Build, tmp_path: Path) -> None:
     own = build()
     checkpoint = Checkpoint(**vars(saved(own, tmp_path / "step_000001")) | {"state": {"step": 1}})
-    assert foreign(checkpoint, own.config.model, own.corpus) == "state.json is damaged"
+    assert mismatch(checkpoint, own.config.model, own.corpus) == "state.json is damaged"
 
 
 def test_weights_of_another_model_are_told(build: Build, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_a_step_that_does_not_fit_twice_is_measured_before_the_optimizer_has_its
     used[0] = 6  # with the moments of Adam
     update.gradients(no_phase)
     (warning,) = warnings
-    assert "it would keep 6.0 GB, and evaluations need as much again of the 10.0 GB" in warning
+    assert "it would keep 6.0 GB, evaluations need as much, and 10.0 GB are free" in warning
 
 
 def test_the_sample_text_of_static_decoders_is_that_of_the_loop(new_state: NewState) -> None:

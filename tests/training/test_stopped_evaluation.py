@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -51,3 +52,21 @@ def test_a_signal_ends_an_evaluation_and_a_resume_makes_it(
         assert train.main(["--resume", str(run)]) == 0
         assert losses(run) == losses(whole)
         assert (run / EXPORT / "model.safetensors").read_bytes() == (whole / EXPORT / "model.safetensors").read_bytes()
+
+
+def test_the_export_of_the_best_weights_has_their_loss_though_their_checkpoint_came_before_the_evaluation(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluating(_display: TrainingProgress, step: int, done: int, _total: int) -> None:
+        if (step, done) == (0, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    diverging = ("--learning-rate", "5", "--warmup-iters", "0", "--schedule", "constant")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingProgress, "evaluating", evaluating)
+        assert train.main(tiny_argv("--export-weights", "best", *diverging)) == 143
+    run = only_run()
+    assert train.main(["--resume", str(run)]) == 0
+    facts = json.loads((run / EXPORT / "config.json").read_text())["training"]
+    assert (facts["weights"], facts["step"]) == ("best", 0)
+    assert facts["val/loss"] == dict(losses(run))[0]

@@ -1,4 +1,4 @@
-"""The questions of val/accuracy: documents of validation, whose answer is what follows the text `loss_after`."""
+"""The questions of val/accuracy: validation documents, in which the answer follows the text `loss_after`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_QUESTIONS = 500  # an evaluation should take no longer than a few steps
 
 
 def held_out_questions(corpus: Corpus, block_size: int) -> list[Question]:
-    """The first MAX_QUESTIONS documents of validation that have such an answer and fit into `block_size`.
+    """The first MAX_QUESTIONS validation documents that have such an answer and fit into `block_size`.
 
     Empty without a prepared dataset and `loss_after`.
     """
@@ -33,6 +33,6 @@ def held_out_questions(corpus: Corpus, block_size: int) -> list[Question]:
 
 
 def _end_of(text: list[int], tokens: list[int]) -> int | None:
-    """Where the first `text` in `tokens` ends; None if there is none."""
+    """The position after the first occurrence of `text` in `tokens`; None if there is none."""
     ends = range(len(text), len(tokens) + 1)
     return next((end for end in ends if tokens[end - len(text) : end] == text), None)

@@ -1,4 +1,4 @@
-"""A run made of a model that another program trained: as if it had been trained here, and stopped."""
+"""Make a run from a model that another program trained, as if it had been trained and stopped here."""
 
 from __future__ import annotations
 
@@ -56,14 +56,15 @@ from utils.training.state import TrainState, capture
 
 CPU = torch.device("cpu")
 
-OF_A_FILE = "hf"  # the kind of tokenizer that is any tokenizer.json
+OF_A_FILE = "hf"  # the kind of tokenizer that is read from a tokenizer.json
 
 
 @dataclass(frozen=True)
 class Adopted:
     """The run that `adopt` has made.
 
-    optimizer: whether it has the state of the optimizer. resumes: whether --resume continues it; else --fork does.
+    optimizer: whether it has the state of the optimizer.
+    resumes: whether --resume can continue it; otherwise only --fork can.
     """
 
     run: Path
@@ -86,19 +87,19 @@ def adopt(
     dataset: str | None = None,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Adopted:
-    """Make the run directory `place` of a foreign model; complete, or not at all.
+    """Make the run directory `place` from a foreign model, completely or not at all.
 
     Args:
         root: the folder of train.py.
-        tokenizer: kind of tokenizer, or a file that a run wrote; None: as the foreign model has it.
-        dataset: what the model was trained on, which a resume continues with.
+        tokenizer: a kind of tokenizer, or a file that a run wrote; None: the tokenizer of the foreign model.
+        dataset: the dataset that the model was trained on, with which a resume continues.
 
     Raises:
-        UserError: `place` exists, the tokenizer is not known, or the model cannot be represented.
+        UserError: `place` exists, the tokenizer is unknown, or the model cannot be represented.
     """
     if os.path.lexists(place):
         raise UserError(f"--out {place}: exists already")
-    layer = {**_of_project(root), **foreign.settings}
+    layer = {**_project_settings(root), **foreign.settings}
     if dataset is not None:
         layer["dataset"] = Setting(dataset, "--dataset")
     chosen = _tokenizer(foreign, tokenizer, layer)
@@ -117,8 +118,8 @@ def adopt(
     return _write(foreign, place, root, argv, loaded, state, has_corpus=dataset is not None)
 
 
-def _of_project(root: Path) -> dict[str, Setting]:
-    """What the files in configs/ say about the machine and about what is recorded, which no other program knows."""
+def _project_settings(root: Path) -> dict[str, Setting]:
+    """The settings in configs/ about the machine and about what is recorded, which no other program has."""
     layers = ConfigLoader(root).load().layers
     return {
         key: settings[-1]
@@ -128,10 +129,10 @@ def _of_project(root: Path) -> dict[str, Setting]:
 
 
 def _tokenizer(foreign: Foreign, named: str | None, layer: dict[str, Setting]) -> Tokenizer | None:
-    """The tokenizer, if it is known before the corpus is read; `layer` gets its kind.
+    """The tokenizer, if it is known before the corpus is read, otherwise None; sets its kind in `layer`.
 
     Raises:
-        UserError: nothing says which it is.
+        UserError: the tokenizer is unknown or cannot be read.
     """
     if named is not None and named not in TOKENIZERS and not os.path.lexists(named.removeprefix(f"{OF_A_FILE}:")):
         kinds = ", ".join(TOKENIZERS)
@@ -149,12 +150,12 @@ def _tokenizer(foreign: Foreign, named: str | None, layer: dict[str, Setting]) -
         return foreign.tokenizer
     if kind is None:
         raise UserError(
-            f"{foreign.path} has no tokenizer that can be read: --tokenizer names it, of char together with the text "
-            "that it was trained on: --tokenizer char --dataset FILE"
+            f"{foreign.path} has no tokenizer that can be read: name it with --tokenizer; a char tokenizer needs the "
+            "training text as well: --tokenizer char --dataset FILE"
         )
     layer["tokenizer"] = Setting(kind, "--tokenizer" if named else foreign.program)
     if kind in ("char", "bpe") and "dataset" not in layer:
-        raise UserError(f"--tokenizer {kind} is made from the text that the model was trained on: --dataset names it")
+        raise UserError(f"--tokenizer {kind} is built from the text that the model was trained on: add --dataset FILE")
     return None
 
 
@@ -164,7 +165,7 @@ def _kind(tokenizer: Tokenizer, file: str) -> str:
 
 
 def _with_tokenizer(loaded: LoadedConfig, tokenizer: Tokenizer, place: Path) -> LoadedConfig:
-    """`loaded`; a tokenizer of the kind hf is the one in the run: the file that it was read from may go away."""
+    """`loaded`, in which a tokenizer of kind hf is the run's own copy, since the original file may be deleted."""
     if tokenizer.kind != OF_A_FILE:
         return loaded
     value = f"hf:{os.path.abspath(place / TOKENIZER)}"
@@ -176,7 +177,7 @@ def _with_tokenizer(loaded: LoadedConfig, tokenizer: Tokenizer, place: Path) -> 
 def _corpus(
     loaded: LoadedConfig, root: Path, tokenizer: Tokenizer | None, has_text: bool, warn: Callable[[str], None]
 ) -> Corpus:
-    """The corpus that the model was trained on; without one, a corpus of no tokens that has the tokenizer."""
+    """The corpus that the model was trained on; without a dataset, an empty corpus with the tokenizer."""
     config = loaded.config
     if has_text:
         folder, datasets = root / config.data.corpora_dir, root / config.data.datasets_dir
@@ -193,7 +194,7 @@ def _corpus(
 
 
 def fit_vocabulary(foreign: Foreign, tokenizer: Tokenizer) -> None:
-    """Leave out the rows that no token has: programs pad the vocabulary to a number that divides well.
+    """Remove the rows that belong to no token, with which programs pad the vocabulary to a rounder number.
 
     Raises:
         UserError: the tokenizer has more tokens than the model.
@@ -208,7 +209,7 @@ def fit_vocabulary(foreign: Foreign, tokenizer: Tokenizer) -> None:
         return
     foreign.notes.append(
         f"{rows - size:,} of {rows:,} rows of the vocabulary were left out: the tokenizer {tokenizer.kind} has "
-        f"{size:,} tokens; the loss over the others is lower by what these rows had of the probability"
+        f"{size:,} tokens; the loss is lower, since these rows no longer take a share of the probability"
     )
     for tensors in (foreign.weights, *(foreign.moments or {}).values()):
         for name in ("token_embedding.weight", "head.weight", "head.bias"):
@@ -218,9 +219,9 @@ def fit_vocabulary(foreign: Foreign, tokenizer: Tokenizer) -> None:
 
 
 def _state(foreign: Foreign, loaded: LoadedConfig, corpus: Corpus, model: LanguageModel) -> TrainState:
-    """The state of training just after the last update of the foreign program."""
+    """The state of training after the last update of the foreign program."""
     config = loaded.config
-    model.load_state_dict({name: copied(tensor) for name, tensor in foreign.weights.items()}, assign=True)
+    model.load_state_dict({name: float32_copy(tensor) for name, tensor in foreign.weights.items()}, assign=True)
     model.initialised = declared_roles(model)
     optimizer = build_optimizer(model, config.optimizer)
     if foreign.moments is not None:
@@ -231,7 +232,7 @@ def _state(foreign: Foreign, loaded: LoadedConfig, corpus: Corpus, model: Langua
             optimizer.state[parameter] = {
                 "step": torch.tensor(float(foreign.updates)),
                 **{
-                    kind: torch.zeros_like(parameter) if moment is None else copied(moment)
+                    kind: torch.zeros_like(parameter) if moment is None else float32_copy(moment)
                     for kind, moment in zip(MOMENTS, moments, strict=True)
                 },
             }
@@ -241,7 +242,7 @@ def _state(foreign: Foreign, loaded: LoadedConfig, corpus: Corpus, model: Langua
         device=CPU,
         dtype=torch.float32,
         corpus=corpus,
-        sampler=cast(BatchSampler, None),  # nothing is drawn from it
+        sampler=cast(BatchSampler, None),  # not used
         model=model,
         loss=model.loss,
         optimizer=optimizer,
@@ -250,8 +251,8 @@ def _state(foreign: Foreign, loaded: LoadedConfig, corpus: Corpus, model: Langua
     )
 
 
-def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """The numbers of a tensor in float32 and in memory of their own, one after the other."""
+def float32_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous float32 copy of a tensor."""
     return torch.empty(tensor.shape).copy_(tensor.detach())
 
 
@@ -310,7 +311,7 @@ def _write(
 
 
 def _source(foreign: Foreign) -> dict[str, Any]:
-    """Where the run comes from, for its record and its export."""
+    """The origin of the run, for its record and its export."""
     source = {"program": foreign.program, "file": name_of(foreign.path), "notes": foreign.notes}
     if foreign.path.is_file():
         source["sha256"] = file_sha256(foreign.path)
@@ -320,10 +321,10 @@ def _source(foreign: Foreign) -> dict[str, Any]:
 
 
 def _resolved(loaded: LoadedConfig, state: TrainState, has_corpus: bool) -> dict[str, Any]:
-    """The values of the run that follow from its settings, model and tokenizer, for its record.
+    """The values that follow from the run's settings, model and tokenizer, for its record.
 
     Raises:
-        UserError: the settings do not go together.
+        UserError: settings contradict each other.
     """
     tokenizer = state.corpus.tokenizer
     try:
@@ -340,7 +341,7 @@ def _resolved(loaded: LoadedConfig, state: TrainState, has_corpus: bool) -> dict
 
 
 def _captured(state: TrainState) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], dict[str, Any]]:
-    """What a checkpoint has of the state, with random streams that begin at the seed."""
+    """Weights, optimizer tensors and facts of a checkpoint of the state, with random streams that begin at the seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(state.config.train.seed)
         weights, tensors, facts = capture(state)
@@ -349,7 +350,7 @@ def _captured(state: TrainState) -> tuple[Mapping[str, torch.Tensor], Mapping[st
 
 @contextlib.contextmanager
 def _new_run(place: Path) -> Iterator[Path]:
-    """A hidden folder that becomes the run directory `place` at the end, and is deleted after an error.
+    """Yield a hidden folder that becomes the run directory `place` on exit, or is deleted after an error.
 
     Raises:
         UserError: it cannot be written.

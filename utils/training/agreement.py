@@ -1,4 +1,4 @@
-"""What rank 0 tells the other ranks of a run, and what all of them agree on at each step."""
+"""What rank 0 sends to the other ranks of a run, and what all ranks agree on at each step."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from utils.machine.ranks import Ranks
 from utils.machine.signals import StopRequest
 from utils.runs.origin import Relation
 from utils.training.setup import Setup
-from utils.training.state import TrainState, capture, restore, take_over
+from utils.training.state import TrainState, capture, restore, start_from
 
 CPU = torch.device("cpu")
-NO_SIGNAL = 1000  # the mark of a rank that stops for another reason
+NO_SIGNAL = 1000  # in place of a signal's number: the rank stops for another reason
 
 
 def agree(stop: StopRequest, ranks: Ranks) -> bool:
-    """Let all ranks stop, or rank 0 save, if one of them is asked to. Called by all at each step.
+    """Let all ranks stop, or rank 0 save, if any of them is asked to. All ranks call it at each step.
 
     Returns:
-        Whether they stop, which all ranks answer alike: what a signal asks of one of them while it waits for the others
-        is agreed on at the next step.
+        Whether to stop; the same on all ranks. If a signal reaches a rank while it waits for the others here, they
+        agree on it at the next step.
     """
     stop.save_due = stop.save
-    if stop.save_due:  # one that comes from here on is kept for the next step
+    if stop.save_due:  # a request that arrives from here on is kept for the next step
         stop.save = False
     if not ranks.several:
         return bool(stop)
@@ -44,7 +44,7 @@ def agree(stop: StopRequest, ranks: Ranks) -> bool:
     stop.save_due = any(saves)
     if not any(stops):
         return False
-    # At most once, since training ends; not for a signal, which may come because the store is gone.
+    # This happens once at most, since training ends. Not after a signal, because the store may be gone then.
     reasons = ranks.collect("reason", stop.reason or "") if NO_SIGNAL in stops else []
     rank = next(rank for rank, mark in enumerate(stops) if mark)  # rank 0 before others
     if stops[rank] != NO_SIGNAL:
@@ -59,7 +59,7 @@ def check_same(facts: Sequence[Mapping[str, Any]]) -> None:
     """Raises UserError if the code or the settings of a rank are not those of rank 0.
 
     Args:
-        facts: of each rank (`launch_facts`), or `error`, the mistake that it has found.
+        facts: the facts of each rank (`launch_facts`), or `error`, the mistake that the rank has found.
     """
     own = facts[0]
     for rank, theirs in enumerate(facts):
@@ -82,7 +82,7 @@ def assign(setup: Setup) -> None:
     """Tell the other ranks what to train, and wait until each has found everything that it needs.
 
     Raises:
-        UserError: a rank has no such device, corpus or callback.
+        UserError: a rank lacks the device, the corpus or a callback.
     """
     assignment = {
         "config": setup.config.model_dump(mode="json"),
@@ -101,7 +101,7 @@ def assign(setup: Setup) -> None:
 def send_state(state: TrainState) -> None:
     """On rank 0: send the state that training starts from to the other ranks."""
     weights, optimizer, facts = capture(state)
-    weights = state.model.state_dict()  # those that adapters leave frozen, too
+    weights = state.model.state_dict()  # `capture` leaves out those that adapters keep frozen
     outlines = [{name: _outline(tensor) for name, tensor in tensors.items()} for tensors in (weights, optimizer)]
     state.ranks.share("state", {"facts": facts, "weights": outlines[0], "optimizer": outlines[1]})
     for tensor in (*weights.values(), *optimizer.values()):
@@ -109,7 +109,7 @@ def send_state(state: TrainState) -> None:
 
 
 def receive_state(state: TrainState) -> None:
-    """On another rank: continue from what rank 0 sends, as from a checkpoint."""
+    """On another rank: continue from the state that rank 0 sends, as from a checkpoint."""
     sent = state.ranks.share("state", None)
     weights, optimizer = (
         {name: _from_outline(outline, state.device) for name, outline in sent[kind].items()}
@@ -125,9 +125,9 @@ def receive_state(state: TrainState) -> None:
 
 
 def announce_start(state: TrainState, checkpoint: Checkpoint | None, relation: Relation) -> Checkpoint | None:
-    """On rank 0: tell the other ranks which checkpoint a sharded state starts from; returns it for rank 0 to read.
+    """On rank 0: tell the other ranks which checkpoint a sharded state starts from; return it for rank 0 to read.
 
-    A checkpoint of a run is read by each rank for itself. Of other weights, each tensor is sent when it is read.
+    Each rank reads a run's checkpoint itself. Other weights are read by rank 0, which sends each tensor as it is read.
     """
     ranks = state.ranks
     if checkpoint is None or not ranks.several:
@@ -136,7 +136,7 @@ def announce_start(state: TrainState, checkpoint: Checkpoint | None, relation: R
     if (checkpoint.path / MANIFEST_FILE).is_file():
         ranks.share("start", {"relation": relation, "path": str(checkpoint.path)})
         return checkpoint
-    weights = _Shared(
+    weights = _BroadcastTensors(
         ranks, {name: _outline(tensor) for name, tensor in checkpoint.weights.items()}, checkpoint.weights
     )
     ranks.share("start", {"relation": relation, "outlines": weights.outlines, "state": checkpoint.state})
@@ -147,17 +147,17 @@ def receive_start(state: TrainState) -> None:
     """On another rank: start from what rank 0 announces."""
     start = state.ranks.share("start", None)
     if "path" in start:
-        take_over(state, read_checkpoint(Path(start["path"]), checked=True), start["relation"])
+        start_from(state, read_checkpoint(Path(start["path"]), checked=True), start["relation"])
     elif start:
-        weights = _Shared(state.ranks, start["outlines"])
-        take_over(state, Checkpoint(Path("rank 0"), 0, weights, {}, {}, start["state"]), start["relation"])
+        weights = _BroadcastTensors(state.ranks, start["outlines"])
+        start_from(state, Checkpoint(Path("rank 0"), 0, weights, {}, {}, start["state"]), start["relation"])
 
 
-class _Shared(Mapping[str, torch.Tensor]):
-    """Tensors that rank 0 sends whenever all ranks read one.
+class _BroadcastTensors(Mapping[str, torch.Tensor]):
+    """Tensors by name, each of which rank 0 sends when all ranks read it.
 
     Args:
-        tensors: on rank 0.
+        tensors: the tensors on rank 0; None on other ranks.
     """
 
     def __init__(

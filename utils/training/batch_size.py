@@ -34,12 +34,12 @@ from utils.runs.origin import FOUND_BATCH, put_on_top
 from utils.training.state import TrainState, apply_layer_settings
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
-# Share of the free memory that stays free: for evaluation, histograms, fragmentation. The CPU's allocator takes 0.4% to
-# 42% more than the tensors (at most 16% from 1 GiB on), and a process that takes too much is killed.
+# Share of the free memory that stays free, for evaluation, histograms and fragmentation. The CPU's allocator takes 0.4%
+# to 42% more than the tensors (at most 16% from 1 GiB on), and a process that takes too much is killed.
 RESERVE = {"cuda": 0.1, "cpu": 0.25, "mps": 0.25}
 GIB = 2**30
-LEAST_BYTES = 2  # of a number
-LARGE_PART = 100  # of the free memory; a step takes 20 to 70 times what its blocks get as input
+LEAST_BYTES = 2  # per number
+LARGE_PART = 100  # 1/100 of the free memory is a large part: a step takes 20 to 70 times the inputs of its blocks
 
 Fits = Callable[[int], bool]  # whether a micro-step of that many sequences fits
 
@@ -52,13 +52,13 @@ def find_batch(
     report: Callable[[str], None],
     ranks: Ranks = ONE,
 ) -> LoadedConfig:
-    """The configuration with numbers in place of `auto`: batch_size and gradient_accumulation_steps, as a layer on top.
+    """Replace `auto` by numbers: batch_size and gradient_accumulation_steps, in a layer on top of the configuration.
 
-    Random streams and memory are left as they were, so a run with these numbers given by hand is the same.
+    Random streams and memory are left as they were, so a run in which these numbers are set by hand is the same.
 
     Args:
-        report: prints one line to the user: what was chosen.
-        ranks: that share the batch, of which this is rank 0; what fits the one with the least memory is chosen.
+        report: prints one line to the user, which says what was chosen.
+        ranks: the ranks that share the batch; this process is rank 0, and the rank with the least memory decides.
 
     Raises:
         UserError: not even one sequence fits, or tokens_per_step cannot be shared.
@@ -102,13 +102,13 @@ def find_batch(
 
 
 def slices_of(config: Config, ranks: Ranks) -> int:
-    """Into how many parts a batch is cut, whatever gradient_accumulation_steps is."""
+    """The number of parts that a batch is cut into even without gradient accumulation."""
     return config.train.lanes or ranks.world_size
 
 
 @contextlib.contextmanager
 def memory_explained(config: Config, device: torch.device) -> Iterator[None]:
-    """Around training: where memory is too small for a micro-step, an OutOfMemoryError says what to do about it."""
+    """During training, turn an out-of-memory error into an OutOfMemoryError that says what to do about it."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -120,10 +120,10 @@ def memory_explained(config: Config, device: torch.device) -> Iterator[None]:
 def check_micro_step(
     loaded: LoadedConfig, corpus: Corpus, device: torch.device, dtype: torch.dtype, ranks: Ranks = ONE
 ) -> None:
-    """Raises UserError if a micro-step does not fit into memory, where that is certain.
+    """Raises UserError if a micro-step certainly does not fit into memory.
 
-    At first only what the blocks get as input, which the backward pass needs, is counted: that takes no time. Where it
-    is a large part, and the system would end a process that takes too much, all of a step is counted.
+    First only the inputs of the blocks, which the backward pass needs, are counted: that takes no time. If they are a
+    large part of the memory and the system kills a process that takes too much, the whole step is counted.
     """
     config = loaded.config
     free = available_memory(device) if ranks.memory is None else ranks.memory
@@ -137,7 +137,7 @@ def check_micro_step(
 
 
 def micro_batch_of(config: Config, ranks: Ranks) -> int:
-    """Sequences of a micro-step."""
+    """Sequences per micro-step."""
     return config.train.sequences // max(config.train.gradient_accumulation_steps, slices_of(config, ranks))
 
 
@@ -150,13 +150,13 @@ def _does_not_fit(config: Config, device: torch.device, ranks: Ranks = ONE) -> s
 
 
 def largest_fitting(sizes: Sequence[int], fits: Fits) -> int | None:
-    """The largest of `sizes`, which ascend, that fits, by bisection; None: none does."""
+    """The largest of the ascending `sizes` that fits, found by bisection; None if none does."""
     count = bisect.bisect_left(sizes, True, key=lambda size: not fits(size))
     return sizes[count - 1] if count else None
 
 
 def divisors(number: int) -> list[int]:
-    """All of them, ascending.
+    """All divisors of a number, ascending.
 
     >>> divisors(12)
     [1, 2, 3, 4, 6, 12]
@@ -167,7 +167,7 @@ def divisors(number: int) -> list[int]:
 
 @contextlib.contextmanager
 def fitting(config: Config, corpus: Corpus, device: torch.device, dtype: torch.dtype, free: int) -> Iterator[Fits]:
-    """A function that tries a size on `device`, of which `free` bytes may be used except for the reserve.
+    """Yield a function that tries a size on `device`, with `free` bytes minus the reserve.
 
     Random streams, settings and memory are restored on exit.
     """
@@ -189,7 +189,7 @@ def fitting(config: Config, corpus: Corpus, device: torch.device, dtype: torch.d
 
 
 class ZeroBatches(BatchSampler):
-    """Batches of one token over and over: memory does not depend on what the tokens are."""
+    """Batches that repeat one token, since memory does not depend on the tokens."""
 
     def train_batch(self, *_place: int) -> tuple[torch.Tensor, torch.Tensor]:
         ids = torch.zeros((self.batch_size, self.block_size), dtype=torch.int64, device=self.device)  # (B, T)
@@ -202,11 +202,11 @@ class ZeroBatches(BatchSampler):
 
 
 class Probe:
-    """A model with its optimizer, whose state exists from the start, that makes updates in micro-steps of any size."""
+    """A model and its optimizer, whose state exists from the start, to make updates with micro-steps of any size."""
 
     def __init__(self, config: Config, corpus: Corpus, device: torch.device, dtype: torch.dtype) -> None:
-        # Without clipping, which is done in place and looks at a value: a fake tensor has none. Of several micro-steps
-        # (or lanes), the second one needs most: the gradients of the first are there while its activations are.
+        # Without clipping, which needs no memory and reads a value, which a fake tensor does not have. Of several
+        # micro-steps (or lanes), the second needs the most: its activations exist beside the gradients of the first.
         settings = config.train
         several = settings.tokens_per_step or settings.gradient_accumulation_steps > 1 or (settings.lanes or 1) > 1
         train = settings.model_copy(update={"batch_size": 1, "gradient_accumulation_steps": 2 if several else 1})
@@ -232,11 +232,11 @@ class Probe:
         self.step(1)
 
     def step(self, sequences: int) -> None:
-        """One update, in micro-steps of that many sequences."""
+        """Make one update in micro-steps of so many sequences."""
         self.state.sampler = replace(self.state.sampler, batch_size=sequences)
         forward_backward(self.state)
         grad_norms = clip_gradients(self.state)
-        optimizer_step(self.state, None if self.state.device.type == "cpu" else grad_norms)  # fake ones have no value
+        optimizer_step(self.state, None if self.state.device.type == "cpu" else grad_norms)  # fake norms have no value
 
 
 class CudaProbe:
@@ -261,7 +261,7 @@ class CudaProbe:
 
 @contextlib.contextmanager
 def limited_cuda(device: torch.device, usable: int) -> Iterator[None]:
-    """Let the process take at most `usable` bytes of a CUDA device on top of what it holds."""
+    """Let the process take at most `usable` bytes of a CUDA device beyond those that it holds now."""
     index = torch.cuda.current_device() if device.index is None else device.index
     before = torch.cuda.get_per_process_memory_fraction(index)
     total = torch.cuda.mem_get_info(index)[1]
@@ -273,17 +273,17 @@ def limited_cuda(device: torch.device, usable: int) -> Iterator[None]:
 
 
 def bytes_of_training(config: Config, corpus: Corpus, dtype: torch.dtype, sequences: int) -> int:
-    """The peak memory of training with micro-steps of that many sequences: a step, and the copy for a checkpoint."""
+    """The peak memory of training with micro-steps of so many sequences: a step, and the copy for a checkpoint."""
     with FakeTensorMode(), ByteCounter() as counter:
         probe = Probe(config, corpus, torch.device("cpu"), dtype)
         frozen = sum(weight.nbytes for weight in frozen_weights(probe.state.model).values())
-        kept = counter.held - frozen  # what a checkpoint copies: weights and the state of the optimizer
+        kept = counter.held - frozen  # copied for a checkpoint: weights and the state of the optimizer
         probe.step(sequences)
     return counter.peak + kept
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations make: those held now, and the most held so far."""
+    """Counts the bytes of all tensors that operations make: `held` now, and the `peak` so far."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""`--budget 5m`: how many steps fit into a time, measured before the run is made; its schedule is laid over them.
+"""`--budget 5m`: how many steps fit into a time, measured before the run is made.
 
-The steps and the evaluation that are measured are made by a model of their own, which is then dropped: the run is the
-same as with that --max-iters.
+The measured steps and evaluation are made with a separate model, which is then dropped, so the run is the same as with
+that number as --max-iters.
 """
 
 from __future__ import annotations
@@ -19,39 +19,38 @@ import torch
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.settings import RuleError, warmup_steps
 from utils.errors import UserError, number_text
-from utils.inference.evaluation import estimate_loss, evaluating
-from utils.inference.exact_match import exact_match
+from utils.inference.evaluation import estimate_loss
 from utils.machine.device import synchronize, torch_settings
 from utils.optim.schedules import apply_schedules
 from utils.runs.origin import Origin, put_on_top
 from utils.terminal.console import Terminal
 from utils.terminal.words import duration
 from utils.training.batch_size import memory_explained
-from utils.training.evaluate import prepare_evaluation, sample_text
+from utils.training.evaluate import answer_accuracy, prepare_evaluation, sample_text
 from utils.training.setup import Setup, make_setup
 from utils.training.state import TrainState, build_state
 from utils.training.step import no_phase
 from utils.training.step_graph import make_update
 
-WARMUP_STEPS = 10  # first ones, which compile, allocate and record
-BLOCK = 5  # steps that are timed together: waiting for a GPU after each one would slow them
+WARMUP_STEPS = 10  # not timed: these compile, allocate and record graphs
+BLOCK = 5  # steps timed together, because waiting for a GPU after each step would slow them
 LEAST_BLOCKS, MOST_BLOCKS = 5, 100
-SHARE = 0.02  # of the budget, for measuring steps
+SHARE = 0.02  # of the budget is spent on measuring steps
 BUDGET = "--budget"
 
 
-def lay_over_budget(
+def fit_to_budget(
     loaded: LoadedConfig, seconds: float, root: Path, origin: Origin | None, terminal: Terminal
 ) -> tuple[LoadedConfig, Mapping[str, Any]]:
-    """The configuration with max_iters as a number that takes `seconds`, evaluations included.
+    """Set max_iters to the number of steps that take `seconds`, evaluations included.
 
     Args:
-        seconds: of training, without the time of its start and of its checkpoints.
+        seconds: time for training, which does not include the start and the checkpoints.
         root: the folder that relative paths start from.
-        origin: what the run starts from.
+        origin: the run that this one starts from.
 
     Returns:
-        The configuration, and what run.json says about the measurement.
+        The configuration, and a field for run.json about the measurement.
 
     Raises:
         UserError: not even one step fits, or the configuration has a mistake.
@@ -70,8 +69,8 @@ def lay_over_budget(
     steps = steps_within(seconds, step, evaluation, setup.config.train.eval_interval)
     if steps < 1:
         raise UserError(
-            f"{BUDGET}: {number_text(seconds)} s are too short: a step takes {number_text(round(step, 4))} s, and an "
-            f"evaluation, of which there are two, {number_text(round(evaluation, 4))} s"
+            f"{BUDGET}: {number_text(seconds)} s are too short: a step takes {number_text(round(step, 4))} s, and each "
+            f"of the two evaluations {number_text(round(evaluation, 4))} s"
         )
     found = put_on_top(setup.loaded, {"max_iters": steps, "epochs": None}, f"{BUDGET} {number_text(seconds)}s")
     try:
@@ -94,7 +93,7 @@ def lay_over_budget(
 
 
 def steps_within(seconds: float, step: float, evaluation: float, eval_interval: int) -> int:
-    """The most steps that fit into a time with their evaluations, at step 0, every eval_interval, and at the end.
+    """The most steps that fit into `seconds` with evaluations at step 0, every `eval_interval` steps and at the end.
 
     >>> steps_within(seconds=10.0, step=0.1, evaluation=1.0, eval_interval=20)
     53
@@ -110,7 +109,7 @@ def steps_within(seconds: float, step: float, evaluation: float, eval_interval: 
 
 
 def measure(setup: Setup, seconds: float, terminal: Terminal) -> tuple[float, float, int]:
-    """Seconds of a step (the median) and of an evaluation, and how many steps were measured."""
+    """Seconds per step (the median) and per evaluation, and how many steps were measured."""
     config = setup.config
     state = build_state(config, setup.max_iters, setup.corpus, setup.device, setup.dtype, terminal)
     update = make_update(state, terminal.warn)
@@ -127,29 +126,28 @@ def measure(setup: Setup, seconds: float, terminal: Terminal) -> tuple[float, fl
 
     for _ in range(WARMUP_STEPS):
         step()
-    times: list[float] = []  # of blocks
+    times: list[float] = []  # seconds per block
     while len(times) < LEAST_BLOCKS or (len(times) < MOST_BLOCKS and sum(times) < SHARE * seconds):
         times.append(_timed(block, state.device))
     if state.device.type == "cuda":
-        _evaluate(state)  # the first one records graphs
+        _evaluate(state)  # not timed: the first one records graphs
     evaluation = _timed(lambda: _evaluate(state), state.device)
     return statistics.median(times) / BLOCK, evaluation, len(times) * BLOCK
 
 
 def _evaluate(state: TrainState) -> None:
-    """As an evaluation of training does, without its log."""
+    """Do the work of an evaluation during training, without logging."""
     settings = state.config.train
     loss = prepare_evaluation(state)
     estimate_loss(loss, state.sampler, settings.eval_iters, settings.gradient_accumulation_steps)
     if state.questions:
-        with evaluating(state.model):
-            exact_match(state.model, state.questions)
+        answer_accuracy(state)
     if state.config.tracking.sample_tokens:
         sample_text(state)
 
 
 def _timed(action: Callable[[], None], device: torch.device) -> float:
-    """Seconds that an action takes, on the device too."""
+    """Seconds that an action takes, including its work on the device."""
     synchronize(device)
     began = time.perf_counter()
     action()

@@ -1,4 +1,4 @@
-"""Callbacks: classes of the user's own that training calls (docs/callbacks.md)."""
+"""Callbacks: the user's own classes, which training calls (docs/callbacks.md)."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from utils.runs.imported import is_edited
 from utils.runs.trust import check_callback_place
 from utils.training.state import TrainState
 
-Log = Callable[[int, Mapping[str, float | torch.Tensor]], None]  # takes a step and its numbers
+Log = Callable[[int, Mapping[str, float | torch.Tensor]], None]  # takes a step and numbers by metric name
 
 
 class TrainingRun:
     """What a callback may read and do.
 
     path: the run directory.
-    state: model, optimizer, step, losses, ...: what training changes, and so may a callback.
-    loss: of the batch of the last update, 0-dimensional, on the device; reading its value waits for the device.
+    state: model, optimizer, step, losses, ...; a callback may change them, as training does.
+    loss: the loss of the last update's batch, 0-dimensional, on the device; reading its value waits for the device.
 
     >>> class StopEarly(Callback):
     ...     def on_step(self, run: TrainingRun):
@@ -45,14 +45,14 @@ class TrainingRun:
 
     @property
     def rank(self) -> int:
-        """Of this process among those that train the run (docs/ranks.md); each calls its own callbacks."""
+        """The rank of this process; each rank has callbacks of its own (docs/ranks.md)."""
         return self.state.ranks.rank
 
     def log(self, values: Mapping[str, float | torch.Tensor]) -> None:
-        """Numbers by registered metric name; tensors stay on their device until the log is written.
+        """Log numbers under registered metric names; tensors stay on their device until the log is written.
 
-        In on_step they belong to the update just done, so they stand at its step. Of several ranks, those of rank 0
-        are logged.
+        Numbers logged in on_step belong to the update just done and are logged at its step. If several ranks train,
+        only the numbers of rank 0 are logged.
 
         Args:
             values: numbers, or tensors with one element, which are kept as float32.
@@ -69,13 +69,13 @@ class TrainingRun:
 
 
 class Callback:
-    """Base class: override what you need. An exception ends the run as failed.
+    """Base class of callbacks: override what you need. An exception ends the run as failed.
 
-    on_start is called once before the first step of a session (`run.state.step` is not 0 if it resumes), on_step
-    after each update, on_eval after each evaluation, on_end once when a session ends for
-    any reason but SIGKILL and a second Ctrl-C.
+    on_start is called once before the first step of a session (`run.state.step` is not 0 if it resumes a run), on_step
+    after each update, on_eval after each evaluation, and on_end once when a session ends for any reason except SIGKILL
+    and a second Ctrl-C.
 
-    It belongs in a module of its own, so that a resumed run finds it again, and is named by the setting `callbacks`:
+    A callback belongs in a module of its own, so that a resumed run finds it again; the setting `callbacks` names it:
     `train(callbacks=["perplexity:Perplexity"])` (docs/callbacks.md).
 
     >>> metric = register_metric(Metric("val/perplexity", "1", "lower"))
@@ -95,7 +95,7 @@ class Callback:
         """status: completed, interrupted, diverged or failed."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must keep, as JSON; a resumed run continues with it."""
+        """The state that checkpoints save, as JSON; a resumed run gets it back through `load_state_dict`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Callbacks:
 
     def __init__(self, callbacks: Sequence[Callback], run: TrainingRun) -> None:
         self._callbacks, self._run = callbacks, run
-        self._started: deque[Callback] = deque()  # and not ended
+        self._started: deque[Callback] = deque()  # those that have started and not ended yet
 
     def on_start(self) -> None:
         for callback in self._callbacks:
@@ -118,7 +118,7 @@ class Callbacks:
             callback.on_start(self._run)
 
     def on_step(self, step: int, loss: torch.Tensor) -> None:
-        """Update `step` is done."""
+        """Call on_step of each callback; update `step` is done."""
         if not self._callbacks:
             return
         self._run.loss, self._run._step = loss, step
@@ -131,7 +131,7 @@ class Callbacks:
             callback.on_eval(self._run, losses)
 
     def on_end(self, status: str) -> None:
-        """Call on_end of each callback that was started, once; after one raises, the others get the status failed."""
+        """Call on_end once for each callback that was started; after one raises, the others get the status failed."""
         self._run._step = self._run.state.step
         failure: Exception | None = None
         while self._started:
@@ -144,16 +144,17 @@ class Callbacks:
 
 
 def load_callbacks(names: Sequence[str], runs_dir: Path, root: Path) -> dict[str, Callback]:
-    """Import and make each callback, by its name module:Class.
+    """Import and instantiate each callback, named module:Class.
 
     Args:
-        runs_dir: the folder of the runs, from which nothing is imported.
+        runs_dir: the folder of runs, from which nothing is imported.
         root: the project folder.
 
     Raises:
-        UserError: it is inside a run directory, cannot be imported or made, is no Callback, or has an unknown hook.
+        UserError: a callback is inside a run directory, cannot be imported or instantiated, is not a subclass of
+            Callback, or has an unknown hook.
     """
-    if names and not sys.warnoptions:  # Python shows them for __main__ only, and here their reader is the author
+    if names and not sys.warnoptions:  # by default Python shows them in __main__ only; here the user wrote the code
         warnings.filterwarnings("default", r"utils\.[\w.]+ is deprecated", DeprecationWarning)
     callbacks: dict[str, Callback] = {}
     for name in names:
@@ -180,20 +181,20 @@ def load_callbacks(names: Sequence[str], runs_dir: Path, root: Path) -> dict[str
 
 
 def _up_to_date(name: str) -> ModuleType:
-    """The module, imported again if its file has changed since an earlier run of this process, as it may in a notebook.
+    """Import a module, again if its file has changed since an earlier run of this process, as it may in a notebook.
 
-    Otherwise the run would record the file as it is, and call the code as it was.
+    Otherwise the run would record the present file but call the code of the earlier one.
     """
     module = importlib.import_module(name)
-    if is_edited(name) and name != "__main__":  # a script cannot be imported again: what is recorded says so
+    if is_edited(name) and name != "__main__":  # a script cannot be imported again, which the record of the code notes
         importlib.reload(module)
-        is_edited(name)  # it is not, from now on
+        is_edited(name)  # notes the reloaded file, so that it no longer counts as edited
     return module
 
 
 def _in_one_line(error: BaseException) -> str:
-    """What went wrong, and where in the user's code."""
+    """The exception in one line, with the place in the user's code that raised it."""
     message = typed_line(error)
-    not_own = ("<", __file__, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))  # "<": built in
+    not_own = ("<", __file__, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))  # "<frozen importlib...>"
     own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_own)]
     return f"{message} ({Path(own[-1].filename).name}:{own[-1].lineno})" if own else message

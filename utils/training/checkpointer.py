@@ -28,13 +28,13 @@ from utils.runs.log import RunLog
 from utils.runs.metrics import decode_number, encode_number
 from utils.training.state import TrainState, capture
 
-FIRST_GUESS_BYTES_PER_SECOND = 1e8  # of a disk, until the first checkpoint is written
+FIRST_GUESS_BYTES_PER_SECOND = 1e8  # assumed speed of the disk until the first checkpoint is written
 
 
 class HostMemory:
-    """Copies of tensors in host memory, in the same place every time.
+    """Copies of tensors in host memory, which is reused every time.
 
-    Memory that was written before is not faulted in again, which would take longer than the copy.
+    New memory would have to be faulted in, which takes longer than the copy.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class HostMemory:
 
     def copy(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Host copies of `tensors`; the copies of the previous call are overwritten."""
-        gpus = set()  # to be waited for
+        gpus = set()  # whose copies are under way
         result = {}
         for name, tensor in tensors.items():
             copy = self._copies.get(name)
@@ -62,17 +62,17 @@ class HostMemory:
 class Checkpointer:
     """Saves the checkpoints of one run.
 
-    The loop pays for a copy to host memory only: the files are written by a thread, one checkpoint at a
-    time. A checkpoint that is due while another is still being written is postponed. A write that
-    fails is reported, and the earlier checkpoints stay.
+    The training loop waits only for a copy to host memory; a thread writes the files, one checkpoint at a time. A
+    checkpoint that is due while another is still being written is postponed. A failed write is reported, and the
+    earlier checkpoints stay.
 
     Args:
         folder: artifacts/checkpoints of the run directory.
-        settings: how often, and what is kept.
+        settings: how often to save, and what to keep.
         log: its offsets go into the checkpoint, and it is synced before the checkpoint is complete.
         warn: prints one line to the user.
-        saved_step: the step that was resumed from, which is saved already; None: a new run.
-        base: of its manifest, the entry of the frozen weights; None: they are not written yet, or there are none.
+        saved_step: the step that the run resumes from, which is saved already; None: a new run.
+        base: the manifest's entry for the frozen weights; None: they are not written yet, or there are none.
     """
 
     def __init__(
@@ -88,26 +88,30 @@ class Checkpointer:
         self.folder, self.settings, self.config_hash, self.log = folder, settings, config_hash, log
         self._warn = warn
         self._weights, self._optimizer = HostMemory(), HostMemory()
-        self._last_step = self._written_step = saved_step  # they differ after a write that failed
+        self._last_step = self._written_step = saved_step  # they differ during a write and after a failed one
         self._base = base
         remove_leftovers(folder)
         self._last_time = time.monotonic()
         self._thread: threading.Thread | None = None
         self._write_seconds: float | None = None
-        self._was_stopped = self._is_abandoned = False
-        self._failure: tuple[int, str] | None = None  # the last write has failed: its step, and why
+        self._was_suspended = self._is_abandoned = False
+        self._failure: tuple[int, str] | None = None  # the step and the reason, if the last write failed
 
     @property
     def unsaved(self) -> str | None:
-        """Which checkpoint is the newest, and why there is no later one; None if the last write succeeded."""
+        """The newest checkpoint and why there is no later one, in words; None if the last write succeeded."""
         if self._failure is None:
             return None
-        step, reason = self._failure
-        kept = [found for found, _ in list_checkpoints(self.folder)]
-        return (f"of step {kept[0]:,}, not {step:,}: " if kept else f"none, not even of step {step:,}: ") + reason
+        (step, reason), newest = self._failure, self._newest()
+        found = f"none, not even of step {step:,}" if newest is None else f"of step {newest:,}, not {step:,}"
+        return f"{found}: {reason}"
+
+    def _newest(self) -> int | None:
+        """The step of the newest checkpoint; None if there is none."""
+        return next((step for step, _ in list_checkpoints(self.folder)), None)
 
     def due(self, step: int) -> bool:
-        """Whether checkpoint_interval or checkpoint_minutes asks for one now and none is being written."""
+        """Whether checkpoint_interval or checkpoint_minutes calls for a checkpoint and none is being written."""
         if step == self._last_step or (self._thread is not None and self._thread.is_alive()):
             return False
         interval, minutes = self.settings.checkpoint_interval, self.settings.checkpoint_minutes
@@ -116,10 +120,11 @@ class Checkpointer:
         return by_steps or by_time
 
     def save(self, state: TrainState) -> None:
-        """Copy the state and start to write it, once the previous write has ended; nothing if it is saved already."""
+        """Wait for the previous write, then copy the state and start to write it, unless this step is saved already."""
         self.wait()
         if state.step == self._written_step:
-            self._point(state.step, state.best_step, state.best_val_loss)  # a killed process may not have written them
+            # A process that was killed may not have written them.
+            self._write_pointers(state.step, state.best_step, state.best_val_loss)
             return
         weights, optimizer, facts = capture(state)
         facts |= {
@@ -130,14 +135,15 @@ class Checkpointer:
         frozen = frozen_weights(state.model) if self._base is None else {}
         arguments = (
             state.step,
-            {name: tensor.cpu() for name, tensor in frozen.items()},  # on the CPU no copy: nothing changes them
+            {name: tensor.cpu() for name, tensor in frozen.items()},  # no copy on the CPU: nothing changes them
             self._weights.copy(weights),
             self._optimizer.copy(optimizer),
             state.corpus.tokenizer.to_json(),
             facts,
         )
         self._last_step, self._last_time = state.step, time.monotonic()
-        # A daemon: a process that ends at once (a second Ctrl-C) leaves a temporary folder, never half a checkpoint.
+        # A daemon, so that a second Ctrl-C ends the process at once: that leaves a temporary folder, never half a
+        # checkpoint.
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -148,19 +154,19 @@ class Checkpointer:
             self._thread = None
 
     def abandon(self) -> None:
-        """Leave the checkpoint that is being written unfinished: another process may train the run from now on."""
+        """Do not complete the checkpoint that is being written: another process may train the run from now on."""
         self._is_abandoned = True
 
     def seconds_to_save(self, state: TrainState) -> float:
         """How long a checkpoint may take, in seconds, with a margin."""
-        if self._write_seconds is None:  # estimated once, since this is asked at every step
+        if self._write_seconds is None:  # estimated once, since this is called at every step
             weights = sum(p.numel() * p.element_size() for p in state.model.parameters())
             self._write_seconds = 1.5 * weights / FIRST_GUESS_BYTES_PER_SECOND
         return 1.0 + 2 * self._write_seconds
 
     def continued(self) -> None:
-        """The process was suspended for a while: the time of a write in progress is not used as an estimate."""
-        self._was_stopped = True
+        """Note that the process was suspended, so that the time of a write in progress is not used as an estimate."""
+        self._was_suspended = True
 
     def _write(
         self,
@@ -171,9 +177,9 @@ class Checkpointer:
         tokenizer: Mapping[str, Any],
         facts: Mapping[str, Any],
     ) -> None:
-        began, self._was_stopped = time.monotonic(), False
+        began, self._was_suspended = time.monotonic(), False
         try:
-            self.log.metrics.check_place()  # else a run directory that was deleted would be made again
+            self.log.metrics.check_place()  # otherwise mkdir would make a deleted run directory again
             self.folder.mkdir(parents=True, exist_ok=True)
             path = self.folder / folder_name(step)
             if frozen:
@@ -186,8 +192,8 @@ class Checkpointer:
                     self._report_failure(step, error)
         else:
             self._prune(facts["best_step"] if self.settings.keep_best else None)
-            self._point(step, facts["best_step"], decode_number(facts["best_val_loss"]))
-        if not self._was_stopped:
+            self._write_pointers(step, facts["best_step"], decode_number(facts["best_val_loss"]))
+        if not self._was_suspended:
             self._write_seconds = time.monotonic() - began
 
     def _write_files(
@@ -201,7 +207,7 @@ class Checkpointer:
         write_checkpoint(path, weights, optimizer, tokenizer, facts, self._complete, self._base)
 
     def _complete(self) -> None:
-        """What precedes the last file of a checkpoint."""
+        """Called before the last file of a checkpoint is written: sync the log, or raise if the run was abandoned."""
         if self._is_abandoned:
             raise InterruptedError("its run has ended")
         self.log.sync()
@@ -213,16 +219,16 @@ class Checkpointer:
             self._warn(f"{self.folder}: the older checkpoints were not deleted: {reason_of(error)}")
 
     def _report_failure(self, step: int, error: Exception) -> None:
-        """Say once that a checkpoint was not written, and which is the newest one."""
+        """Warn once that a checkpoint was not written, and say which is the newest one."""
         before, self._failure = self._failure, (step, reason_of(error))
         if self._failure == before:
             return  # the last step may be tried twice: as the best one, and as the last
-        kept = [found for found, _ in list_checkpoints(self.folder)]
-        newest = f"the newest is of step {kept[0]:,}" if kept else "there is none"
-        self._warn(f"the checkpoint of step {step:,} was not written: {reason_of(error)}; {newest}")
+        newest = self._newest()
+        found = "there is none" if newest is None else f"the newest is of step {newest:,}"
+        self._warn(f"the checkpoint of step {step:,} was not written: {reason_of(error)}; {found}")
 
-    def _point(self, step: int, best_step: int | None, best_val_loss: float) -> None:
-        """Bring latest.json and best.json up to date; they are only written if they change."""
+    def _write_pointers(self, step: int, best_step: int | None, best_val_loss: float) -> None:
+        """Bring latest.json and best.json up to date; each is written only if it changes."""
         pointers: dict[str, dict[str, Any]] = {LATEST_FILE: {"step": step, "folder": folder_name(step)}}
         if self.settings.keep_best and best_step is not None and (self.folder / folder_name(best_step)).is_dir():
             best = {"step": best_step, "folder": folder_name(best_step), "val/loss": encode_number(best_val_loss)}

@@ -1,8 +1,8 @@
-"""torch.compile for training: the block once for all layers, what precedes the blocks, and what follows them.
+"""torch.compile for training: the block once for all layers, the part before the blocks, and the part after them.
 
-A block is compiled once however deep the model is, which takes a fraction of the time that the whole model does
-[PyTorch tutorials, "Reducing torch.compile cold start compilation time with regional compilation"], and loses nothing
-that matters: between two blocks there is only the residual stream.
+However deep the model is, one block is compiled, which takes a fraction of the time of compiling the whole model
+[PyTorch tutorials, "Reducing torch.compile cold start compilation time with regional compilation"] and loses nothing
+that matters, because only the residual stream passes from block to block.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from utils.nn.linear import product_dtype
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # inputs and targets, (B, T) each -> ()
 
-# The recordings of utils/training/step_graph.py take the place of the compiler's own CUDA graphs.
+# The compiler's own CUDA graphs stay off: utils/training/step_graph.py records whole steps.
 MODES = {"default": "default", "reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 FASTER_ON_CUDA = {  # docs/LOG.md has the times
-    # torch's kernel for dropout makes four random numbers of one call of Philox, inductor's makes one.
+    # torch's dropout kernel makes four random numbers per call of Philox, inductor's makes one.
     "fallback_random": True,
-    # One kernel for the gradients of a norm's input and weight is slower than two, beside dropout. Since torch 2.10.
+    # With dropout, one kernel for the gradients of a norm's input and weight is slower than two. Since torch 2.10.
     "triton.mix_order_reduction": False,
 }
 
 
 def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens: int) -> Loss:
-    """`model.loss` of three compiled parts; of a model with a forward pass of its own, compiled as a whole.
+    """`model.loss`, compiled in three parts, or as a whole if the model overrides its forward pass.
 
-    The code is kept in `cache_folder`, or TORCHINDUCTOR_CACHE_DIR: a second start of the same shape finds it there.
+    The code is cached in `cache_folder`, or TORCHINDUCTOR_CACHE_DIR, where a later start with the same shapes finds it.
 
     Args:
-        mode: setting compile_mode.
-        tokens: of a micro-step.
+        mode: the setting compile_mode.
+        tokens: tokens per micro-step.
     """
     begin_compiler(device)
     if (hashing := hash_triton()) is not None:
@@ -55,7 +55,7 @@ def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens:
     block: Callable[..., torch.Tensor] = torch.compile(run_block, dynamic=False, **options)
     if model.recomputes:
         block = recomputed(block, model.config.dropout)
-    in_chunks = rows_at_once(device, tokens, model.vocab_size)  # their loop stays as it is
+    in_chunks = rows_at_once(device, tokens, model.vocab_size)  # the loop over the chunks is not compiled
     end: Callable[..., torch.Tensor] = torch.compile(_final_norm if in_chunks else _head, dynamic=False, **options)
 
     def loss(idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -69,22 +69,23 @@ def compiled_loss(model: LanguageModel, device: torch.device, mode: str, tokens:
 
 
 def begin_compiler(device: torch.device) -> None:
-    """Begin what torch.compile needs once a process and what needs no model, so that it goes on beside other work.
+    """Begin the work that torch.compile needs once per process and without a model, in parallel with other work.
 
-    On CUDA that includes the processes which compile kernels: by itself the compiler starts them after its first trace.
+    On CUDA this includes starting the processes that compile kernels; the compiler itself would start them only after
+    its first trace.
     """
     if (cache := cache_folder()) is not None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))  # read when the compiler is first used
     hash_triton()
     if device.type == "cuda":
-        with contextlib.suppress(Exception):  # another version of torch, or no Triton: whoever compiles will see
+        with contextlib.suppress(Exception):  # another version of torch, or no Triton: reported when it compiles
             from torch._inductor.async_compile import AsyncCompile
 
             AsyncCompile.wakeup()
 
 
 def cache_folder() -> Path | None:
-    """Where compiled code is kept; None for a user without a home folder, as in some containers."""
+    """The folder of compiled code; None if the user has no home folder, as in some containers."""
     try:
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError:
@@ -94,13 +95,13 @@ def cache_folder() -> Path | None:
 
 @functools.cache
 def hash_triton() -> threading.Thread | None:
-    """A thread in which Triton hashes its own libraries, half a gigabyte; the compiler asks for the hash at each start.
+    """Start a thread in which Triton hashes its own libraries, half a gigabyte, for the compiler; None without Triton.
 
-    It must end before the compiler asks, which would otherwise hash them again. None where there is no Triton.
+    Each process needs the hash. The thread must end before the compiler asks for it, or they are hashed twice.
     """
     try:
         from triton.runtime.cache import triton_key
-    except Exception:  # not installed, another version, or broken: whoever compiles will see
+    except Exception:  # not installed, another version, or broken: reported when it compiles
         return None
 
     def run() -> None:

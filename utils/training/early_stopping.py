@@ -14,8 +14,8 @@ from utils.runs.metrics import decode_number, encode_number
 class EarlyStopping:
     """Counts evaluations without an improvement [Prechelt 1998, "Early Stopping - But When?"].
 
-    patience: evaluations in a row without improvement after which training ends; None: never.
-    min_delta: a loss is an improvement if it is below the best one by more than this, in nats.
+    patience: training ends after so many evaluations in a row without improvement; None: never.
+    min_delta: a loss is an improvement if it is more than this below the best one, in nats.
     """
 
     patience: int | None
@@ -24,7 +24,7 @@ class EarlyStopping:
     without_improvement: int = 0
 
     def update(self, loss: float) -> None:
-        """Take in the validation loss of one evaluation."""
+        """Count an evaluation by its validation loss."""
         if loss < self.best - self.min_delta:
             self.best, self.without_improvement = loss, 0
         else:

@@ -28,25 +28,28 @@ from utils.training.step_buffer import NonFiniteError
 
 
 def evaluation_due(state: TrainState) -> bool:
-    """Whether there is to be an evaluation after `state.step` updates, and has been none."""
+    """Whether an evaluation is due at this step and has not been made yet."""
     settings = state.config.train
     due = state.step % settings.eval_interval == 0 or state.step in (state.max_iters, *settings.eval_at)
     return due and state.losses_step != state.step
 
 
 def is_best(state: TrainState) -> bool:
-    """Whether the evaluation at this step asks for a checkpoint of the best weights.
+    """Whether the evaluation at this step calls for a checkpoint of the best weights.
 
-    Step 0 needs one only where the export may be made from it: weights that were trained before.
+    At step 0, only if the export may be made from it, since a run may start from trained weights.
     """
     settings = state.config.train
     return settings.keep_best and state.best_step == state.step and bool(state.step or settings.exports_best)
 
 
 def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_stop: Callable[[], bool]) -> None:
-    """Losses of both splits, the accuracy of answers and a sample text, to the log and the terminal; keeps the best.
+    """Log and print the losses of both splits, the accuracy of answers and a sample text; update the best loss.
 
-    Where `must_stop` says so between two batches, there are none: a resume makes this evaluation.
+    If `must_stop` returns True between two batches, nothing is recorded; the resumed run makes this evaluation.
+
+    Raises:
+        NonFiniteError: a loss is not finite; the losses are logged.
     """
     settings = state.config.train
     eval_loss = prepare_evaluation(state)
@@ -61,12 +64,8 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
     except EvaluationStoppedError:
         return
     if state.questions:
-        with (
-            whole_outside_blocks(state),
-            evaluating(state.model),
-            state.ranks.busy(),
-        ):  # each rank for itself: all need the number
-            losses["val/accuracy"] = exact_match(state.model, state.questions)
+        with state.ranks.busy():  # each rank computes it for itself: all need it
+            losses["val/accuracy"] = answer_accuracy(state)
     monitor.log_losses(losses)
     for name, loss in losses.items():
         if not math.isfinite(loss):
@@ -88,9 +87,9 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
 
 
 def prepare_evaluation(state: TrainState) -> BatchLoss:
-    """The loss that evaluations of `state` call, made with its decoders by the first of them.
+    """The function that computes losses in evaluations; the first call makes it and `state.decoders`, and keeps both.
 
-    Both are CUDA graphs where they can be. A recorded graph would not call the hooks that a callback adds.
+    They use CUDA graphs if they can, but not if modules have hooks, which a recorded graph would not call.
     """
     graph = state.config.train.cuda_graph and not any(map(is_patched, state.model.modules()))
     if state.eval_loss is None or state.eval_loss.graph != graph:
@@ -101,14 +100,20 @@ def prepare_evaluation(state: TrainState) -> BatchLoss:
 
 
 def whole_outside_blocks(state: TrainState) -> AbstractContextManager[None]:
-    """Around calls of parts of a model in shards, such as its head; a block gathers its weights by itself."""
+    """Gather the weights of a sharded model outside its blocks, such as the head; each block gathers its own."""
     return contextlib.nullcontext() if state.shards is None else state.shards.whole_outside_blocks()
 
 
-def sample_text(state: TrainState) -> str:
-    """A text of `sample_tokens` tokens after `sample_prompt`; the same random stream every time.
+def answer_accuracy(state: TrainState) -> float:
+    """The share of `state.questions` that the model answers correctly."""
+    with whole_outside_blocks(state), evaluating(state.model):
+        return exact_match(state.model, state.questions)
 
-    It begins as a document does, where the model is trained on whole documents.
+
+def sample_text(state: TrainState) -> str:
+    """`sample_prompt` and `sample_tokens` tokens that continue it, drawn from the same random stream every time.
+
+    The text begins like a document if the model is trained on whole documents.
     """
     tracking, tokenizer = state.config.tracking, state.corpus.tokenizer
     prompt = start_tokens(tokenizer, tracking.sample_prompt, state.model.document_token)

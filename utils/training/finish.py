@@ -1,4 +1,4 @@
-"""What a run leaves at its end: the export, the flight recorder, the curves, the checksums."""
+"""What is written at the end of a run: the export, the flight recorder, the curves, the checksums."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from utils.training.flight_recorder import FlightRecorder
 from utils.training.state import TrainState, load_weights
 
 
-def warn_anyway(terminal: Terminal, run: Run) -> Callable[[str], None]:
-    """Prints a warning if that is possible: where a failure is handled, a full disk must not cause another one.
+def warn_if_possible(terminal: Terminal, run: Run) -> Callable[[str], None]:
+    """A function that prints a warning if possible: while one failure is handled, a full disk must not cause another.
 
-    Of a run directory that was deleted, no warning says what cannot be written there.
+    It prints nothing if the run directory was deleted, since all later writes fail for that reason.
     """
 
     def warn(message: str) -> None:
-        with contextlib.suppress(OSError):  # logs/train.log cannot be written
+        with contextlib.suppress(OSError):  # logs/train.log may not be writable
             if run.path.exists():
                 terminal.warn(message)
 
@@ -43,9 +43,9 @@ def warn_anyway(terminal: Terminal, run: Run) -> Callable[[str], None]:
 
 
 def export(state: TrainState, run: Run, terminal: Terminal) -> str:
-    """Export the weights of the last step or of the best val/loss; returns which, in words.
+    """Export the weights of the last step or of the best val/loss; return which, in words.
 
-    Of a model in shards, all ranks take part (`follow_export`).
+    If the model is sharded, all ranks take part (`follow_export`).
     """
     best: Checkpoint | None = None
     step, losses, which = state.step, dict(state.losses or {}), "last"
@@ -56,7 +56,9 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
             best = read_checkpoint(run.path / CHECKPOINTS / folder_name(state.best_step or 0))
             if state.shards is None:
                 load_weights(state, best)
-            step, losses, which = best.step, best.state["losses"], "best"
+            step, which = best.step, "best"
+            evaluated = best.state["losses_step"] == step  # not if a signal cut this evaluation short: a resume made it
+            losses = best.state["losses"] if evaluated else {"val/loss": state.best_val_loss}
         except CheckpointError as error:
             terminal.warn(f"{error}: the export is made from the last weights")
     training: dict[str, Any] = {
@@ -81,7 +83,7 @@ def export(state: TrainState, run: Run, terminal: Terminal) -> str:
 
 
 def _pieces(state: TrainState, best: Checkpoint | None) -> Callable[[str], Iterable[torch.Tensor]]:
-    """On rank 0: what gives the weights of a model in shards, those that the ranks have or of a checkpoint."""
+    """On rank 0: a function from a name to the pieces of that weight, from the ranks' shards or a checkpoint."""
     shards = state.shards
     assert shards is not None
     state.ranks.share("export", "memory" if best is None else "checkpoint")
@@ -91,7 +93,7 @@ def _pieces(state: TrainState, best: Checkpoint | None) -> Callable[[str], Itera
 
 
 def follow_export(state: TrainState) -> None:
-    """On another rank: send what `export` asks for."""
+    """On another rank: send the weights that `export` asks for."""
     shards = state.shards
     assert shards is not None
     if state.ranks.share("export", None) == "memory":
@@ -101,31 +103,31 @@ def follow_export(state: TrainState) -> None:
 
 
 def _write_adapter(folder: Path, state: TrainState, run: Run) -> None:
-    """Write the adapters by themselves into an export, if there are any."""
+    """If the model has adapters, add them to an export as files of their own."""
     settings = state.config.optimizer
     if settings.lora_rank is not None:
-        pretrained = read_json_or_empty(run.path / PRETRAINED, run.path)  # most did not start from a published model
+        pretrained = read_json_or_empty(run.path / PRETRAINED, run.path)  # empty without a published model
         parent = (run.record.get("parent") or {}).get("run")
-        if not str(parent).startswith(PRETRAINED_PREFIX):  # but a run that began with the model, say
+        if not str(parent).startswith(PRETRAINED_PREFIX):  # the adapters do not fit the published weights themselves
             pretrained = {key: value for key, value in pretrained.items() if key not in ("name", "revision")}
         write_adapter(folder / ADAPTER, state.model, settings, pretrained)
 
 
 def dump_flight_recorder(recorder: FlightRecorder, run: Run, reason: str, terminal: Terminal) -> None:
-    """Write artifacts/flight_recorder.json; a failure is one warning, since the run has already failed."""
+    """Write artifacts/flight_recorder.json; a failure is only a warning, since the run has already failed."""
     path = run.path / FLIGHT_RECORDER
     try:
         recorder.dump(path, reason)
     except (OSError, RuntimeError) as error:  # RuntimeError: a GPU that has failed returns no numbers
-        warn_anyway(terminal, run)(f"{path.name} was not written: {error}")
+        warn_if_possible(terminal, run)(f"{path.name} was not written: {error}")
 
 
 def draw(run: Run, terminal: Terminal) -> None:
-    """Draw artifacts/curves.png; a failure is one warning."""
+    """Draw artifacts/curves.png; a failure is only a warning."""
     try:
         draw_curves(run.path)
     except Exception as error:  # a picture must not end a run
-        warn_anyway(terminal, run)(f"{CURVES.name} was not drawn: {type(error).__name__}: {error}")
+        warn_if_possible(terminal, run)(f"{CURVES.name} was not drawn: {type(error).__name__}: {error}")
 
 
 def seal_run(run: Run, terminal: Terminal) -> None:
@@ -134,5 +136,5 @@ def seal_run(run: Run, terminal: Terminal) -> None:
         terminal.close()
         write_seal(run.path)
     except OSError as error:
-        warn = warn_anyway(terminal, run)
+        warn = warn_if_possible(terminal, run)
         warn(f"{SEAL.name} was not written: {error.strerror}; `experiments.py check` will not know this run")

@@ -22,10 +22,11 @@ class FlightRecorder:
     """Keeps the last STEPS steps in memory; what can be computed later is computed when they are written.
 
     Args:
-        device: whose random state and memory are recorded.
+        device: its random state and memory in use are recorded.
         groups: names of the optimizer's parameter groups.
-        offsets: where in the training tokens the samples of a step start.
-        draws: whether steps draw random numbers (dropout); otherwise the random state of the last `look` is theirs.
+        offsets: returns where in the training tokens the samples of a step start.
+        draws: whether steps draw random numbers (dropout); if not, the random state does not change between calls of
+            `look`.
     """
 
     def __init__(
@@ -36,7 +37,7 @@ class FlightRecorder:
         self.look()
 
     def look(self) -> None:
-        """Read what is too slow to read at every step; it is recorded for the steps until the next call."""
+        """Read the values that are too slow to read at every step; they are recorded until the next call."""
         self._memory, self._rng = memory_in_use(self.device), _rng_state(self.device)
 
     def record(self, update: StepRecord) -> None:

@@ -1,4 +1,4 @@
-"""Several ranks: rank 0 trains as a single process does, and the others follow it and write nothing."""
+"""Several ranks: rank 0 trains as a single process does; the others follow it and write nothing."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from utils.training.state import TrainState, build_state
 from utils.training.step import Update
 from utils.training.step_graph import make_update
 
-# What rank 0 alone does beside training.
+# Settings of work besides training that only rank 0 does.
 NOT_FOLLOWED = {"tracking": {"sample_tokens": 0, "histogram_interval": 0}, "train": {"profile_step": None}}
 
 Loop = Callable[[Any], None]  # trains a session
 
 
 def train_on_ranks(argv: Sequence[str], lead: Callable[[ProcessRanks], int], loop: Loop) -> int:
-    """Train one run with the other processes that torchrun has started; returns the exit status, the same for all.
+    """Train one run together with the other processes of torchrun; return the exit status, the same on all ranks.
 
     Args:
-        lead: what rank 0 does; returns its exit status.
+        lead: trains on rank 0 and returns its exit status.
         loop: the training loop.
 
     Raises:
@@ -60,14 +60,16 @@ def run_on_ranks(
     lead: Callable[[ProcessRanks], int],
     work: Callable[[ProcessRanks], object],
 ) -> int:
-    """Let rank 0 lead and the others work, once they agree; returns the exit status, the same for all.
+    """Check that all ranks agree, then let rank 0 lead and the others work; return the exit status, the same on all.
 
     Args:
-        find_facts: what must be the same on all ranks (`launch_facts`).
+        find_facts: returns the facts that must be the same on all ranks (`launch_facts`).
+        lead: the work of rank 0; returns its exit status.
+        work: the work of each other rank.
 
     Raises:
         UserError: on rank 0: a mistake of the user's on any rank.
-        RankError: on rank 0: what has ended another rank. On another one: rank 0 is gone.
+        RankError: on rank 0: another rank has failed. On another rank: rank 0 is gone.
     """
     tune_process()
     ranks = ProcessRanks()
@@ -101,10 +103,10 @@ def run_on_ranks(
 def run_other_rank(
     find_facts: Callable[[], dict[str, Any]], ranks: ProcessRanks, work: Callable[[ProcessRanks], object]
 ) -> int:
-    """What another rank than rank 0 does; returns the exit status of that one.
+    """Run `work` on a rank other than 0; return the exit status of rank 0.
 
     Raises:
-        RankError: rank 0 is gone, and this rank is the one to report why.
+        RankError: rank 0 is gone, so this rank must report why.
     """
     status, lost = 1, None  # 1 also if torchrun is gone
     try:
@@ -115,7 +117,7 @@ def run_other_rank(
     except StopSignal as interruption:
         ranks.failed(f"{signal.Signals(interruption.signum).name}, at once", "")
         status = 128 + interruption.signum
-    except RankError as error:  # another rank: rank 0 reports it, unless it is the one
+    except RankError as error:  # rank 0 reports which rank has failed, unless it is rank 0 itself
         lost = error
     except BaseException as error:
         message, trace = f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
@@ -132,7 +134,7 @@ def run_other_rank(
 
 
 def with_memory(facts: dict[str, Any], ranks: ProcessRanks) -> dict[str, Any]:
-    """The facts of this rank, with the bytes that it can allocate."""
+    """The facts of this rank, with the number of bytes that it can allocate as `memory`."""
     with contextlib.suppress(UserError):  # no such device: reported later
         device = device_of_rank(Config.model_validate({"train": {"device": facts["settings"]["device"]}}), ranks)
         sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
@@ -168,15 +170,15 @@ def _train_as_follower(ranks: ProcessRanks, loop: Loop) -> None:
                 raise UserError(f"its device computes in {dtype}, that of rank 0 in {assignment['dtype']}: set dtype")
         except UserError as error:
             ranks.collect("ready", str(error))
-            ranks.share("run", None)  # does not come
+            ranks.share("run", None)  # never answered: raises when rank 0 has reported the mistake and ended
             raise
         if config.train.compile:
             begin_compiler(device)
         stack.enter_context(torch_settings(config.train, device))
         ranks.collect("ready", "")
         run = ranks.share("run", None)
-        config = _of_follower(Config.model_validate(run["config"]))
-        terminal = Silent()
+        config = _follower_config(Config.model_validate(run["config"]))
+        terminal = SilentTerminal()
         state = build_state(config, assignment["max_iters"], corpus, device, dtype, terminal, ranks)
         state.callbacks = dict(callbacks)
         if state.shards is None:
@@ -187,15 +189,15 @@ def _train_as_follower(ranks: ProcessRanks, loop: Loop) -> None:
         follower.train(loop)
 
 
-def _of_follower(config: Config) -> Config:
-    """The configuration without what rank 0 alone does: with weights in shards it does nothing alone."""
+def _follower_config(config: Config) -> Config:
+    """The configuration without the work that only rank 0 does; if the model is sharded, all ranks take part in it."""
     if config.train.shard != "none":
         return config
     changed = {name: getattr(config, name).model_copy(update=values) for name, values in NOT_FOLLOWED.items()}
     return config.model_copy(update=changed)
 
 
-class Silent(Terminal):
+class SilentTerminal(Terminal):
     """A terminal that prints nothing."""
 
     def __init__(self) -> None:
@@ -207,7 +209,7 @@ class Silent(Terminal):
 
 
 class NoMonitor(Monitor):
-    """Records nothing."""
+    """A monitor that records nothing."""
 
     def __init__(self) -> None:
         self.progress = NoProgress()  # type: ignore[assignment]
@@ -220,7 +222,7 @@ class NoMonitor(Monitor):
 
 
 class NoProgress:
-    """Shows nothing."""
+    """A progress display that shows nothing."""
 
     def evaluating(self, step: int, done: int, total: int) -> None: ...
 
@@ -228,11 +230,11 @@ class NoProgress:
 
 
 class Follower:
-    """The session (utils/training/session.py) of a rank that decides and writes nothing."""
+    """The session (utils/training/session.py) of a rank other than 0, which decides and writes nothing."""
 
     def __init__(self, state: TrainState, update: Update, path: Path, stop: StopRequest) -> None:
         self.state, self.update, self._stop = state, update, stop
-        self.path, self.terminal = path, Silent()
+        self.path, self.terminal = path, SilentTerminal()
         self._monitor = NoMonitor()
         run = TrainingRun(path, state, self._monitor.log, stop)
         self.callbacks = Callbacks(list(state.callbacks.values()), run)  # type: ignore[arg-type]
@@ -272,7 +274,7 @@ class Follower:
         return contextlib.nullcontext()
 
     def train(self, loop: Loop) -> None:
-        """Train as rank 0 does, to the end that it has."""
+        """Train as rank 0 does, until rank 0 ends training."""
         ranks = self.state.ranks
         assert isinstance(ranks, ProcessRanks)
         with gc_frozen():

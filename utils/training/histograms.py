@@ -10,12 +10,12 @@ import torch
 
 BINS = 64
 ROW = 256  # numbers; each tensor is padded to whole rows, so that a row belongs to one tensor
-CHUNK = 1 << 22  # numbers that are binned at once: what is needed besides the tensors is bounded
-SMALLEST_RANGE = 2.0**-100  # BINS / range is far from overflow
+CHUNK = 1 << 22  # numbers that are binned at once, which bounds the memory needed besides the tensors
+SMALLEST_RANGE = 2.0**-100  # keeps BINS / range far from overflow
 
 
 class Layout:
-    """Where tensors of these sizes lie in rows, side by side."""
+    """Where tensors of these sizes lie in a buffer of rows, one after the other."""
 
     def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
         self.sizes = list(sizes)
@@ -27,7 +27,7 @@ class Layout:
         self.starts: list[int] = starts.tolist()
         self.owner = torch.repeat_interleave(torch.arange(len(sizes)), counts).to(device)  # (rows,)
         self.first_bin = (self.owner * BINS).int()[:, None]
-        # Pads repeat the first number of their tensor: they change no range, and are all in one bin.
+        # Padding repeats the first number of its tensor: that changes no range, and all of it falls into one bin.
         self.padded_starts, self.pads = starts[padded].to(device), pads[padded].to(device)
         ends = zip(self.starts, self.sizes, pads.tolist(), strict=True)
         self.pad_places = torch.cat([torch.arange(s + n, s + n + p) for s, n, p in ends]).to(device)
@@ -35,7 +35,7 @@ class Layout:
 
 
 class Memory:
-    """Buffers that binning reuses from call to call: making them costs more than the arithmetic."""
+    """Buffers that binning reuses from call to call, because allocating them costs more than the arithmetic."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.values = torch.empty((rows, ROW), device=device)
@@ -43,17 +43,17 @@ class Memory:
 
 
 def bin_tensors(tensors: Sequence[torch.Tensor], layout: Layout, memory: Memory) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts in BINS equal bins between each tensor's minimum and maximum.
+    """Count the values of each tensor in BINS equal bins between its minimum and maximum.
 
-    All are binned together, by a dozen operations however many there are. The counts of a tensor are right where
+    All tensors are binned together, by a dozen operations whatever their number. The counts of a tensor are right if
     `is_ordinary(min, max)`.
 
     Args:
-        tensors: n tensors of one device, of the sizes of `layout`.
-        memory: of at least `layout.rows` rows.
+        tensors: n tensors on one device, with the sizes of `layout`.
+        memory: buffers of at least `layout.rows` rows.
 
     Returns:
-        Counts (n, BINS) int64, and (min, max) (n, 2) float64, on the device of the tensors.
+        Counts, (n, BINS) int64, and minima and maxima, (n, 2) float64, on the device of the tensors.
     """
     values, bins = memory.values[: layout.rows], memory.bins[: layout.rows]
     owner, flat, flat_bins = layout.owner, values.view(-1), bins.view(-1)
@@ -71,12 +71,12 @@ def bin_tensors(tensors: Sequence[torch.Tensor], layout: Layout, memory: Memory)
 
 
 def is_ordinary(low: float, high: float) -> bool:
-    """Whether float32 bins a tensor of this range well: finite, without overflow or underflow."""
+    """Whether a tensor of this range can be binned in float32: it is finite, and nothing overflows or underflows."""
     return abs(low) < math.inf and (low == high or SMALLEST_RANGE <= high - low <= torch.finfo(torch.float32).max)
 
 
 def bin_finite(tensor: torch.Tensor) -> tuple[list[int], float, float]:
-    """Counts of the finite values in BINS equal bins between their minimum and maximum, in double precision."""
+    """Count the finite values in BINS equal bins between their minimum and maximum, which are returned as well."""
     values = tensor.detach().flatten().float().cpu().double()
     values = values[values.isfinite()]
     if not len(values):
@@ -93,7 +93,7 @@ class Histograms:
         self._memory: Memory | None = None
 
     def records(self, step: int, time: float, tensors: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-        """Records of histograms.jsonl for tensors of one device, in one transfer."""
+        """Records of histograms.jsonl for tensors on one device, made with one transfer from it."""
         chunks = list(_chunks(list(tensors.values())))
         device = chunks[0][0].device
         sizes = [[tensor.numel() for tensor in chunk] for chunk in chunks]
@@ -102,7 +102,7 @@ class Histograms:
             self._memory = None
         rows = max(layout.rows for layout in self._layouts)
         memory = self._memory or Memory(rows, device)
-        self._memory = memory if rows * ROW <= 2 * CHUNK else None  # that of a huge tensor is not kept
+        self._memory = memory if rows * ROW <= 2 * CHUNK else None  # the buffers for a huge tensor are not kept
         binned = [bin_tensors(chunk, layout, memory) for chunk, layout in zip(chunks, self._layouts, strict=True)]
         packed = torch.cat([torch.cat((counts, limits.view(torch.int64)), dim=1) for counts, limits in binned]).cpu()
         counts, limits = packed[:, :BINS].tolist(), packed[:, BINS:].contiguous().view(torch.float64).tolist()

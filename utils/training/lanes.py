@@ -1,9 +1,9 @@
 """Updates in lanes: fixed slices of the global batch, whose gradients are added in one binary tree.
 
-Lane i has the i-th slice, whichever rank works on it. Of 4 lanes the sum is (0 + 1) + (2 + 3): rank r of W works on
-lanes r L / W to (r + 1) L / W - 1, which are a subtree, and adds the rest of the tree with one partner a level
-(recursive doubling [Thakur et al. 2005, Optimization of Collective Communication Operations in MPICH]). So 1, 2, 4, ...
-ranks add the same numbers in the same order, and get the same bits.
+Lane i has the i-th slice, whichever rank computes it. The sum of 4 lanes is (0 + 1) + (2 + 3). Of L lanes, rank r of W
+computes lanes r L / W to (r + 1) L / W - 1, which are a subtree, and adds the rest of the tree with one partner per
+level (recursive doubling [Thakur et al. 2005, Optimization of Collective Communication Operations in MPICH]). So 1, 2,
+4, ... ranks add the same numbers in the same order and get the same bits.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from utils.optim.muon import Muon, newton_schulz
 from utils.training.state import TrainState
 from utils.training.step import COMMUNICATION, EagerUpdate, Phase, clip_gradients, micro_step
 
-BUCKET_BYTES = 25 << 20  # of gradients that are sent at once, while the backward pass goes on
+BUCKET_BYTES = 25 << 20  # of gradients sent together while the backward pass goes on
 
 Gradients = list[torch.Tensor | None]  # of the trainable parameters; None: the parameter has none
 
 
 def add_into(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:
-    """Add `right` to `left`, in place, and return the sum. None counts as zeros, and the sum of two None is None."""
+    """Add `right` to `left` in place and return the sum. None counts as zeros; the sum of two None is None."""
     if left is None or right is None:
         there = right if left is None else left
         return None if there is None else there.add_(0.0)  # a zero turns -0.0 into 0.0
@@ -32,13 +32,13 @@ def add_into(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Ten
 
 
 class Tree:
-    """Sums of lanes that wait for their neighbours: at most one of each size, 1, 2, 4, ... lanes."""
+    """Sums of lanes that wait for their neighbour in the tree: at most one of each size, 1, 2, 4, ... lanes."""
 
     def __init__(self) -> None:
-        self._sums: list[tuple[int, Gradients]] = []  # with the number of lanes, descending
+        self._sums: list[tuple[int, Gradients]] = []  # (number of lanes, their sum), in descending order
 
     def add(self, gradients: Gradients) -> None:
-        """Add the next lane, whose tensors are changed."""
+        """Add the gradients of the next lane, which are changed in place."""
         size = 1
         while self._sums and self._sums[-1][0] == size:
             _, left = self._sums.pop()
@@ -47,7 +47,7 @@ class Tree:
         self._sums.append((size, gradients))
 
     def total(self) -> Gradients:
-        """The sum of all lanes, once the last is added."""
+        """The sum of all lanes, after the last one was added."""
         ((_, gradients),) = self._sums
         return gradients
 
@@ -59,23 +59,23 @@ class Tree:
 
 
 def tree_sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum, (), of (L,) numbers, L a power of two, in the order of the tree."""
+    """The sum, (), of L numbers, (L,), in the order of the tree; L is a power of two."""
     while len(values) > 1:
         values = values[0::2] + values[1::2]
     return values[0]
 
 
 def lane_seed(seed: int, step: int, number: int) -> int:
-    """The seed of the random numbers of one micro-step of an update, numbered over all lanes."""
+    """The seed for the random numbers of one micro-step of an update; `number` counts micro-steps over all lanes."""
     digest = hashlib.blake2b(f"{seed}/{step}/{number}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class Bucket:
-    """Gradients of some parameters side by side in one tensor.
+    """Gradients of some parameters, one after the other in a flat tensor.
 
     Args:
-        parameters: by their index.
+        parameters: the parameters by their index.
     """
 
     def __init__(self, parameters: dict[int, torch.nn.Parameter]) -> None:
@@ -88,21 +88,21 @@ class Bucket:
         }
         self.missing = set(parameters)
         self.work: Work | None = None
-        self.level = 0  # of the tree, that `work` adds
+        self.level = 0  # the level of the tree that `work` adds
 
 
 class GradientSum:
-    """Adds the gradients of ranks, in buckets that are sent while the backward pass computes the next ones.
+    """Adds the gradients of all ranks in buckets, which are sent while the backward pass computes the next ones.
 
     Args:
-        exact: pair by pair, as the tree says; otherwise by one sum over all ranks.
+        exact: add pairs of ranks in the order of the tree; otherwise by one sum over all ranks.
     """
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter], ranks: Ranks, *, exact: bool) -> None:
         self.parameters, self.ranks = list(parameters), ranks
         self._levels: list[int | None] = [*range(ranks.world_size.bit_length() - 1)] if exact else [None]
-        self._tree: Tree | None = None  # while the last backward pass of this rank goes on
-        self._has = torch.zeros(len(self.parameters))
+        self._tree: Tree | None = None  # set during the last backward pass of this rank
+        self._has = torch.zeros(len(self.parameters))  # 1 for each parameter with a gradient; `finish` sums over ranks
         self.buckets: list[Bucket] = []
         self._bucket_of: dict[int, Bucket] = {}
         self._make_buckets()
@@ -112,14 +112,14 @@ class GradientSum:
 
     @property
     def message_bytes(self) -> int:
-        """What a rank sends in one update, and as much is received."""
+        """Bytes that a rank sends in one update; it receives as many."""
         total = sum(bucket.flat.nbytes for bucket in self.buckets)
         if self._levels == [None]:  # a ring: all but one rank's share, twice
             return 2 * total * (self.ranks.world_size - 1) // self.ranks.world_size
         return total * len(self._levels)
 
     def _make_buckets(self) -> None:
-        """Fill them in the reverse order of the parameters, about that of the backward pass; each has one dtype."""
+        """Fill buckets in reverse order of the parameters, roughly that of the backward pass; each has one dtype."""
         members: dict[int, torch.nn.Parameter] = {}
         size = 0
         for index, parameter in reversed(list(enumerate(self.parameters))):
@@ -140,7 +140,7 @@ class GradientSum:
         self._bucket_of |= dict.fromkeys(members, self.buckets[-1])
 
     def begin(self, tree: Tree) -> None:
-        """The next backward pass completes the gradients of this rank, `tree` those of its other lanes."""
+        """Begin the last backward pass of this rank; `tree` has the sums of its other lanes."""
         self._tree, self._started = tree, 0
         self._has.zero_()
         for bucket in self.buckets:
@@ -148,10 +148,10 @@ class GradientSum:
 
     def _computed(self, index: int, parameter: torch.Tensor) -> None:
         if self._tree is not None:
-            self._put(index, self._tree.with_last(index, parameter.grad))
+            self._store(index, self._tree.with_last(index, parameter.grad))
 
-    def _put(self, index: int, gradient: torch.Tensor | None) -> None:
-        """Take the gradient of this rank's lanes, and send each bucket that is complete, in the order of all ranks."""
+    def _store(self, index: int, gradient: torch.Tensor | None) -> None:
+        """Store the gradient of this rank's lanes and send the complete buckets, in the same order on all ranks."""
         bucket = self._bucket_of[index]
         if gradient is None:
             bucket.views[index].zero_()
@@ -163,11 +163,11 @@ class GradientSum:
             ready = self.buckets[self._started]
             ready.work = self.ranks.start_sum(ready.flat, self._levels[0])
             self._started += 1
-        if "nccl" not in self.ranks.backend:  # whose sums must begin in one order, whatever their group
-            self._go_on()
+        if "nccl" not in self.ranks.backend:  # NCCL needs one order of all sums, even in different groups
+            self._advance()
 
-    def _go_on(self) -> None:
-        """Start the next level of buckets whose sum is there; a bucket does not overtake the one before it."""
+    def _advance(self) -> None:
+        """Start the next level of each bucket whose sum is done; no bucket overtakes the one before it."""
         highest = len(self._levels) - 1
         for bucket in self.buckets[: self._started]:
             while bucket.level < highest and bucket.work is not None and bucket.work.is_completed():
@@ -175,18 +175,18 @@ class GradientSum:
             highest = bucket.level
 
     def _start_next_level(self, bucket: Bucket) -> None:
-        """Start the next level of a bucket, once the sum of this one is there."""
+        """Wait for the sum of a bucket's level, then start that of its next level."""
         assert bucket.work is not None
         self.ranks.wait(bucket.work)
         bucket.level += 1
         bucket.work = self.ranks.start_sum(bucket.flat, self._levels[bucket.level])
 
     def finish(self) -> None:
-        """Wait for the sums; they are the gradients of the parameters from now on."""
+        """Wait for the sums and make them the gradients of the parameters."""
         assert self._tree is not None
         for bucket in self.buckets:
             for index in sorted(bucket.missing, reverse=True):  # no gradient in the last lane
-                self._put(index, self._tree.with_last(index, None))
+                self._store(index, self._tree.with_last(index, None))
         self._tree = None
         has = self.ranks.start_sum(self._has, None)
         for level in range(1, len(self._levels)):
@@ -203,10 +203,10 @@ class GradientSum:
 
 
 class LaneUpdate(EagerUpdate):
-    """An update in lanes. Without the setting, each of several ranks has one lane, and they are added in any order.
+    """An update in lanes. Without the setting `lanes`, each rank has one lane, and they are added in any order.
 
-    Random numbers are a function of seed, step, lane and micro-step, so they do not depend on ranks, and there is no
-    stream to restore.
+    Random numbers are a function of seed, step, lane and micro-step. So they do not depend on the number of ranks, and
+    a resume has no random stream to restore.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -247,15 +247,15 @@ class LaneUpdate(EagerUpdate):
             return tree_sum(losses) if self._exact else losses.sum(), clip_gradients(self.state)
 
     def _lane(self, lane: int, last: Tree | None, phase: Phase) -> torch.Tensor:
-        """Compute the gradients of a lane; returns its part of the loss, ().
+        """Compute the gradients of a lane; return its part of the loss, ().
 
         Args:
-            last: the sums of the other lanes of this rank, once this is its last one.
+            last: if this is the last lane of this rank, the sums of its other lanes.
         """
         state, micro_steps = self.state, self.lanes * self._in_lane
         total = torch.zeros((), device=state.device)
         end = (lane + 1) * self._in_lane
-        first_of_next = micro_steps + self._own.start * self._in_lane  # of this rank, in the next update
+        first_of_next = micro_steps + self._own.start * self._in_lane  # this rank's first micro-step of the next update
         for number in range(lane * self._in_lane, end):
             torch.manual_seed(lane_seed(state.config.train.seed, state.step, number))
             if last is not None and self.sum is not None and number == end - 1:
@@ -265,9 +265,9 @@ class LaneUpdate(EagerUpdate):
         return total
 
     def _orthogonalize(self, matrices: torch.Tensor) -> torch.Tensor:
-        """`newton_schulz`, with an equal part of the matrices (N, rows, columns) for each lane.
+        """`newton_schulz` of the matrices, (N, rows, columns), an equal part of which belongs to each lane.
 
-        A rank does what belongs to its lanes, in products of the same shapes whatever the number of ranks.
+        A rank computes the parts of its lanes, so the matrix products have the same shapes for any number of ranks.
         """
         ranks = self.state.ranks
         size = -(-len(matrices) // self.lanes)

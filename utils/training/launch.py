@@ -1,4 +1,4 @@
-"""Which run a command line means: a new one, or one that resumes, forks or fine-tunes another."""
+"""Which run a command line asks for: a new one, or one that resumes, forks or fine-tunes another."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from utils.terminal.config_flags import ExperimentArguments, parse_experiment
 from utils.terminal.words import printable
 from utils.training.notify import add_notify_flag
 
-WAIT_SECONDS = 60.0  # for a process that has stopped training to release its run directory
+WAIT_SECONDS = 60.0  # how long to wait for a process that has stopped training to release its run directory
 
 
 def add_origin_flags(parser: Parser) -> None:
@@ -53,8 +53,8 @@ def add_origin_flags(parser: Parser) -> None:
     origin.add_argument(
         "--init-from",
         metavar="RUN[:WHICH]",
-        help="start a new run with the weights of a checkpoint: latest (default), best, or a step; hf:NAME: of a model "
-        "of the Hugging Face hub or a folder, with its architecture and tokenizer",
+        help="start a new run with the weights of a checkpoint: latest (default), best, or a step; hf:NAME: those of a "
+        "model on the Hugging Face hub or in a folder, with its architecture and tokenizer",
     )
     group.add_argument(
         "--fork",
@@ -66,7 +66,8 @@ def add_origin_flags(parser: Parser) -> None:
         "--budget",
         type=timespan,
         metavar="TIME",
-        help="train for 90s, 5m or 2h: max_iters is measured before the run is made, and the schedule laid over it",
+        help="train for 90s, 5m or 2h: the number of steps that fit is measured before the run is made, and becomes "
+        "max_iters",
     )
     add_notify_flag(parser)
     group.add_argument("--trial", help=argparse.SUPPRESS)  # SWEEP:ID:NUMBER:PLACE, given by a sweep to its runs
@@ -77,7 +78,8 @@ def add_origin_flags(parser: Parser) -> None:
         nargs="?",
         const="40",
         metavar="STEPS",
-        help="does a resume have the same bits? Trains STEPS (40) steps in a temporary folder, with kills and without",
+        help="test whether a resume gives the same bits: train STEPS (40) steps in a temporary folder, with kills and "
+        "without",
     )
     group.add_argument(
         "--strict-resume",
@@ -95,15 +97,15 @@ def add_multirun_flags(parser: Parser) -> None:
         metavar="SETTING=A,B",
         help="a run for each combination: --multirun learning_rate=1e-3,3e-3 seed=1,2,3",
     )
-    group.add_argument("--jobs", type=int, default=1, metavar="N", help="of these at a time (default: 1)")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="how many of them train at a time (default: 1)")
 
 
 def with_budget(
     own: argparse.Namespace, loaded: LoadedConfig, origin: Origin | None
 ) -> tuple[LoadedConfig, Mapping[str, Any]]:
-    """The configuration with as many steps as --budget allows, and further fields of run.json.
+    """The configuration with as many steps as --budget allows, and extra fields for run.json.
 
-    A run that is resumed by --resume auto keeps what it was started with.
+    A run that --resume auto continues keeps the number of steps that it was started with.
 
     Raises:
         UserError: --budget does not fit other flags, or is too short for a step.
@@ -112,22 +114,22 @@ def with_budget(
     if own.budget is None or (own.resume == "auto" and origin is not None):
         return loaded, facts
     if own.resume is not None and own.resume != "auto" and not own.fork:
-        raise UserError("--budget is for new runs: a resumed one goes on to the end that it was started with")
+        raise UserError("--budget is for new runs: a resumed run goes on to the end that it was started with")
     for key, other in (("max_iters", "epochs"), ("epochs", "max_iters")):
         if loaded.source(key) == flag_name(key) and get_value(loaded.config, other) is None:
             raise UserError(f"--budget and {flag_name(key)} both say when the run ends: leave one of them out")
     from utils.terminal.console import Terminal
-    from utils.training.budget import lay_over_budget  # imports torch
+    from utils.training.budget import fit_to_budget  # imports torch
 
-    found, measured = lay_over_budget(loaded, own.budget, PROJECT_ROOT, origin, Terminal())
+    found, measured = fit_to_budget(loaded, own.budget, PROJECT_ROOT, origin, Terminal())
     return found, {**facts, **measured}
 
 
 def trial_facts(trial: str | None) -> dict[str, Any]:
-    """What run.json says about the sweep that a run belongs to; nothing without --trial.
+    """The field of run.json about the sweep that a run belongs to; empty without --trial.
 
     Raises:
-        UserError: the value is not as a sweep writes it.
+        UserError: the value does not have the form that a sweep writes.
     """
     if trial is None:
         return {}
@@ -139,7 +141,7 @@ def trial_facts(trial: str | None) -> dict[str, Any]:
 
 
 def launch_facts(argv: Sequence[str]) -> dict[str, Any]:
-    """What must be the same on all ranks of a run: the code, torch, and the settings that a command line makes.
+    """The facts that must be the same on all ranks of a run: the code, torch, and the settings of its command line.
 
     Raises:
         UserError: a mistake on the command line or in a configuration file.
@@ -152,10 +154,10 @@ def launch_facts(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def facts_of(config: Config, own: Mapping[str, str]) -> dict[str, Any]:
-    """The facts about this rank and its configuration.
+    """The facts about this rank and its configuration that `launch_facts` returns.
 
     Args:
-        own: flags of the script that decide, too, by name.
+        own: the script's own flags that must be the same as well, by name.
     """
     decisive = {key: value for key, value in flat(config).items() if field_fact(key, "kind") != MACHINE}
     return {
@@ -167,10 +169,10 @@ def facts_of(config: Config, own: Mapping[str, str]) -> dict[str, Any]:
 
 
 def code_hash(callbacks: Iterable[str]) -> str:
-    """sha256 of the code that trains: the files of the project, and those of callbacks, as module:Class."""
+    """sha256 of the code that trains: the files of the project and of `callbacks`, which are named module:Class."""
     files = {*CODE_ROOT.glob("*.py"), *(CODE_ROOT / "utils").rglob("*.py")}
     for name in callbacks:
-        with contextlib.suppress(ImportError, ValueError, AttributeError):  # reported when it is loaded
+        with contextlib.suppress(ImportError, ValueError, AttributeError):  # reported when the callback is loaded
             found = importlib.util.find_spec(name.partition(":")[0])
             if found is not None and found.origin is not None:
                 files.add(Path(found.origin))
@@ -186,13 +188,13 @@ def add_trust_flag(parser: argparse._ActionsContainer) -> None:
 
 
 def launches(parsed: ExperimentArguments) -> Iterator[tuple[LoadedConfig, Origin | None]]:
-    """Configuration and origin of the run to train, decided from the flags of `add_origin_flags`.
+    """Yield configuration and origin of the run to train, as the flags of `add_origin_flags` decide.
 
-    All but `--resume auto` yield exactly one. `--resume auto` yields each run that can be resumed, newest first, and
-    a new run at last: another process may take a run between the decision and the lock.
+    This is a single run, except for `--resume auto`: that yields each run that can be resumed, newest first, and then
+    a new run, because another process may take a run between the decision and the lock.
 
     Raises:
-        UserError: flags that contradict each other, no such run or checkpoint, or an override that a resume refuses.
+        UserError: flags contradict each other, there is no such run or checkpoint, or a resume refuses an override.
     """
     own = parsed.own
     if own.fork and own.resume in (None, "auto"):
@@ -228,12 +230,12 @@ def launches(parsed: ExperimentArguments) -> Iterator[tuple[LoadedConfig, Origin
 
 
 def automatic_origins(tag: str | None, runs_dir: Path, *, strict: bool, trusted: bool) -> Iterator[Origin]:
-    """The runs of a tag that can go on, newest first, once their processes have released them.
+    """Yield the runs of a tag that can be resumed, newest first, each after its last process has released it.
 
-    Prints a note about each newer run that cannot.
+    Prints a note about each newer run that cannot be resumed.
 
     Raises:
-        UserError: there is no tag.
+        UserError: `tag` is None.
     """
     if tag is None:
         raise UserError("--resume auto needs --run-tag: it continues the newest unfinished run of that tag")
@@ -254,13 +256,13 @@ def config_of_resume(
     files: Iterable[Path] = (),
     overrides: Mapping[str, str | bool] | None = None,
 ) -> LoadedConfig:
-    """The configuration that a run was started with, and the overrides that a resume allows on top.
+    """The configuration that a run was started with, with the overrides that a resume allows on top.
 
     Raises:
         UserError: the recorded configuration cannot be read, an override is refused, or code of a run that was made
             elsewhere would run.
     """
-    from utils.corpora.places import with_absolute_paths  # takes 30 ms, for what --help never needs
+    from utils.corpora.places import with_absolute_paths  # takes 30 ms, and --help does not need it
 
     recorded = recorded_config(origin.run, loader)
     loaded = keep_batch(recorded, loader.load_onto(recorded, files, overrides or {}))

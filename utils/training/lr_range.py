@@ -1,9 +1,9 @@
 """The learning-rate range test [Smith 2017, Cyclical Learning Rates for Training Neural Networks, section 3.3].
 
-From the initial weights on, the learning rate grows by a constant factor from step to step. The loss falls while the
-rate is useful; it stops falling, becomes ragged or rises at about the largest rate that converges. The suggestion is
-half of that: the best rate is usually within a factor of two of the largest that converges [Bengio 2012, Practical
-recommendations for gradient-based training of deep architectures; cited by Smith].
+Starting from the initial weights, the learning rate grows by a constant factor from step to step. The loss falls while
+the rate is useful; it stops falling, becomes ragged or rises near the largest rate that converges. The suggestion is
+half of that rate, since the best rate is usually within a factor of two of the largest that converges [Bengio 2012,
+Practical recommendations for gradient-based training of deep architectures; cited by Smith].
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from utils.training.lanes import LaneUpdate
 from utils.training.state import TrainState
 from utils.training.step import EagerUpdate, no_phase
 
-DIVERGED = 1.1  # times the first loss: worse than the initial weights
-WINDOW = 0.1  # share of the steps that a straight line is fitted through, for the loss and its slope at one step
-LEAST_FALL = 0.02  # of the first loss, for a fall to be one
+DIVERGED = 1.1  # times the first loss: the loss has diverged
+WINDOW = 0.1  # share of the steps through which a straight line is fitted, for the loss and its slope at one step
+LEAST_FALL = 0.02  # of the first loss: a smaller fall does not count
 LEAST_STEPS = 20
 RULE = "half of the rate where the smoothed loss stops falling"
 COLORS = {
@@ -39,17 +39,18 @@ COLORS = {
     "suggestion": "#d1495b",
     "stops falling": "#8a8f98",
 }
-TERMINAL_COLORS = (250, 33)  # of 256: of each step, smoothed
+TERMINAL_COLORS = (250, 33)  # of 256: the loss of each step, smoothed
 
 
 @dataclass(frozen=True)
 class LrRange:
     """The outcome of a range test.
 
-    rates, losses, smoothed: of each step (nats per token), up to the last finite loss.
-    diverged_at: the rate at which the loss diverged and the test ended; None: it ran to its end.
-    steepest: the rate at which the smoothed loss fell fastest from step to step; edge: at which it stopped falling.
-    suggestion: a peak learning rate; None where `problem` says why there is none.
+    rates, losses, smoothed: the learning rate, loss and smoothed loss (nats per token) of each step with a finite loss.
+    diverged_at: the rate at which the loss diverged, which ended the test; None: it ran to its end.
+    steepest: the rate at which the smoothed loss fell fastest from step to step.
+    edge: the rate at which the smoothed loss stopped falling.
+    suggestion: a peak learning rate; None: `problem` says why there is none.
     """
 
     rates: list[float]
@@ -60,11 +61,11 @@ class LrRange:
     edge: float
     suggestion: float | None
     problem: str | None
-    own_rates: dict[str, float] = field(default_factory=dict)  # of groups, over learning_rate: they rise together
+    own_rates: dict[str, float] = field(default_factory=dict)  # rates of groups over learning_rate; all rise together
 
 
 def lr_range_test(state: TrainState, low: float, high: float, steps: int) -> LrRange:
-    """Train `state` with rates from `low` to `high`, `steps` updates at most.
+    """Train `state` with learning rates from `low` to `high` for at most `steps` updates.
 
     Raises:
         UserError: the loss diverges within the first few steps.
@@ -128,7 +129,7 @@ def analyse(rates: list[float], losses: list[float], diverged_at: float | None, 
     edge, problem = _edge(smoothed, slopes), None
     if smoothed[edge] > losses[0] * (1 - LEAST_FALL):
         problem = "the loss has not fallen: other bounds (--lr-min, --lr-max) or more --lr-steps may show more"
-    elif diverged_at is None and edge >= len(losses) - width // 2:  # the last ones are too few to tell a rise
+    elif diverged_at is None and edge >= len(losses) - width // 2:  # too few steps are left to see a rise
         problem = "the loss was still falling at the end: --lr-max must be higher"
     return LrRange(
         rates=rates,
@@ -143,17 +144,17 @@ def analyse(rates: list[float], losses: list[float], diverged_at: float | None, 
 
 
 def _edge(smoothed: np.ndarray, slopes: np.ndarray) -> int:
-    """The step at which the loss stops falling, after at least half of its fall; the last one, if it does not."""
+    """The step at which the loss stops falling, after at least half of its fall; the last step if it never stops."""
     half = int(np.argmax(smoothed <= (smoothed[0] + smoothed.min()) / 2))
     rising = np.flatnonzero(slopes[half:] >= 0)
     return half + int(rising[0]) if len(rising) else len(slopes) - 1
 
 
-# ------------------------------------------------------------------------------------------ for people
+# ------------------------------------------------------------------------------------------ output
 
 
 def report(result: LrRange, terminal: Terminal) -> None:
-    """The curve and what it says, to the terminal."""
+    """Print the curve, unless the terminal is quiet, and the table of results."""
     console = terminal.console
     if not terminal.quiet:
         print(
@@ -177,29 +178,29 @@ def table(result: LrRange) -> RenderableType:
     return fact_lines([*rows, ("suggestion", f"{flags}, {RULE}")])
 
 
-def _ends(result: LrRange) -> tuple[float, float]:
-    """The losses that a picture shows: a loss that diverges would leave no room for the others."""
+def _limits(result: LrRange) -> tuple[float, float]:
+    """The lowest and highest loss that a picture shows, without a diverging loss, which would dwarf the others."""
     before = result.smoothed[: result.rates.index(result.edge) + 1]
     low, high = min(result.losses), max(result.losses[0], *before)
     return low - 0.05 * (high - low), high + 0.1 * (high - low)
 
 
 def terminal_plot(result: LrRange, width: int, height: int, colour: bool) -> str:
-    """The losses over the logarithm of the rate, as text of at most `width` columns.
+    """Plot the losses over the logarithm of the rate, as text of at most `width` columns.
 
     Args:
-        colour: False: no control sequences, and only the smoothed losses, for the two could not be told apart.
+        colour: False: no control sequences, and only the smoothed losses, since two curves would look the same.
     """
     import plotext
 
     figure = plotext.figure
-    plotext.terminal.limit(False, False)  # the size is the caller's, whatever the terminal has
+    plotext.terminal.limit(False, False)  # use the caller's size, whatever the size of the terminal
     figure.clear()
     plotext.add_theme("lr_range", sequence=TERMINAL_COLORS if colour else TERMINAL_COLORS[1:])
     figure.theme("lr_range")
     figure.plot_size(width, height - 1)
     logarithms = [math.log10(rate) for rate in result.rates]
-    low, high = _ends(result)
+    low, high = _limits(result)
     for losses in [result.losses, result.smoothed] if colour else [result.smoothed]:
         shown = [min(loss, high) for loss in losses]
         figure.draw(figure.signal(logarithms, shown, marker="braille").lines())
@@ -214,7 +215,7 @@ def terminal_plot(result: LrRange, width: int, height: int, colour: bool) -> str
 
 
 def save(result: LrRange, folder: Path) -> list[Path]:
-    """Write lr_range.json and lr_range.png into `folder`; where they are.
+    """Write lr_range.json and lr_range.png into `folder`; return their paths.
 
     Raises:
         OSError: they cannot be written.
@@ -226,7 +227,7 @@ def save(result: LrRange, folder: Path) -> list[Path]:
 
 
 def draw(result: LrRange) -> bytes:
-    """The picture, as PNG."""
+    """Draw the result, as a PNG file."""
     with new_figure(8, 4.5, dpi=120) as figure:
         axes = figure.add_subplot()
         axes.semilogx(result.rates, result.losses, color=COLORS["raw"], linewidth=1, label="loss of each step")
@@ -235,7 +236,7 @@ def draw(result: LrRange) -> bytes:
         for name, rate in marks.items():
             if rate is not None:
                 axes.axvline(rate, color=COLORS[name], linestyle="--", linewidth=1.2, label=f"{name}: {rate:.2g}")
-        axes.set(xlabel="learning rate", ylabel="loss (nats per token)", ylim=_ends(result))
+        axes.set(xlabel="learning rate", ylabel="loss (nats per token)", ylim=_limits(result))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend()

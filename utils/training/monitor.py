@@ -22,7 +22,7 @@ class Monitor:
     """Records training for the log, the flight recorder and the progress display, without changing it.
 
     Args:
-        state: whose settings say what is recorded, and how often.
+        state: the training to record; its settings say how much and how often.
         log: receives the records.
         path: the run directory.
         progress: shows steps and losses to a person.
@@ -59,25 +59,25 @@ class Monitor:
         self._after_flush = after_flush
 
     def log_step(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
-        """Record update `step`, whose gradients exist and whose weights do not yet; nothing leaves the device.
+        """Record update `step`, after its gradients and before its weights are computed; nothing leaves the device.
 
         Args:
-            loss: 0-dimensional, on the device.
-            grad_norms: of the parameter groups, (groups,), on the device.
+            loss: (), on the device.
+            grad_norms: the norm of each parameter group, (groups,), on the device.
         """
         if self._histogram_interval and step % self._histogram_interval == 0:
             self.log_histograms()
         self.recorder.record(self._buffer.add(step, loss, grad_norms, lr))
 
     def step_done(self) -> None:
-        """Flush if it is due, once the weights are updated."""
+        """After an update, flush if that is due; otherwise move the progress display."""
         if self._buffer.due():
             self.flush()
         elif self.progress.moves:
             self.progress.update(self.state.step)
 
     def log(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None:
-        """Log numbers of a callback, by registered metric name; tensors stay on their device until the next flush.
+        """Log numbers of a callback under registered metric names; tensors stay on their device until the next flush.
 
         Raises:
             KeyError: a name that is not registered.
@@ -105,7 +105,7 @@ class Monitor:
         )
 
     def pause_over(self) -> None:
-        """Leave the time since the last flush (an evaluation, a checkpoint) out of the time of steps."""
+        """Leave the time since the last flush, which an evaluation or a checkpoint took, out of the step times."""
         self._buffer.restart_clock()
 
     def log_histograms(self) -> None:

@@ -1,6 +1,6 @@
-"""train.py --notify URL: a JSON message to a URL when a run has ended. Whatever goes wrong with it harms no run.
+"""train.py --notify URL: send a JSON message to a URL when a run has ended. A failure of this never harms the run.
 
-The address of a webhook is a secret. It is no setting, stands in no record of the run, and no warning quotes it.
+The address of a webhook is a secret: it is not a setting, no record of the run has it, and no warning quotes it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from utils.training.result import TrainResult
 
 FLAG, VARIABLE = "--notify", "WORKBENCH_NOTIFY_URL"
-TIMEOUT_SECONDS = 5.0  # of one network operation
-PATIENCE_SECONDS = 8.0  # of all; then the message is given up
+TIMEOUT_SECONDS = 5.0  # for one network operation
+PATIENCE_SECONDS = 8.0  # for all of them; after that the message is given up
 
 
 def add_notify_flag(parser: Parser) -> None:
@@ -34,18 +34,19 @@ def add_notify_flag(parser: Parser) -> None:
     group.add_argument(
         FLAG,
         metavar="URL",
-        help=f"POST status and losses as JSON to this http or https URL; {VARIABLE} does the same and is not seen by "
-        "other users of the machine. Neither is recorded",
+        help=f"POST status and losses as JSON to this http or https URL; the environment variable {VARIABLE} does the "
+        "same, hidden from other users of the machine. Neither is recorded",
     )
 
 
 def take_url(given: str | None) -> Notifier | None:
-    """The Notifier for the value of --notify, else of the environment variable; None without one.
+    """The Notifier for the URL in --notify or else in the environment variable; None if neither is given.
 
-    Child processes and the trackers, which record the environment and command line, do not see the address any more.
+    The URL is removed from the environment and from sys.argv, so that child processes and trackers, which record both,
+    do not see it.
 
     Raises:
-        UserError: not an http or https URL.
+        UserError: it is not an http or https URL.
     """
     from_environment = os.environ.pop(VARIABLE, None)
     sys.argv[1:] = without_url(sys.argv[1:])
@@ -65,11 +66,11 @@ def take_url(given: str | None) -> Notifier | None:
     return Notifier(parts, name)
 
 
-def without_url(words: Sequence[str]) -> list[str]:
+def without_url(argv: Sequence[str]) -> list[str]:
     """A command line without --notify and its value."""
     kept: list[str] = []
-    for place, word in enumerate(words):
-        follows = place > 0 and words[place - 1] == FLAG
+    for place, word in enumerate(argv):
+        follows = place > 0 and argv[place - 1] == FLAG
         if not follows and word != FLAG and not word.startswith(f"{FLAG}="):
             kept.append(word)
     return kept
@@ -80,7 +81,7 @@ class Notifier:
 
     Args:
         parts: the URL; user and password become a header.
-        name: of the flag or variable that has it, for warnings.
+        name: the flag or variable that the URL came from, for warnings.
     """
 
     def __init__(self, parts: SplitResult, name: str) -> None:
@@ -96,10 +97,10 @@ class Notifier:
         self._path = urlunsplit(("", "", parts.path or "/", parts.query, ""))
 
     def send(self, result: TrainResult | None) -> None:
-        """Send how a run ended, and wait for at most PATIENCE_SECONDS; what fails is one warning.
+        """Send how a run ended and wait for at most PATIENCE_SECONDS; a failure is only a warning.
 
         Args:
-            result: None: the run has no result, because its record could not be written; nothing is sent.
+            result: None if the run has no result because its record could not be written; then nothing is sent.
         """
         if result is None:
             return
@@ -113,7 +114,7 @@ class Notifier:
             print(f"warning: {self._name}: {self._host} was not notified: {problem[0]}", file=sys.stderr)
 
     def _post(self, body: bytes) -> str:
-        """Why it could not be sent; empty if it was."""
+        """Send the message; return why it could not be sent, or an empty text if it was."""
         import http.client  # takes a tenth of the time of --help
         import ssl
 
@@ -128,13 +129,13 @@ class Notifier:
             return f"its certificate or encryption is not accepted ({error.reason or type(error).__name__})"
         except OSError as error:
             return one_line(error.strerror or type(error).__name__)
-        except Exception as error:  # of a network, which must not fail a run; its text may quote the address
+        except Exception as error:  # a network error must not fail a run; its text may quote the address
             return type(error).__name__
         return "" if 200 <= status < 300 else f"it answered {status}"
 
 
 def message(result: TrainResult) -> dict[str, Any]:
-    """What is sent. Non-finite losses are strings; `text` is what Slack and its like show."""
+    """The message to send. Non-finite losses are strings; `text` is the part that Slack and similar services show."""
     best = "" if result.best_val_loss is None else f", best val/loss {result.best_val_loss:.4f}"
     reason = f" ({result.exit_reason})" if result.exit_reason else ""
     text = f"{result.run_dir.name}: {result.status}{reason} after {result.steps:,} steps{best}"

@@ -1,4 +1,4 @@
-"""How a session ends, as far as is known while it lasts."""
+"""How a session ends, as far as that is known while it runs."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from utils.training.state import TrainState
 
 @dataclass
 class Outcome:
-    """How a session ends, as far as is known: `failed` until another end is recorded.
+    """How a session ends, as far as that is known: `failed` until something else is recorded.
 
-    at_once: a second signal asked not to wait for anything.
+    at_once: a second signal asked to end without waiting for anything.
     """
 
     status: Status = "failed"
@@ -21,7 +21,7 @@ class Outcome:
     at_once: bool = False
     exported: str | None = None
     last_step: int | None = None
-    losses: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and the best one
+    losses: dict[str, float] = field(default_factory=dict)  # of the last evaluation, and the best val/loss
     losses_step: int | None = None
     best_step: int | None = None
     parameters: int = 0

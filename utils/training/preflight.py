@@ -1,4 +1,4 @@
-"""What is worth knowing before a run starts: repeated, unrecorded code, too little disk, settings without effect."""
+"""What a user should know before a run starts: it was run before, code is not recorded, settings have no effect, ..."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from utils.terminal.console import Terminal
 from utils.terminal.words import one_line
 from utils.training.setup import BYTES_PER_FROZEN_PARAMETER, Setup, decisive_settings, trained_outline
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # of a checkpoint: the weight and the two moments of AdamW, float32
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # the weight and the two moments of AdamW, float32
 FILES_SHOWN = 5
-NO_SOURCE = f" ({NOT_SOURCE})"  # after the names of files that are left out for this reason
-LEAST_SEEDS = 2  # besides the one that starts, for a word about the noise
+NO_SOURCE = f" ({NOT_SOURCE})"  # follows the names of files that are left out for this reason
+LEAST_SEEDS = 2  # complete runs of other seeds from which the noise is estimated
 
 # Settings that change nothing if the condition holds, with the reason.
 WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
-    "bpe_vocab_size": (
-        lambda s: s.corpus.prepared is None and s.config.data.tokenizer != "bpe",  # else see _of_dataset
+    "bpe_vocab_size": (  # for a prepared dataset see FIXED_BY_DATASET
+        lambda s: s.corpus.prepared is None and s.config.data.tokenizer != "bpe",
         "tokenizer is not bpe",
     ),
     **{
@@ -80,26 +80,26 @@ WITHOUT_EFFECT: dict[str, tuple[Callable[[Setup], bool], str]] = {
         "neither Aim nor Weights & Biases is on",
     ),
 }
-OF_DATASET = ("bpe_vocab_size", "special_tokens", "unknown_token", "val_fraction")  # once prepared
-assert {*WITHOUT_EFFECT, *OF_DATASET} <= FIELDS.keys()
+FIXED_BY_DATASET = ("bpe_vocab_size", "special_tokens", "unknown_token", "val_fraction")  # when it is prepared
+assert {*WITHOUT_EFFECT, *FIXED_BY_DATASET} <= FIELDS.keys()
 
 
 def preflight(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun] | None = None) -> list[str]:
-    """One line for each finding that the user may want to know. Call it once torch's threads are set.
+    """The findings that the user may want to know, one line each. Call it after torch's threads are set.
 
     Args:
-        runs: the index of the folder of runs, if it was read already.
+        runs: the index of the folder of runs, if it has been read already.
     """
     runs = read_index(setup.runs_dir) if runs is None else runs
     found = [*_run_before(setup, git, runs), *_code(git), *_disk(setup), *_attention(setup), *_adapters(setup)]
-    return [*found, *_of_dataset(setup), *_without_effect(setup)]
+    return [*found, *_fixed_by_dataset(setup), *_without_effect(setup)]
 
 
 def _run_before(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun]) -> Iterator[str]:
-    """Runs of the same configuration and code."""
+    """A finding if there are runs of the same configuration and code."""
     own = config_hash(setup.config, decisive_settings(setup))
     origin = None
-    if setup.origin is not None and setup.checkpoint is not None:  # its numbers depend on another run's weights
+    if setup.origin is not None and setup.checkpoint is not None:  # the numbers depend on another run's weights, too
         parent = parent_facts(setup.origin, setup.checkpoint.step, setup.checkpoint.state)
         origin = (parent["relation"], parent["run"], parent["step"])
     candidates = (run for run in runs if run.record.get("config_hash") == own)
@@ -122,13 +122,13 @@ def _code(git: GitFacts) -> Iterator[str]:
     if git.problem and git.commit is None:
         yield f"the code is not recorded: {git.problem}"
     if git.patch:
-        yield f"uncommitted, kept in {PATCH}: {_listed(git.files)}"
+        yield f"uncommitted changes, recorded in {PATCH}: {_listed(git.files)}"
     if git.left_out:
         yield f"not recorded: {_listed(_left_out(git.left_out))}"
 
 
 def _left_out(names: Sequence[str]) -> list[str]:
-    """What is left out, with the reasons; files that are not source files, first, as a number and an example."""
+    """The files left out and why; several that are not source files come first, as their number and an example."""
     data = [name.removesuffix(NO_SOURCE) for name in names if name.endswith(NO_SOURCE)]
     if len(data) < 2:
         return list(names)
@@ -155,12 +155,12 @@ def _disk(setup: Setup) -> Iterator[str]:
         frozen = f" and {_megabytes(base)} of frozen weights" if base else ""
         yield (
             f"the disk cannot hold the planned checkpoints: {count} of {_megabytes(of_one)}{frozen} "
-            f"are {_megabytes(needed)}, free are {_megabytes(free)} in {folder}"
+            f"take {_megabytes(needed)}, and {_megabytes(free)} are free in {folder}"
         )
 
 
 def _attention(setup: Setup) -> Iterator[str]:
-    """A finding if attention on a GPU is one of the slower kernels. There are no others for float32."""
+    """A finding if attention on a GPU uses a slow kernel; not for float32, which has no fast one."""
     if setup.device.type != "cuda" or setup.dtype == torch.float32:
         return
     model = setup.config.model
@@ -168,11 +168,11 @@ def _attention(setup: Setup) -> Iterator[str]:
         setup.device, setup.dtype, model.n_head, model.kv_heads, model.head_width, model.block_size, model.dropout
     )
     if not name:
-        yield f"attention is neither FlashAttention nor cuDNN's, but slower: {reasons}"
+        yield f"attention uses a slower kernel than FlashAttention or cuDNN's: {reasons}"
 
 
 def _adapters(setup: Setup) -> Iterator[str]:
-    """A finding if adapters would be trained beside random weights, or could be smaller without a loss."""
+    """A finding if adapters would be trained on random weights, or have a higher rank than any change of a layer."""
     rank = setup.config.optimizer.lora_rank
     if rank is None:
         return
@@ -191,13 +191,13 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.{1 if count < 1e7 else 0}f} MB"
 
 
-def _of_dataset(setup: Setup) -> Iterator[str]:
-    """Settings that decided how a dataset was prepared, where other values are asked for now."""
+def _fixed_by_dataset(setup: Setup) -> Iterator[str]:
+    """Findings about settings that were fixed when the dataset was prepared, but have another value now."""
     if setup.corpus.prepared is None:
         return
     made = setup.corpus.prepared.dataset.facts.get("settings", {})
     asked, default = (config.model_dump(mode="json") for config in (setup.config.data, DataConfig()))
-    for key in OF_DATASET:
+    for key in FIXED_BY_DATASET:
         source = setup.loaded.source(key)
         if (source.startswith("--") or asked[key] != default[key]) and asked[key] != made.get(key):
             own = f": {shown(made[key])}" if key in made else ""
@@ -212,9 +212,9 @@ def _without_effect(setup: Setup) -> Iterator[str]:
 
 
 def report_noise(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun], terminal: Terminal) -> None:
-    """Print how much the loss varies with the seed, where other seeds of this configuration and code are complete.
+    """Print how much the loss varies with the seed, if this configuration and code were run with other seeds.
 
-    That is no finding: it says which differences the planned seeds can show.
+    This is not a finding: it says how small a difference the planned seeds can show.
     """
     if setup.origin is not None:
         return
@@ -233,23 +233,23 @@ def report_noise(setup: Setup, git: GitFacts, runs: Sequence[IndexedRun], termin
         terminal.print(
             Text.assemble(
                 ("preflight: ", "yellow"),
-                f"noise: with {len(found)} other seeds, the last val/loss of this configuration deviates by "
-                f"{deviation:.2g}; against as many other runs, {planned} seeds show a difference of about "
-                f"{detectable(deviation, planned):.2g}",
+                f"noise: over {len(found)} other seeds, the last val/loss of this configuration has a standard "
+                f"deviation of {deviation:.2g}; {planned} seeds, against as many other runs, can show a difference of "
+                f"about {detectable(deviation, planned):.2g}",
             )
         )
 
 
 def detectable(deviation: float, seeds: int) -> float:
-    """The difference of two independent means of `seeds` runs that a test at 5% finds in 80% of cases, about.
+    """The difference between the means of two groups of `seeds` runs that a test at 5% finds in about 80% of cases.
 
-    By the normal approximation: (1.96 + 0.84) standard errors of the difference.
+    By the normal approximation, (1.96 + 0.84) standard errors of the difference.
     """
     return 2.8 * deviation * math.sqrt(2 / seeds)
 
 
 def report_adapters(setup: Setup, terminal: Terminal) -> None:
-    """Print how many parameters a run with adapters trains; that is no finding."""
+    """Print how many parameters a run with adapters trains; this is not a finding."""
     if setup.config.optimizer.lora_rank is not None:
         counts = count_parameters(trained_outline(setup.config, setup.corpus.tokenizer.vocab_size))
         terminal.print(Text.assemble(("preflight: ", "yellow"), f"parameters: {counts.words}"))
@@ -259,7 +259,7 @@ def report_preflight(findings: Sequence[str], strict: bool, terminal: Terminal) 
     """Print what the preflight found.
 
     Raises:
-        UserError: there is something, and `strict`.
+        UserError: there are findings, and `strict` is set.
     """
     if findings and strict:
         raise UserError("\n".join(f"--strict: {finding}" for finding in findings))

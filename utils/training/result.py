@@ -1,4 +1,4 @@
-"""The result of a run: a value for the caller, and for the user a summary with the next commands to type."""
+"""The result of a run: a value for the caller, and a summary for the user with the next commands to type."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from utils.terminal.console import Terminal
     from utils.training.setup import Setup
 
-PROMPT = "The "  # of the command that is printed
-FAR_WORSE = 1.1  # times the best val/loss
+PROMPT = "The "  # in the printed command that generates text
+FAR_WORSE = 1.1  # times the best val/loss: a last loss above it gets a warning
 
 
 @dataclass(frozen=True)
 class TrainResult(Mapping[str, Any]):
-    """How a run ended. Losses are in nats per token; None where there was no evaluation.
+    """How a run ended. Losses are in nats per token, or None if there was no evaluation.
 
-    It is a mapping too: `results["val_loss"]` is `results.val_loss`.
+    It is a mapping as well: `results["val_loss"]` is `results.val_loss`.
 
     >>> results: TrainResult = train(max_iters=20, quiet=True)
     >>> results.status, results["steps"], results["val_loss"] == results.val_loss
@@ -50,11 +50,11 @@ class TrainResult(Mapping[str, Any]):
     best_step: int | None
     seconds: float
     parameters: int
-    exported: str | None = None  # which weights
+    exported: str | None = None  # which weights were exported, in words
     signum: int | None = None
     val_bits_per_byte: float | None = None  # val_loss per byte of the text instead of per token
-    val_loss_without_leaks: float | None = None  # without documents that nearly equal one of the training split
-    unsaved: str | None = None  # which checkpoint is the newest, and why that of the last step was not written
+    val_loss_without_leaks: float | None = None  # without documents that are near-duplicates of training documents
+    unsaved: str | None = None  # if the last checkpoint was not written: why, and which is the newest, in words
 
     def __getitem__(self, name: str) -> Any:
         if name not in self.__dataclass_fields__:
@@ -69,7 +69,7 @@ class TrainResult(Mapping[str, Any]):
 
     @property
     def warning(self) -> str | None:
-        """What to say if the last weights are far worse than the best ones, which are not those of the export."""
+        """A warning if the last weights are far worse than the best ones, which were not exported; otherwise None."""
         last, best = self.val_loss, self.best_val_loss
         if last is None or best is None or last <= FAR_WORSE * best or (self.exported or "").startswith("best"):
             return None
@@ -78,24 +78,24 @@ class TrainResult(Mapping[str, Any]):
         return f"{found}{of_export} (--export-weights best exports the best ones)"
 
     def report(self, *, as_json: bool) -> int:
-        """Print the result as JSON if asked to (training prints it for people itself); the exit status."""
+        """Print the result as JSON if `as_json` (training itself prints it for people); return the exit status."""
         if as_json:
             print_json(dict(self))
         return self.exit_status
 
     @property
     def exit_status(self) -> int:
-        """0 completed or stopped by max_minutes, 1 failed or diverged, 128 + signal number after a signal."""
+        """0: completed or stopped without a signal; 1: failed or diverged; 128 + its number: stopped by a signal."""
         if self.signum is not None:
             return 128 + self.signum
         return 0 if self.status in ("completed", "interrupted") else 1
 
 
 def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal, first_step: int) -> None:
-    """Print losses, time, where files are, and what to type next.
+    """Print the losses, the time, where the files are, and what to type next.
 
     Args:
-        first_step: with which the session began, whose time is printed.
+        first_step: the step at which the session began; the time is that of the session.
     """
     here = Path.cwd()
     where = shlex.quote(relative_name(run.path, here))
@@ -137,12 +137,9 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
 
 
 def short_name(run: Run) -> str:
-    """How a command names the run: by its tag, or by its directory if scripts would not find it by its tag.
-
-    A tag that begins with a dash would be read as a flag.
-    """
+    """How a command names the run: by its tag, or by its directory if scripts would not find it by its tag."""
     tag, runs_dir = run.record["tag"], run.path.parent
-    usable = tag and not tag.startswith("-") and is_default_runs_dir(runs_dir)
+    usable = tag and not tag.startswith("-") and is_default_runs_dir(runs_dir)  # a dash would begin a flag
     if usable and real_path(resolve_run(tag, runs_dir)) == real_path(run.path):
         return str(tag)
     return shlex.quote(relative_name(run.path, Path.cwd()))
@@ -155,7 +152,7 @@ def rebuild_command(run: Run, view: str) -> str:
 
 
 def script_command(script: str) -> str:
-    """How to call a script of this project from the current folder, with this environment."""
+    """The command that calls a script of this project from the current folder, in this environment."""
     if INSTALLED:
         return f"{_program('lm-workbench')} {script.removesuffix('.py').removesuffix('_model')}"
     return f"{_program('python')} {shlex.quote(relative_name(PROJECT_ROOT / script, Path.cwd()))}"
@@ -171,11 +168,11 @@ def is_default_runs_dir(folder: Path) -> bool:
 
 
 def _program(name: str) -> str:
-    """How to call a program of this environment: by name if PATH finds it, else by its path from the current folder."""
+    """The command that calls a program of this environment: its name if PATH finds it, or its path from here."""
     path, here = Path(sys.executable).parent / name, Path.cwd()
     if (found := shutil.which(name)) and Path(found).parent == path.parent:
         return name
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))  # not what it is a link to
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))  # links are not resolved
 
 
 def _aim_repo_flag(setup: Setup) -> str:
@@ -187,7 +184,7 @@ def _aim_repo_flag(setup: Setup) -> str:
 
 
 def _prompt_flag(setup: Setup) -> str:
-    """A prompt for the command that generates text, if the vocabulary has its characters."""
+    """The --prompt flag of the command that generates text; empty if the vocabulary lacks its characters."""
     try:
         setup.corpus.tokenizer.encode(PROMPT)
     except UserError:

@@ -1,4 +1,4 @@
-"""A session: one process that trains a run, from the checks before its directory is made to the status at its end."""
+"""A session: one process that trains a run, from the checks before its directory is made to the final status."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from utils.training.callbacks import Callbacks, TrainingRun
 from utils.training.checkpointer import Checkpointer
 from utils.training.compiler import begin_compiler
 from utils.training.evaluate import evaluate, evaluation_due, is_best
-from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_anyway
+from utils.training.finish import draw, dump_flight_recorder, export, seal_run, warn_if_possible
 from utils.training.monitor import Monitor
 from utils.training.notify import Notifier
 from utils.training.outcome import Outcome, StartInterruptedError
@@ -48,7 +48,7 @@ from utils.training.preflight import preflight, report_adapters, report_noise, r
 from utils.training.result import TrainResult, print_result, rebuild_command
 from utils.training.setup import Setup, make_setup
 from utils.training.sharded_checkpointer import make_checkpointer
-from utils.training.start import Start, open_run, prepare_run, read_git, record_ranks, with_old_end, write_meta
+from utils.training.start import Start, evaluate_at_old_end, open_run, prepare_run, read_git, record_ranks, write_meta
 from utils.training.state import TrainState
 from utils.training.step import Update
 from utils.training.step_buffer import NonFiniteError
@@ -58,10 +58,11 @@ TRAINING = threading.Lock()  # held while this process trains
 
 
 class Session:
-    """What the training loop asks and does between its updates.
+    """What the training loop queries and calls between its updates.
 
-    state: what training changes; update: how.
-    result: how the session ended, once it has.
+    state: model, optimizer and everything else that training changes.
+    update: makes one optimizer update.
+    result: how the session ended; set when it is closed.
     """
 
     state: TrainState
@@ -78,10 +79,10 @@ class Session:
         self.outcome = Outcome()
         self._start, self._stop, self._deadline = start, stop, deadline
         self._began = time.monotonic()
-        self._warn = warn_anyway(terminal, run)
+        self._warn = warn_if_possible(terminal, run)
         self._status_is_written = False
 
-    # ------------------------------------------------------------------------------------------ the loop asks
+    # ------------------------------------------------------------------------------------ queries of the loop
 
     @property
     def path(self) -> Path:
@@ -100,24 +101,24 @@ class Session:
         """Whether training is finished, or was asked to stop by a signal, a callback or a limit."""
         settings, state = self.state.config.train, self.state
         if self._deadline.is_near(reserve=self.checkpoints.seconds_to_save(state)):
-            self._stop.stop(f"max_minutes ({number_text(settings.max_minutes or 0)}) are almost over")
+            self._stop.stop(f"max_minutes ({number_text(settings.max_minutes or 0)}) is almost reached")
         if settings.stop_at_step is not None and state.step >= settings.stop_at_step:
             self._stop.stop(f"stop_at_step ({settings.stop_at_step:,}) is reached")
         if state.shards is not None and self.checkpoints.due(state.step):
-            self._stop.save = True  # on all ranks
+            self._stop.save = True  # `agree` passes it on to all ranks
         return agree(self._stop, state.ranks) or state.finished
 
     def _must_stop(self) -> bool:
-        """Whether an evaluation may not go on: a signal came, or the time is over."""
+        """Whether to abandon an evaluation: a signal has arrived, or the time limit is reached."""
         left = self._deadline.seconds_left
         is_over = left is not None and left < self.checkpoints.seconds_to_save(self.state)
         return is_over or self._stop.signum is not None
 
-    # ------------------------------------------------------------------------------------------ the loop acts
+    # ------------------------------------------------------------------------------------ actions of the loop
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """For work that is not training: the log is complete before it, and its time counts for no step.
+        """Flush the log before work that is not training, and leave the time of that work out of the step times.
 
         Raises:
             NonFiniteError: a loss or gradient since the last flush was not finite.
@@ -128,7 +129,7 @@ class Session:
             self.monitor.pause_over()
 
     def evaluate(self) -> None:
-        """Losses of both splits after `state.step` updates; saves a checkpoint if they are the best so far."""
+        """Evaluate both splits after `state.step` updates; save a checkpoint if val/loss is the best so far."""
         state = self.state
         with state.ranks.busy():
             self.monitor.flush()
@@ -138,23 +139,27 @@ class Session:
             self.save()
 
     def save(self) -> None:
-        """Save a checkpoint; everything in it is known to be finite."""
+        """Save a checkpoint, after a flush has shown that every loss and gradient so far was finite."""
         self._stop.save = self._stop.save_due = False
         with self.pause():
             self.checkpoints.save(self.state)
 
     def log_step(self, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> None:
-        """Record the update that is about to be made; nothing is transferred from the device.
+        """Record the update that is about to be made, without a transfer from the device.
 
         Args:
-            loss: (), of its batch.
-            grad_norms: (groups,), before clipping.
+            loss: the mean loss of its batch, ().
+            grad_norms: the norm of each parameter group before clipping, (groups,).
         """
         with self.state.ranks.busy():
             self.monitor.log_step(self.state.step, loss, grad_norms, lr)
 
     def step_done(self, loss: torch.Tensor) -> None:
-        """The update is made. `loss`: (), of its batch, on the device."""
+        """After an update, call the callbacks and flush the log if that is due.
+
+        Args:
+            loss: the mean loss of its batch, (), on the device.
+        """
         self._deadline.step_done()
         self.callbacks.on_step(self.state.step - 1, loss)
         with self.state.ranks.busy():
@@ -166,8 +171,8 @@ class Session:
         """Write the record of the run and make everything that training needs.
 
         Args:
-            before_status: gets what must be done before the status is written.
-            after_status: gets what can be closed once it is.
+            before_status: receives what must be done before the status is written.
+            after_status: receives what is closed after that.
         """
         setup, run, terminal = self.setup, self.run, self.terminal
         terminal.attach(run.path / TRAIN_LOG)
@@ -207,7 +212,7 @@ class Session:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """Around the loop: the progress display, the first and last calls of callbacks, and how the loop ended."""
+        """Show progress during the loop, start and end the callbacks, export the model, and record how it ended."""
         try:
             with self.progress, gc_frozen():
                 self.state.model.train()
@@ -218,7 +223,7 @@ class Session:
                 yield
             with self.state.ranks.busy():
                 self.checkpoints.wait()
-                if self.state.finished and not self.evaluation_due:  # else a signal ended the last evaluation
+                if self.state.finished and not self.evaluation_due:  # due: a signal cut the last evaluation short
                     self.outcome.exported = export(self.state, self.run, self.terminal)
             if self.outcome.exported is not None:
                 stopped_early = self.state.early_stopping
@@ -231,32 +236,32 @@ class Session:
             with contextlib.suppress(NonFiniteError):
                 self.monitor.flush()
             raise
-        except BaseException:  # the first failure is the one that is reported
+        except BaseException:  # reported as it is, whatever fails below
             for last_call in (self.monitor.flush, lambda: self.callbacks.on_end("failed"), self.monitor.flush):
                 with contextlib.suppress(Exception, KeyboardInterrupt):
                     last_call()
             raise
 
     def _end(self, status: Status, reason: str | None) -> None:
-        """Training is over; callbacks may log their last numbers."""
+        """Record how training ended, and let the callbacks log their last numbers."""
         self.outcome.status, self.outcome.reason = status, reason
         self.state.ranks.training_is_over(status)
         with contextlib.suppress(NonFiniteError):
             self.monitor.flush()
         self.callbacks.on_end(status)
-        if status != "diverged" and self._stop.signum is None:  # a signal may come because torchrun is gone
-            self.state.ranks.collect("ended", status)  # the callbacks of others may fail, too
+        if status != "diverged" and self._stop.signum is None:  # after a signal, torchrun's store may be gone
+            self.state.ranks.collect("ended", status)  # raises if a callback has failed on another rank
         self.monitor.flush()
 
     def interrupt(self) -> None:
-        """A second signal: nothing is waited for."""
+        """Record that a second signal ended the run at once, so that closing it waits for nothing."""
         self._stop.signum = self._stop.signum or signal.SIGINT
         self.setup.ranks.training_is_over("interrupted")
         self.outcome.status, self.outcome.at_once = "interrupted", True
         self.outcome.reason = f"{signal.Signals(self._stop.signum).name}, at once"
 
     def fail(self, error: BaseException) -> None:
-        """Report the exception that ends the run."""
+        """Record and print the exception that ended the run."""
         self._stop.deaf = isinstance(error, RankError)
         reason = str(error) if isinstance(error, RankError) else f"{type(error).__name__}: {error}"
         self.setup.ranks.training_is_over("failed", reason)
@@ -269,11 +274,11 @@ class Session:
             self.terminal.print(trace or traceback_of(error), log_only=True)
 
     def write_status(self) -> None:
-        """Write how the run ended into run.json, before views are closed: a kill during that leaves the true status.
+        """Write to run.json how the run ended, before the views are closed, so that a kill meanwhile does not lose it.
 
-        Where that fails, it is tried again once the views are closed, and until it succeeds the run counts as crashed.
+        If this fails, `report` tries again after the views are closed; until it succeeds the run counts as crashed.
         """
-        self._stop.patient = False  # from here on the first signal ends the waiting
+        self._stop.patient = False  # from here on, even a first signal ends the waiting
         self._status_is_written = self._attempt(self._finish)
 
     def _finish(self) -> None:
@@ -287,7 +292,10 @@ class Session:
         )
 
     def _attempt(self, action: Callable[..., object], *args: Any) -> bool:
-        """Call `action` at the end of a run; False after a failure of a disk, which must not hide how the run ended."""
+        """Call `action` at the end of a run; return False, with a warning, after an OSError.
+
+        A full disk must not hide how the run ended.
+        """
         try:
             action(*args)
         except OSError as error:
@@ -296,13 +304,13 @@ class Session:
         return True
 
     def report(self) -> None:
-        """Make the result, and print it unless an exception was reported."""
+        """Set `result`, and print it unless the run failed."""
         outcome = self.outcome
         if not self._status_is_written:
             try:
                 self._finish()
             except OSError as error:
-                if outcome.status != "failed":  # else the first failure is the one that is reported
+                if outcome.status != "failed":  # if it did fail, that failure is the one to report
                     raise
                 self._warn(f"{self.run.id}: its status was not written: {error.strerror}; it counts as crashed")
         self.result = TrainResult(
@@ -329,7 +337,7 @@ class Session:
     def _dump_flight_recorder(self) -> None:
         if self.outcome.status in ("diverged", "failed"):
             reason = self.outcome.reason or self.outcome.status
-            with contextlib.suppress(KeyboardInterrupt):  # an impatient signal ends the waiting, not the closing
+            with contextlib.suppress(KeyboardInterrupt):  # a further signal ends the waiting, not the closing
                 dump_flight_recorder(self.monitor.recorder, self.run, reason, self.terminal)
 
     def _wait_for_checkpoint(self) -> None:
@@ -339,18 +347,18 @@ class Session:
         self.outcome.unsaved = self.checkpoints.unsaved
 
     def _close_log(self, log: RunLog) -> None:
-        if not self.outcome.at_once:  # at once: a checkpoint may still be written, and needs the log
+        if not self.outcome.at_once:  # otherwise the thread that writes a checkpoint may still need the log
             log.close()
 
     def _close_views(self, feeders: Feeders) -> None:
-        """Draw the curves while the views are fed the rest, then close them within closing_seconds."""
+        """Draw the curves while the views receive the rest of the log, then close the views in closing_seconds."""
         outcome, seconds = self.outcome, self.setup.config.tracking.closing_seconds
         if self._deadline.seconds_left is not None:
             seconds = max(1.0, min(self._deadline.seconds_left, seconds))
         if outcome.at_once:
             seconds = min(1.0, seconds)
         feeders.lift_budget()
-        with contextlib.suppress(KeyboardInterrupt):  # an impatient signal leaves the picture out
+        with contextlib.suppress(KeyboardInterrupt):  # a further signal skips the picture
             if not outcome.at_once:
                 draw(self.run, self.terminal)
         end = RunEnd(outcome.status, outcome.losses, outcome.last_step or 0)
@@ -359,12 +367,12 @@ class Session:
 
 @contextlib.contextmanager
 def one_at_a_time() -> Iterator[None]:
-    """Raises UserError if this process trains already, in another thread or around this call.
+    """Raises UserError if this process is training already, in another thread or in a caller of this function.
 
-    Random numbers and settings of torch belong to the whole process: of two trainings neither would have its own.
+    Torch's random generators and settings belong to the whole process, so two runs at once would disturb each other.
     """
     if not TRAINING.acquire(blocking=False):
-        raise UserError("this process is training already: start the other training after it, or in its own process")
+        raise UserError("this process is training already: wait until that training ends, or use another process")
     try:
         yield
     finally:
@@ -390,17 +398,17 @@ def open_session(
     strict: bool,
     facts: Mapping[str, Any],
 ) -> Iterator[Session]:
-    """Check everything, make or reopen the run directory, and train within; on exit the run is closed.
+    """Check everything, make or reopen the run directory, and yield the session to train in; on exit close the run.
 
-    A run that diverges or is interrupted ends here; `result` of the session says so.
+    A run that diverges or is interrupted after its first step raises nothing: `session.result` says how it ended.
 
     Args:
-        argv: the command line, for the record.
+        argv: the command line, to be recorded.
         root: the folder that relative paths start from.
-        ranks: that train the run together, of which this is rank 0; None: it trains alone.
-        notifier: sends how the run ended, once another process may resume it.
-        strict: a finding of the preflight is a mistake.
-        facts: further fields of run.json of a new run.
+        ranks: the ranks that train the run together; this process is rank 0. None: it trains alone.
+        notifier: reports how the run ended, once another process may resume it.
+        strict: raise UserError if the preflight finds anything.
+        facts: extra fields for run.json of a new run.
 
     Raises:
         UserError: a mistake found before the run directory is made or changed.
@@ -414,7 +422,7 @@ def open_session(
     with ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals())
         stop.on_continue.append(deadline.continued)
-        stop.patient = False  # until there are steps to finish
+        stop.patient = False  # the first signal stops at once until there is a step to finish
         if setup.config.train.compile:
             begin_compiler(setup.device)
         stack.enter_context(torch_settings(setup.config.train, setup.device))
@@ -427,7 +435,7 @@ def open_session(
         if notifier is not None:
             stack.callback(lambda: notifier.send(getattr(session, "result", None)))
         stack.callback(run.release)
-        setup = with_old_end(setup, run, start)
+        setup = evaluate_at_old_end(setup, run, start)
         ranks.share("run", {"path": str(run.path), "config": setup.config.model_dump(mode="json")})
         stack.callback(seal_run, run, terminal)
         terminal.print(settings_table(setup.loaded.non_default()))
@@ -458,10 +466,10 @@ def open_session(
 
 
 def report_findings(setup: Setup, git: GitFacts, strict: bool, terminal: Terminal) -> None:
-    """Print what the preflight finds in a new run, and what its adapters and its seed mean.
+    """Print the preflight's findings about a new run, its number of trained parameters and the noise between seeds.
 
     Raises:
-        UserError: with `strict`, a finding.
+        UserError: the preflight found something, and `strict` is set.
     """
     runs = read_index(setup.runs_dir)
     report_preflight(preflight(setup, git, runs), strict, terminal)
@@ -470,17 +478,17 @@ def report_findings(setup: Setup, git: GitFacts, strict: bool, terminal: Termina
 
 
 def with_rank(error: BaseException, ranks: Ranks) -> BaseException:
-    """`error`; where several ranks train, as a RankError that names this one, rank 0."""
+    """`error`; if several ranks train, as a RankError that names this rank, rank 0."""
     if not ranks.several or isinstance(error, RankError):
         return error
     return RankError(f"rank 0: {type(error).__name__}: {error}", traceback_of(error))
 
 
 def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feeders:
-    """A feeder for each view that is asked for and installed, on one budget; not started yet.
+    """Make a feeder for each configured view that is installed, all on one budget, without starting them.
 
     Args:
-        step: at which training begins.
+        step: the step at which training begins.
     """
     names = []
     for name in wanted_views(setup.config):
@@ -489,7 +497,7 @@ def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feed
             run.update_view(name, state=STARTING, reason=None)
         else:
             why, later = without_builds(name), f" (later: {rebuild_command(run, name)})"
-            terminal.warn(f"{why or f'{name} is not installed'}: this run is not fed to it{'' if why else later}")
+            terminal.warn(f"{why or f'{name} is not installed'}: this run is not sent to it{'' if why else later}")
             run.update_view(name, state="off", reason="not installed")
     budget = Budget(setup.config.tracking.tracking_budget)
     feeders = [
@@ -498,10 +506,10 @@ def build_feeders(setup: Setup, run: Run, terminal: Terminal, step: int) -> Feed
             run.path / LOGS,
             budget,
             run.update_view,
-            warn_anyway(terminal, run),
+            warn_if_possible(terminal, run),
             rebuild_command(run, view.name),
             step if setup.resumes else None,
         )
         for view in build_views(names, run.path, setup.config, setup.root)
     ]
-    return Feeders(feeders, warn_anyway(terminal, run), run.update_view)
+    return Feeders(feeders, warn_if_possible(terminal, run), run.update_view)

@@ -1,4 +1,4 @@
-"""What is checked before a run directory is made: configuration, corpus, device, origin."""
+"""The checks before a run directory is made: configuration, corpus, device, origin."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ from utils.runs.run import read_record
 from utils.training.batch_size import check_micro_step, find_batch
 from utils.training.callbacks import Callback, load_callbacks
 
-TRAINING_BYTES_PER_PARAMETER = {"adamw": 16, "muon": 12}  # at least: float32 weight, gradient, moments; another: 8
+TRAINING_BYTES_PER_PARAMETER = {"adamw": 16, "muon": 12}  # at least: float32 weight, gradient, moments; others: 8
 BYTES_PER_FROZEN_PARAMETER = 4
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything a run needs that can be known before its directory is made.
+    """Everything that a run needs and that is known before its directory is made.
 
     loaded: the merged configuration; the batch that `batch_size auto` found is its top layer.
     config: the values of `loaded`; a resume keeps the values that "auto" resolved to when the run was started.
-    origin, checkpoint: where a fork or fine-tuning starts. (A resume reads its checkpoint once it has the lock.)
+    origin, checkpoint: where a fork or fine-tuning starts. (A resume reads its checkpoint after taking the lock.)
     """
 
     root: Path
@@ -102,19 +102,19 @@ def make_setup(
     report: Callable[[str], None] = lambda message: None,
     ranks: Ranks = ONE,
 ) -> Setup:
-    """Check the corpus, device, batch and origin of a configuration, which is already valid by itself.
+    """Check the corpus, device, batch and origin of a configuration that is valid in itself.
 
     Args:
         root: the folder that relative paths start from.
         warn, report: print one line to the user.
-        ranks: that train together; this is rank 0.
+        ranks: the ranks that train together; this process is rank 0.
 
     Raises:
         UserError: the first mistake found.
     """
     loaded = with_absolute_paths(loaded, root)
     config = loaded.config
-    check_places(loaded, root)
+    check_output_folders(loaded, root)
     checkpoint, tokenizer, datasets_dir = None, None, root / config.data.datasets_dir
     resumes = origin is not None and origin.relation == "resume"
     if origin is not None and resumes:
@@ -124,7 +124,7 @@ def make_setup(
         checkpoint, tokenizer = read_parent(origin, config, datasets_dir, warn)
         if origin.relation == "fork":
             check_fork(config.optimizer, checkpoint.state, origin.run.name)
-    device = device_of_rank(config, ranks)  # first what takes no time: reading a corpus may
+    device = device_of_rank(config, ranks)  # quick checks first: reading a corpus may take long
     dtype = choose_dtype(config.train.dtype, device)
     if config.train.fp8:
         check_fp8(device, dtype)
@@ -135,7 +135,7 @@ def make_setup(
             check_made_with(corpus.prepared.dataset, corpus.tokenizer, config.data)
     except CorpusError as error:
         if resumes and not os.path.exists(config.data.dataset):
-            raise UserError(f"{error}; --dataset names its new place, wherever it is") from None
+            raise UserError(f"{error}; if it was moved, --dataset gives its new place") from None
         raise
     if origin is not None and origin.relation == "fork":
         assert checkpoint is not None
@@ -155,10 +155,10 @@ def make_setup(
 
 
 def steps_of(loaded: LoadedConfig, corpus: Corpus) -> int:
-    """Steps of a training: `max_iters`, or as many as `epochs` over the corpus take.
+    """The number of steps of the run: `max_iters`, or as many as `epochs` passes over the corpus take.
 
     Raises:
-        UserError: they are too few for the warmup.
+        UserError: there are too few for the warmup.
     """
     config = loaded.config
     if config.train.max_iters is not None:
@@ -180,7 +180,7 @@ def read_corpus(
     warn: Callable[[str], None] = lambda message: None,
     report: Callable[[str], None] = lambda message: None,
 ) -> Corpus:
-    """The corpus of a configuration, whose tokens may still have to be written; the arguments are those of make_setup.
+    """Read the corpus of a configuration; its tokens may not be stored yet. For the arguments see `make_setup`.
 
     Raises:
         CorpusError: it cannot be read, `tokenizer` cannot encode it, or it is too short.
@@ -195,10 +195,10 @@ def read_corpus(
 
 
 def device_of_rank(config: Config, ranks: Ranks) -> torch.device:
-    """The device that this rank computes on: of several CUDA devices, the one with its number.
+    """The device that this rank computes on; each of several ranks on a machine has a CUDA device of its own.
 
     Raises:
-        DeviceError: it is not here, or cannot be used by several ranks.
+        DeviceError: there is no such device here, or several ranks cannot use it.
     """
     name = config.train.device
     device = choose_device(name)
@@ -241,7 +241,7 @@ def check_ranks(loaded: LoadedConfig, ranks: Ranks) -> None:
         )
 
 
-def check_places(loaded: LoadedConfig, root: Path) -> None:
+def check_output_folders(loaded: LoadedConfig, root: Path) -> None:
     """Raises UserError if a folder that training writes to has a name that no folder can have.
 
     Args:
@@ -267,7 +267,7 @@ def check_places(loaded: LoadedConfig, root: Path) -> None:
 
 
 def trained_outline(config: Config, vocab_size: int) -> LanguageModel:
-    """The model as it is trained, with its adapters, if it has any; its parameters have shapes but no memory."""
+    """The model that is trained, with its adapters if it has any; its parameters have shapes but no memory."""
     model = outline(config.model, vocab_size)
     with shapes_only():
         add_adapters(model, config.model, config.optimizer)
@@ -277,8 +277,8 @@ def trained_outline(config: Config, vocab_size: int) -> LanguageModel:
 def check_memory(loaded: LoadedConfig, vocab_size: int, device: torch.device, ranks: Ranks = ONE) -> None:
     """Raises UserError if the weights, gradients and moments of the model alone do not fit into the free memory.
 
-    In shards, a device of its own holds a rank's share of them. Or if there is no layer that a name in `lora_targets`
-    means.
+    Of a sharded model, each CUDA device holds its rank's share of them. A name in `lora_targets` that matches no layer
+    raises UserError as well.
     """
     config = loaded.config
     try:
@@ -300,12 +300,12 @@ def check_memory(loaded: LoadedConfig, vocab_size: int, device: torch.device, ra
 
 
 def decisive_settings(setup: Setup) -> dict[str, Any]:
-    """The values that open settings ("auto", none) resolved to, of those that change the numbers.
+    """The resolved values of open settings ("auto", none) and other facts, as far as they change the numbers.
 
-    Call it once torch's threads are set.
+    Call it after torch's threads are set.
     """
     config, corpus = setup.config, setup.corpus
-    by_rank = setup.ranks.several and config.train.lanes is None  # the sum of a batch is one over ranks
+    by_rank = setup.ranks.several and config.train.lanes is None  # the order of summation depends on the ranks
     return {
         **({"world_size": setup.ranks.world_size} if by_rank else {}),
         "deterministic": is_deterministic(config.train, setup.device),
@@ -323,7 +323,7 @@ def decisive_settings(setup: Setup) -> dict[str, Any]:
 def read_parent(
     origin: Origin, config: Config, datasets_dir: Path, warn: Callable[[str], None]
 ) -> tuple[Checkpoint, Tokenizer]:
-    """The checkpoint that a fork or fine-tuning starts from, and its tokenizer. (A prepared dataset has its own.)
+    """Read the checkpoint that a fork or fine-tuning starts from, and its tokenizer. (A prepared dataset has its own.)
 
     Raises:
         UserError: there is none, it is damaged, or it is of another model.
@@ -344,7 +344,7 @@ def read_parent(
 def _warn_of_other_text(
     origin: Origin, checkpoint: Checkpoint, corpus: Corpus, root: Path, warn: Callable[[str], None]
 ) -> None:
-    """Warn if a fork keeps the dataset of its parent by name while the text behind the name is another one."""
+    """Warn if a fork keeps its parent's dataset by name but the text behind that name has changed."""
     with contextlib.suppress(OSError, ValueError):
         kept = moved_path(str(read_settings(origin.run).get("dataset")), root) == corpus.name
         if kept and checkpoint.state.get("corpus_hash", corpus.hash) != corpus.hash:
@@ -352,7 +352,7 @@ def _warn_of_other_text(
 
 
 def _check_steps_left(origin: Origin, checkpoint: Checkpoint, max_iters: int) -> None:
-    """Raises UserError if a fork starts at its last step or after it."""
+    """Raises UserError if a fork would start at or after its last step."""
     if checkpoint.step >= max_iters:
         raise UserError(
             f"--fork: {origin.run.name} is at step {checkpoint.step:,} already: --max-iters must be more than "

@@ -1,7 +1,7 @@
-"""Checkpoints of models in shards: each rank writes its files, and rank 0 makes them a checkpoint once all are on disk.
+"""Checkpoints of sharded models: each rank writes its own files; rank 0 completes the checkpoint when all are on disk.
 
-The threads that write them talk through the store (utils/machine/board.py), so that training goes on meanwhile: rank 0
-names the folder, the others say what they have written, or why they have not.
+The threads that write the files communicate through the store (utils/machine/board.py), so that training goes on: rank
+0 announces the folder, and the others report which files they have written or why they could not.
 """
 
 from __future__ import annotations
@@ -24,50 +24,50 @@ from utils.machine.ranks import Ranks, RanksOverError
 from utils.training.checkpointer import Checkpointer, HostMemory, reason_of
 from utils.training.state import TrainState
 
-if TYPE_CHECKING:  # which takes torch seconds to import
+if TYPE_CHECKING:  # its torch modules take seconds to import
     from utils.training.sharding import Shards
 
 Tensors = Mapping[str, torch.Tensor]
 
 
 def make_checkpointer(state: TrainState, *args: Any, **kwargs: Any) -> Checkpointer:
-    """The checkpointer that suits a state; the further arguments are those of `Checkpointer`."""
+    """The checkpointer for a state, sharded or not; the other arguments are those of `Checkpointer`."""
     if state.shards is None:
         return Checkpointer(*args, **kwargs)
     return ShardedCheckpointer(state.shards, *args, **kwargs)
 
 
 class ShardedCheckpointer(Checkpointer):
-    """The checkpointer of rank 0. At the same steps the other ranks call `FollowerCheckpointer.save`."""
+    """The checkpointer of rank 0. At the same steps, the other ranks call `FollowerCheckpointer.save`."""
 
     def __init__(self, shards: Shards, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._shards, self._ranks = shards, shards.ranks
-        self._number = 0  # of calls of save
-        self._named = True  # whether the others know the folder of this one
+        self._number = 0  # how many times save was called
+        self._announced = True  # whether the other ranks have been told the folder of this checkpoint
 
     def save(self, state: TrainState) -> None:
         self.wait()
-        self._number, self._named = self._number + 1, False
+        self._number, self._announced = self._number + 1, False
         if state.step == self._written_step:
-            self._name("")
+            self._announce("")
         super().save(state)
 
-    def _name(self, folder: str) -> None:
-        """Tell the others where to write; empty: nowhere."""
-        if not self._named:
-            self._named = True
+    def _announce(self, folder: str) -> None:
+        """Tell the other ranks, once per checkpoint, the folder to write to; an empty text: write nothing."""
+        if not self._announced:
+            self._announced = True
             self._ranks.share(f"checkpoint/{self._number}", folder)
 
     def _write(self, *arguments: Any) -> None:
         super()._write(*arguments)
-        self._name("")  # if it has failed before there was a folder
+        self._announce("")  # if writing failed before there was a folder
 
     def _write_files(
         self, path: Path, weights: Tensors, optimizer: Tensors, tokenizer: Mapping[str, Any], facts: Mapping[str, Any]
     ) -> None:
         def write(folder: Path) -> dict[str, Any]:
-            self._name(str(folder))
+            self._announce(str(folder))
             note = write_own_shards(folder, self._ranks, weights, optimizer)
             files: dict[str, Any] = {}
             for rank, of_rank in enumerate(self._ranks.collect(f"shards/{self._number}", note)):
@@ -85,15 +85,15 @@ class ShardedCheckpointer(Checkpointer):
 
 
 def write_own_shards(folder: Path, ranks: Ranks, weights: Tensors, optimizer: Tensors) -> dict[str, Any]:
-    """Write what a rank has: `files`, their entries in the manifest, or `error`, why it was not written."""
+    """Write this rank's shards; return `files`, their entries in the manifest, or `error`, why writing failed."""
     try:
         return {"files": write_shards(folder, ranks.rank, ranks.world_size, {"model": weights, "optimizer": optimizer})}
-    except Exception as error:  # on any rank: then there is no checkpoint
+    except Exception as error:  # reported to rank 0, which then completes no checkpoint
         return {"error": reason_of(error)}
 
 
 class FollowerCheckpointer:
-    """Writes what a rank other than 0 has of each checkpoint."""
+    """Writes the files of a rank other than 0 for each checkpoint."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks, self._number = ranks, 0
@@ -101,7 +101,7 @@ class FollowerCheckpointer:
         self._thread: threading.Thread | None = None
 
     def save(self, state: TrainState) -> None:
-        """Copy the state and start to write it, once the previous write has ended; called when rank 0 saves."""
+        """Wait for the previous write, then copy the state and start to write it; called when rank 0 saves."""
         assert state.shards is not None
         self.wait()
         self._number += 1
@@ -122,5 +122,5 @@ class FollowerCheckpointer:
         try:
             if folder := self._ranks.share(f"checkpoint/{number}", None):
                 self._ranks.collect(f"shards/{number}", write_own_shards(Path(folder), self._ranks, weights, optimizer))
-        except (RankError, RanksOverError):  # the loop notices it, too
+        except (RankError, RanksOverError):  # the training loop notices it as well
             pass

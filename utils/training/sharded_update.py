@@ -1,8 +1,8 @@
-"""Updates of models in shards: the gradients, norms and orthogonal directions of rows that are on several ranks.
+"""Updates of sharded models: gradients, norms and Muon's orthogonal directions of rows that are spread over the ranks.
 
-Lane i of L is computed by rank i modulo the number of ranks W, so that W lanes at a time are summed over the ranks, a
-subtree of the tree of lanes (utils/training/lanes.py); the rest of the tree is added by each rank for its own rows. So
-any number of ranks that divides the lanes adds the same numbers in the same order.
+Lane i is computed by rank i modulo W, the number of ranks. So W lanes at a time are summed over the ranks, which is a
+subtree of the tree of lanes (utils/training/lanes.py); each rank adds the rest of the tree for its own rows. Any number
+of ranks that divides the lanes therefore adds the same numbers in the same order.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from utils.training.lanes import Gradients, Tree, add_into, lane_seed, tree_sum
 from utils.training.state import TrainState
 from utils.training.step import EagerUpdate, Phase, micro_step
 
-VECTOR = 16  # numbers that a processor computes at once, at most
+VECTOR = 16  # the most numbers that a processor computes at once
 
 
 class ShardedUpdate(EagerUpdate):
-    """An update of a model in shards. Random numbers are a function of seed, step, lane and micro-step."""
+    """An update of a sharded model. Random numbers are a function of seed, step, lane and micro-step."""
 
     def __init__(self, state: TrainState) -> None:
         super().__init__(state)
@@ -36,7 +36,7 @@ class ShardedUpdate(EagerUpdate):
 
     @property
     def message_bytes(self) -> int:
-        """Weights of blocks are gathered twice a micro-step, others once, and gradients are summed in float32."""
+        """A micro-step gathers the weights of blocks twice and others once, and sums gradients in float32."""
         state, world_size = self.state, self.state.ranks.world_size
         own = {name: parameter.numel() for name, parameter in self.shards.own.items()}
         gathered = sum(count * (2 if name.startswith("blocks.") else 1) for name, count in own.items())
@@ -61,14 +61,14 @@ class ShardedUpdate(EagerUpdate):
             return tree_sum(losses) if self._exact else losses.sum(), self.clip()
 
     def _micro_step(self, lane: int, part: int, phase: Phase) -> torch.Tensor:
-        """Compute the gradients of a micro-step of a lane, summed over ranks; returns its part of the loss, ()."""
+        """Compute the gradients of a lane's micro-step, summed over the ranks; return its part of the loss, ()."""
         state, micro_steps = self.state, self.lanes * self._in_lane
         number = lane * self._in_lane + part
         torch.manual_seed(lane_seed(state.config.train.seed, state.step, number))
         return micro_step(state, number, micro_steps, state.step * micro_steps + self._following(lane, part), phase)
 
     def _following(self, lane: int, part: int) -> int:
-        """The micro-step that this rank computes after one, counted from the first of this update."""
+        """The micro-step that this rank computes after `part` of `lane`, counted from the first one of this update."""
         world_size = self.state.ranks.world_size
         if lane + world_size < self.lanes:
             return (lane + world_size) * self._in_lane + part
@@ -77,10 +77,10 @@ class ShardedUpdate(EagerUpdate):
         return (self.lanes + self.state.ranks.rank) * self._in_lane
 
     def clip(self) -> torch.Tensor:
-        """`clip_gradients` (utils/training/step.py) by the norms of all ranks' rows.
+        """`clip_gradients` (utils/training/step.py) over the rows of all ranks.
 
-        Each row is on one rank, and the squares of the norms of rows are added in the order of the rows: ranks have no
-        part in it.
+        Each row is on one rank, and the squares of the norms of rows are added in the order of the rows, so the result
+        does not depend on the number of ranks.
         """
         state = self.state
         named = [(self.shards.names[p], p.grad) for group in state.optimizer.param_groups for p in group["params"]]
@@ -120,9 +120,9 @@ class ShardedUpdate(EagerUpdate):
     def _orthogonal(
         self, parameters: list[torch.Tensor], blocks: list[list[int]], directions: list[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """See `Muon.of_shards`. Each rank gets all rows of a direction, makes it orthogonal, and sends them back.
+        """See `Muon.of_shards`. Each rank gets all rows of some directions, makes them orthogonal and sends them back.
 
-        One direction is one product, whatever the number of ranks.
+        A direction is always computed whole, so the result does not depend on the number of ranks.
         """
         if not self.state.ranks.several:
             return [orthogonal_blocks(*pair) for pair in zip(directions, blocks, strict=True)]
@@ -136,7 +136,7 @@ class ShardedUpdate(EagerUpdate):
     def _turn(
         self, names: Sequence[str], blocks: Sequence[list[int]], directions: Sequence[torch.Tensor]
     ) -> list[torch.Tensor]:
-        """Rank i makes the direction of name i orthogonal; returns this rank's rows of all of them."""
+        """Make the directions orthogonal, rank i that of name i; return this rank's rows of all of them."""
         rank, world_size = self.state.ranks.rank, self.state.ranks.world_size
         sent = [direction.numel() for direction in directions] + [0] * (world_size - len(names))
         received = [0] * world_size
@@ -154,10 +154,10 @@ class ShardedUpdate(EagerUpdate):
 
 @contextlib.contextmanager
 def _padded(parameter: torch.Tensor, states: dict[Any, dict[str, torch.Tensor]]) -> Iterator[None]:
-    """A parameter with its gradient and moments in one dimension, with zeros up to a whole number of vectors.
+    """Flatten a parameter, its gradient and moments, and pad them to a whole number of vectors; undo this on exit.
 
-    torch's kernel of AdamW rounds the numbers that fill no vector in another way, and which those are depends on how
-    many rows a rank has.
+    torch's AdamW kernel rounds the numbers after the last whole vector differently, and which numbers those are depends
+    on how many rows a rank has.
     """
     shape, count, values = parameter.shape, parameter.numel(), parameter.data
     gradient, state = parameter.grad, states[parameter]

@@ -1,8 +1,8 @@
-"""Models in shards [Zhao et al. 2023, PyTorch FSDP]: each rank keeps its share of the rows of every parameter.
+"""Sharded models [Zhao et al. 2023, PyTorch FSDP]: each rank keeps a share of the rows of every parameter.
 
-torch's fully_shard gathers the weights of a block before its forward and backward pass, and adds the gradients of the
-ranks so that each has the sums of its rows. What it shares out are DTensors; optimizer, checkpoints and export see this
-rank's rows as plain tensors in the same memory (`Shards.own`).
+torch's fully_shard gathers the weights of a block before its forward and backward passes, and sums the gradients so
+that each rank has the sums of its rows. Its parameters are DTensors; optimizer, checkpoints and export see the rows of
+this rank as plain tensors in the same memory (`Shards.own`).
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from utils.nn.roles import declared_roles
 
 
 class Shards:
-    """The rows that this rank has of the parameters of a model in shards.
+    """This rank's rows of the parameters of a sharded model.
 
-    own: by name of the parameter, (rows, ...), in the memory that the model gathers from; an optimizer updates them.
-    shapes: of the whole parameters.
+    own: parameter name -> its rows on this rank, (rows, ...), in the memory that the model gathers from; the optimizer
+        updates them.
+    shapes: parameter name -> the shape of the whole parameter.
     """
 
     def __init__(self, model: LanguageModel, ranks: Ranks) -> None:
@@ -45,33 +46,33 @@ class Shards:
         self.names = {parameter: name for name, parameter in self.own.items()}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of a module, but of what this rank has."""
+        """Like `nn.Module.named_parameters`, but with the rows of this rank."""
         return iter(self.own.items())
 
     def replace_in(self, groups: list[dict[str, Any]]) -> None:
-        """Let an optimizer update the rows of this rank instead of the parameters of the model."""
+        """Make an optimizer update the rows of this rank instead of the model's parameters."""
         own = {parameter: self.own[name] for name, parameter in self._parameters.items()}
         for group in groups:
             group["params"] = [own[parameter] for parameter in group["params"]]
 
     def rows(self, name: str, rank: int | None = None) -> tuple[int, int]:
-        """The first of the rows that a rank has of a parameter (None: this one), and their end."""
+        """The rows of a parameter that a rank has (None: this rank), as the first one and the end."""
         rank = self.ranks.rank if rank is None else rank
         return rows_of(self.shapes[name][0], rank, self.ranks.world_size)
 
     def shape_of(self, name: str, tensor: torch.Tensor) -> torch.Size:
-        """The shape of the whole tensor of which this rank has `tensor`, named `parameter` or `parameter/key`."""
+        """The shape of the whole tensor `name` (`parameter` or `parameter/key`), of which this rank has `tensor`."""
         if not tensor.dim():
             return tensor.shape
         return torch.Size((self.shapes[name.partition("/")[0]][0], *tensor.shape[1:]))
 
     def part_of(self, tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-        """The rows of this rank of whole tensors, read one by one."""
+        """This rank's rows of whole tensors, each of which is read on access."""
         return _Part(self, tensors)
 
     @contextlib.contextmanager
     def whole_outside_blocks(self) -> Iterator[None]:
-        """Gather what is outside of the blocks, for calls of parts of the model; blocks do it by themselves."""
+        """Gather the parameters outside of the blocks, for calls of parts of the model; blocks gather their own."""
         assert isinstance(self.model, FSDPModule)
         self.model.unshard()
         try:
@@ -80,7 +81,7 @@ class Shards:
             self.model.reshard()
 
     def exchange(self, values: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
-        """Send so many of the values (n,) to each rank, in their order, and receive so many from each."""
+        """Send `sent[i]` of the values, (n,), to each rank i, in their order, and receive `received[i]` from it."""
         result = values.new_empty(sum(received))
         if self.ranks.several:
             self.ranks.together(
@@ -89,12 +90,12 @@ class Shards:
         return result
 
     def pieces(self, name: str, own: torch.Tensor) -> Iterator[torch.Tensor]:
-        """On rank 0: the rows of a whole tensor, those of each rank in turn, in host memory. Others send theirs.
+        """On rank 0: yield the rows of a whole tensor, those of each rank in turn, in host memory.
 
-        All ranks must ask for all pieces.
+        All ranks must exhaust the iterator; those other than 0 send their rows and yield nothing.
 
         Args:
-            own: the rows of this rank of parameter `name`, or of its gradient.
+            own: this rank's rows of parameter `name` or of its gradient.
         """
         rank, world_size = self.ranks.rank, self.ranks.world_size
         if rank == 0:
@@ -115,14 +116,14 @@ class Shards:
                 yield piece.view(end - first, *self.shapes[name][1:]).cpu()
 
     def whole_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """On rank 0: each parameter and its gradient, `params/name` and `grads/name`, one at a time. On all ranks."""
+        """On rank 0: yield each parameter and gradient, `params/name` and `grads/name`. All ranks must call it."""
         for name, own in self.own.items():
             for kind, tensor in (("params", own), ("grads", own.grad)):
                 if tensor is not None and (found := list(self.pieces(name, tensor))):
                     yield f"{kind}/{name}", torch.cat(found)
 
     def take_gradients(self) -> list[torch.Tensor | None]:
-        """The gradients of this rank's rows, which the model forgets."""
+        """Return the gradients of this rank's rows and clear them in the model."""
         found = []
         for parameter in self._parameters.values():
             found.append(None if parameter.grad is None else parameter.grad.to_local())
@@ -155,15 +156,15 @@ class _Part(Mapping[str, torch.Tensor]):
 def sharded_model(
     config: ModelConfig, vocab_size: int, device: torch.device, dtype: torch.dtype, ranks: Ranks
 ) -> tuple[LanguageModel, Shards]:
-    """A new model in shards, with the numbers that `LanguageModel(config, vocab_size)` has, and its random state after.
+    """Make a sharded model with the values of `LanguageModel(config, vocab_size)`, and leave the same random state.
 
     The host holds one whole parameter at a time.
 
     Args:
-        device, dtype: to compute on, and in; the shards are float32.
+        device, dtype: where and in what precision to compute; the shards are float32.
 
     Raises:
-        UserError: the model initialises itself in a way that cannot be followed parameter by parameter.
+        UserError: the model initialises itself in a way that cannot be repeated parameter by parameter.
     """
     initialisation = Initialisation(ranks)
     with torch.device("meta"), initialisation:
@@ -183,9 +184,9 @@ def sharded_model(
 
 
 class Initialisation(TorchFunctionMode):
-    """Makes the random numbers that modules fill their parameters with, which have no memory, and keeps a rank's rows.
+    """Makes the values of parameters on the meta device, which have no memory, and keeps this rank's rows of them.
 
-    Each parameter in turn is filled on the CPU, whole; another one takes its place in memory.
+    Each parameter in turn is filled on the CPU as a whole; the next one replaces it in memory.
     """
 
     def __init__(self, ranks: Ranks) -> None:
@@ -209,7 +210,7 @@ class Initialisation(TorchFunctionMode):
         if not changes or not isinstance(target, torch.Tensor) or not target.is_meta:
             return func(*args, **kwargs)
         if not fills or not isinstance(target, nn.Parameter):
-            raise UserError(f"shard fsdp: {name} is no filling of a whole parameter, which is all that can be followed")
+            raise UserError(f"shard fsdp: {name} does not fill a whole parameter, as initialising in shards requires")
         if target is not self._target:
             self._keep()
             self._target, self._values = target, torch.empty(target.shape, dtype=target.dtype, device="cpu")
@@ -221,7 +222,7 @@ class Initialisation(TorchFunctionMode):
         return target
 
     def _keep(self) -> None:
-        """Keep this rank's rows of the parameter that was filled last."""
+        """Keep this rank's rows of the parameter that was filled last, and drop the rest."""
         if self._target is not None:
             first, end = rows_of(len(self._values), self._ranks.rank, self._ranks.world_size)
             self._rows[self._target] = self._values[first:end].clone()
@@ -231,21 +232,21 @@ class Initialisation(TorchFunctionMode):
         """This rank's rows of a parameter.
 
         Raises:
-            UserError: nothing has filled it.
+            UserError: it was not filled.
         """
         self._keep()
         if parameter not in self._rows:
             raise UserError(
-                f"shard fsdp: {name} is not initialised by functions of torch.nn.init, which is how the same numbers "
-                "are made in shards"
+                f"shard fsdp: {name} is not initialised by functions of torch.nn.init, which a sharded model needs to "
+                "get the same values"
             )
         return self._rows[parameter]
 
 
 def distribute(model: LanguageModel, device: torch.device, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Shard the blocks, and what is outside of them, over the ranks; in place.
+    """Shard the blocks, and the parameters outside of them, over the ranks, in place.
 
-    Gradients are summed, not averaged: each rank's losses are shares of the mean of the batch.
+    Gradients are summed, not averaged, because each rank's loss is its share of the mean over the batch.
     """
     if not dist.is_initialized():  # a single process
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -253,7 +254,7 @@ def distribute(model: LanguageModel, device: torch.device, dtype: torch.dtype, r
     precision = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # rotary factors stay precise
+        cast_forward_inputs=False,  # the factors of the rotary embedding keep their precision
     )
     for module in (*model.blocks, model):
         sharded = fully_shard(module, mesh=mesh, mp_policy=precision)
@@ -268,11 +269,11 @@ def distribute(model: LanguageModel, device: torch.device, dtype: torch.dtype, r
             return self.head_loss(self.hidden(idx), targets)
 
         model.loss = types.MethodType(loss, model)  # type: ignore[method-assign]
-        register_fsdp_forward_method(model, "loss")  # that gathers the weights as a call does
+        register_fsdp_forward_method(model, "loss")  # so that it gathers the weights, as calling the model does
 
 
 class _Comm:
-    """Memory of messages, as fully_shard wants it."""
+    """Allocates the memory of messages, through the interface that fully_shard expects."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -282,7 +283,7 @@ class _Comm:
 
 
 class _AllGather(_Comm):
-    """Gathers as torch does, but notices a rank that is gone or hangs."""
+    """Gathers like torch, but notices a rank that is gone or hangs."""
 
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, async_op: bool = False
@@ -291,7 +292,7 @@ class _AllGather(_Comm):
 
 
 class _ReduceScatter(_Comm):
-    """Sums in the order of the tree of lanes (utils/training/lanes.py): each rank gets all summands of its rows."""
+    """Sends each rank all summands of its rows, which it adds in the order of the tree (utils/training/lanes.py)."""
 
     def __call__(
         self, output_tensor: torch.Tensor, input_tensor: torch.Tensor, group: Any, op: Any, async_op: bool = False

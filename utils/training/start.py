@@ -1,4 +1,4 @@
-"""The start of a run: its directory, the record of its code and configuration, the state it trains from."""
+"""The start of a run: its directory, the record of its code and configuration, the state that it starts from."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ from utils.terminal.words import HASH_LENGTH, counted, fact_lines, ratio_text
 from utils.tracking.feeder import cut_progress
 from utils.training.agreement import announce_start
 from utils.training.setup import Setup, decisive_settings
-from utils.training.state import TrainState, build_state, foreign, take_over
+from utils.training.state import TrainState, build_state, mismatch, start_from
 from utils.training.step import Update
 
 BIT_EXACT = "bit-exact: the same configuration, code, torch and processor give the same numbers, also after a resume"
@@ -68,7 +68,7 @@ NOT_EXACT = "none: deterministic is off, so numbers may differ in their last bit
 
 @dataclass(frozen=True)
 class Start:
-    """What training begins with: nothing, the run's own checkpoint, or one of its parent."""
+    """What training starts from: nothing, a checkpoint of the run itself, or one of its parent."""
 
     checkpoint: Checkpoint | None = None
     relation: Relation = "resume"
@@ -85,13 +85,13 @@ class Start:
 def open_run(
     setup: Setup, git: GitFacts, argv: Sequence[str], terminal: Terminal, facts: Mapping[str, Any]
 ) -> tuple[Run, Start]:
-    """Make a run directory, or reopen that of a resumed run with its logs cut back to its newest good checkpoint.
+    """Make a run directory, or reopen that of a resumed run and cut its logs back to the newest good checkpoint.
 
     Args:
-        facts: further fields of run.json of a new run.
+        facts: extra fields for run.json of a new run.
 
     Raises:
-        UserError: it cannot be made; or the run is being trained, is complete, or has damaged checkpoints only.
+        UserError: it cannot be made; or the run is being trained, is complete, or has only damaged checkpoints.
     """
     origin = setup.origin
     if origin is None or not setup.resumes:
@@ -112,7 +112,7 @@ def open_run(
         check_checkpoints(run.path, record)
         check_corpus(run, record, setup)
         folder = run.path / CHECKPOINTS
-        problem = functools.partial(foreign, model=setup.config.model, corpus=setup.corpus)
+        problem = functools.partial(mismatch, model=setup.config.model, corpus=setup.corpus)
         checkpoint, unusable = newest_good(folder, strict=origin.strict, warn=terminal.warn, problem=problem)
         start = Start(checkpoint, "resume") if checkpoint else start_of_parent(run.path, record, terminal.warn)
         for what, before, now in changed_facts(run.path, record, setup, git):
@@ -130,7 +130,7 @@ def open_run(
         run.restart(argv, start.step, git=git.summary())
         if origin.trusted:
             run.update(made=made_here(setup.root))
-        if (tag := setup.config.tracking.run_tag) != recorded_tag:  # else a person may have changed it since
+        if (tag := setup.config.tracking.run_tag) != recorded_tag:  # if equal, a tag edited since then stays
             run.update(tag=tag)
     except BaseException:
         run.release()
@@ -141,15 +141,15 @@ def open_run(
 def _warn_without_flock(run: Run, terminal: Terminal) -> None:
     if not run.has_flock:
         terminal.warn(
-            f"{run.path.parent}: this file system has no flock: the file {LOCK} in the run directory, touched every "
-            f"{HEARTBEAT_SECONDS:.0f} s, says who trains it"
+            f"{run.path.parent}: this file system has no flock: a run is locked by the file {LOCK} in its directory "
+            f"instead, which the process that trains it touches every {HEARTBEAT_SECONDS:.0f} s"
         )
 
 
-def with_old_end(setup: Setup, run: Run, start: Start) -> Setup:
-    """`setup`, with the evaluation that a run had at its end before it grows: a repetition must make it, too.
+def evaluate_at_old_end(setup: Setup, run: Run, start: Start) -> Setup:
+    """When a run is lengthened, add the evaluation at its previous end to `eval_at`, so that a repetition makes it too.
 
-    It counts for the best weights and for early stopping, like any other.
+    Like any other evaluation, it counts for the best weights and for early stopping.
     """
     old = (run.record.get("resolved") or {}).get("max_iters", setup.max_iters)
     settings = setup.config.train
@@ -185,7 +185,7 @@ def start_of_parent(run: Path, record: Mapping[str, Any], warn: Callable[[str], 
         name = parent["run"].removeprefix(PRETRAINED_PREFIX)
         try:
             path = parent_path(run, parent)
-        except RunError:  # the cache of the hub is elsewhere now
+        except RunError:  # the hub's cache has moved
             path = find_pretrained(name).folder
         model = ModelConfig.model_validate(read_json(run / CONFIG, run)["model"])
         return Start(pretrained_as_checkpoint(path, name, None, model, parent["pretrained"]), parent["relation"])
@@ -207,7 +207,7 @@ def changed_facts(run: Path, record: Mapping[str, Any], setup: Setup, git: GitFa
         yield "the number of ranks", *ranks
     if git_before.get("commit") != git_now["commit"]:
         yield "the commit", git_before.get("commit"), git_now["commit"]
-    if "code" not in git_before:  # an older record knows the first patch only, and no callbacks
+    if "code" not in git_before:  # an older record has only the first session's patch, and no callbacks
         git_now["code"] = dataclasses.replace(git, callbacks={}).fingerprint()
         git_before["code"] = patch_hash(run)
     if git_before["code"] != git_now["code"]:
@@ -216,15 +216,15 @@ def changed_facts(run: Path, record: Mapping[str, Any], setup: Setup, git: GitFa
 
 
 def read_git(setup: Setup) -> GitFacts:
-    """The state of the code, without the folders of runs, corpora and trackers."""
+    """Read the state of the code, leaving out the folders of runs, corpora and trackers."""
     tracking, data = setup.config.tracking, setup.config.data
-    kept = [setup.runs_dir, setup.root / data.corpora_dir, setup.root / data.datasets_dir, Path(data.dataset)]
+    excluded = [setup.runs_dir, setup.root / data.corpora_dir, setup.root / data.datasets_dir, Path(data.dataset)]
     if not tracking.aim_repo.startswith("aim://"):
-        kept.append(setup.root / tracking.aim_repo / ".aim")
-    callbacks = {type(callback).__module__: None for callback in setup.callbacks.values()}
-    modules = dict.fromkeys([*(name.partition(":")[0] for name in setup.callbacks), *callbacks])
+        excluded.append(setup.root / tracking.aim_repo / ".aim")
+    modules = [name.partition(":")[0] for name in setup.callbacks]
+    modules += [type(callback).__module__ for callback in setup.callbacks.values()]
     named = config_files(setup.loaded) if setup.origin is None or setup.origin.relation == "init" else ()
-    return CodeReader(setup.root, excluded=tuple(kept), callbacks=modules, named=named).git_facts()
+    return CodeReader(setup.root, excluded=tuple(excluded), callbacks=modules, named=named).git_facts()
 
 
 def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
@@ -247,7 +247,7 @@ def write_meta(setup: Setup, run: Run, git: GitFacts) -> None:
 
 
 def pretrained_of(setup: Setup) -> Mapping[str, Any]:
-    """What is known of the published model that a run descends from; empty if it does not."""
+    """The facts about the published model that a run descends from; empty if there is none."""
     if setup.origin is None or setup.checkpoint is None:
         return {}
     if setup.origin.pretrained is not None:
@@ -261,12 +261,12 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
     config, corpus = setup.config, setup.corpus
     state = build_state(config, setup.max_iters, corpus, setup.device, setup.dtype, terminal, setup.ranks)
     state.callbacks = dict(setup.callbacks)
-    write_for_readers(run, state, terminal)
+    write_model_and_metrics(run, state, terminal)
     checkpoint = start.checkpoint
     if state.shards is not None:
         checkpoint = announce_start(state, checkpoint, start.relation)
     if checkpoint is not None:
-        take_over(state, checkpoint, start.relation)
+        start_from(state, checkpoint, start.relation)
     decisive = decisive_settings(setup)
     parameters = state.model.num_parameters()
     counts = count_parameters(state.model)
@@ -311,7 +311,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
                     f"{parameters:,}, {ratio_text(corpus.n_train / parameters)} training tokens per parameter",
                 ),
                 *([("adapters", counts.words)] if adapted else []),
-                *([("start", start_words(setup, start))] if setup.origin else []),
+                *([("start", describe_start(setup, start))] if setup.origin else []),
             ]
         )
     )
@@ -319,7 +319,7 @@ def prepare_run(setup: Setup, run: Run, start: Start, terminal: Terminal) -> Tra
 
 
 def record_ranks(run: Run, state: TrainState, update: Update) -> None:
-    """Record, of several ranks, how they communicate."""
+    """If several ranks train, record how they communicate."""
     ranks = state.ranks
     if not ranks.several:
         return
@@ -332,7 +332,7 @@ def record_ranks(run: Run, state: TrainState, update: Update) -> None:
 
 
 def ranks_fact(setup: Setup) -> Iterator[tuple[str, str]]:
-    """How ranks share the work, in words; nothing for a single one without lanes."""
+    """How the ranks share the work, in words; yields nothing for a single rank without lanes."""
     lanes, ranks = setup.config.train.lanes, setup.ranks
     if setup.config.train.shard != "none":
         yield "shards", f"each rank has 1/{ranks.world_size} of the weights, gradients and optimizer state"
@@ -340,12 +340,12 @@ def ranks_fact(setup: Setup) -> Iterator[tuple[str, str]]:
         return
     how = f"{lanes} lanes, so any number of ranks gives the same numbers"
     if lanes is None:
-        how = "--lanes N would make the numbers independent of how many ranks there are"
+        how = "--lanes N would make the numbers independent of the number of ranks"
     yield "ranks", f"{ranks.world_size}{f' ({ranks.backend})' if ranks.several else ''}: {how}"
 
 
 def packing_fact(setup: Setup) -> Iterator[tuple[str, str]]:
-    """How documents are put into rows, in words; nothing where they are not."""
+    """How documents are packed into rows, in words; yields nothing if they are not."""
     packing, block_size = setup.config.data.packing, setup.config.model.block_size
     facts = setup.corpus.facts(block_size)
     if "rows" in facts:
@@ -358,22 +358,22 @@ def packing_fact(setup: Setup) -> Iterator[tuple[str, str]]:
 
 
 def corpus_name(corpus: Corpus) -> str:
-    """The name of the corpus; pydocs is another text with each version of Python."""
+    """The name of the corpus, for pydocs with the version of Python, on which its text depends."""
     return f"{corpus.name} of Python {platform.python_version()}" if corpus.name == "pydocs" else corpus.name
 
 
-def write_for_readers(run: Run, state: TrainState, terminal: Terminal) -> None:
-    """Write the files in meta/ that serve trackers and readers of the log; a failure is one warning."""
+def write_model_and_metrics(run: Run, state: TrainState, terminal: Terminal) -> None:
+    """Write the files in meta/ that trackers and readers of the log use; a failure is only a warning."""
     try:
         write_json(run.path / MODEL_SUMMARY, model_summary(state.model))
-        read_registry(run.path / METRIC_REGISTRY)  # the logs of a resumed run may have metrics nobody registers now
+        read_registry(run.path / METRIC_REGISTRY)  # a resumed run's logs may have metrics that are no longer registered
         write_registry(run.path / METRIC_REGISTRY)
     except OSError as error:
         terminal.warn(f"{error.filename}: cannot be written: {error.strerror}")
 
 
 def model_summary(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Name, shape and number of each parameter of the model, and which are not trained."""
+    """The name, shape and size of each parameter of the model, and which of them are not trained."""
     return [
         {"name": name, "shape": list(parameter.shape), "parameters": parameter.numel()}
         | ({} if parameter.requires_grad else {"trainable": False})
@@ -381,10 +381,10 @@ def model_summary(model: torch.nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def start_words(setup: Setup, start: Start) -> str:
+def describe_start(setup: Setup, start: Start) -> str:
     """Where training starts, in words."""
     if start.checkpoint is None:
-        return "again at step 0: there is no checkpoint yet"
+        return "at step 0 again: there is no checkpoint yet"
     if start.own:
         return f"resumed at step {start.step:,}"
     path, step = start.checkpoint.path, start.checkpoint.step

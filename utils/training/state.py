@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class Stateful(Protocol):
-    """A part of training whose state checkpoints keep as JSON."""
+    """A part of training whose state is saved in checkpoints, as JSON."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -53,7 +53,7 @@ class Stateful(Protocol):
 
 @dataclass
 class TrainState:
-    """What training changes (model, optimizer, scaler, step, best) and what it reads."""
+    """What training changes (model, optimizer, scaler, step, best loss) and what it reads."""
 
     config: Config
     max_iters: int
@@ -62,23 +62,23 @@ class TrainState:
     corpus: Corpus
     sampler: BatchSampler
     model: LanguageModel
-    loss: Loss  # the model's, or what torch.compile made of it
+    loss: Loss  # the model's, compiled if `compiled`
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     eval_loss: BatchLoss | None = None  # made by the first evaluation
-    decoders: StaticDecoders | None = None  # likewise, for its sample text; None where the device uses no CUDA graphs
+    decoders: StaticDecoders | None = None  # likewise, for the sample text; None without CUDA graphs
     compiled: bool = False
     compile_seconds: float | None = None
     step: int = 0
-    extra_tokens: int = 0  # of a fork: by how many the steps before it had more than so many steps have here
+    extra_tokens: int = 0  # of a fork: the tokens of the steps before it, minus those of as many steps of this run
     losses: dict[str, float] | None = None  # of the last evaluation
     losses_step: int | None = None  # the step of that evaluation
     best_val_loss: float = math.inf
     best_step: int | None = None
-    nonfinite_in_a_row: int = 0  # steps that the scaler skipped just before this one
+    nonfinite_in_a_row: int = 0  # consecutive steps, up to the latest, that the scaler skipped
     early_stopping: EarlyStopping = field(default_factory=lambda: EarlyStopping(None, 0.0))
     ranks: Ranks = ONE
-    shards: Shards | None = None  # of the model, if each rank has its own
+    shards: Shards | None = None  # this rank's shard of the weights; None: each rank has the whole model
     callbacks: dict[str, Stateful] = field(default_factory=dict)
 
     @property
@@ -96,12 +96,12 @@ class TrainState:
         return self.config.train.sequences * self.config.model.block_size
 
     def tokens_at(self, step: int) -> int:
-        """Tokens that the first `step` updates were made from, those before a fork included."""
+        """Tokens that the first `step` updates were trained on, including those before a fork."""
         return step * self.tokens_per_step + self.extra_tokens
 
     @functools.cached_property
     def bytes_per_token(self) -> dict[str, float]:
-        """Bytes of text per token that each loss is a mean of: exact for evaluations, which have fixed batches."""
+        """Bytes of text per token in the batches of each loss; exact for evaluations, whose batches are fixed."""
         count = self.config.train.eval_iters
         of_training = self.sampler.evaluation_bytes("train_eval", count)
         return {
@@ -112,11 +112,11 @@ class TrainState:
 
     @functools.cached_property
     def questions(self) -> list[Question]:
-        """What val/accuracy is measured with: documents of validation, if `loss_after` says where an answer begins."""
+        """The questions of val/accuracy: validation documents in which `loss_after` marks where the answer begins."""
         return held_out_questions(self.corpus, self.config.model.block_size)
 
     def bits_per_byte(self, losses: Mapping[str, float]) -> dict[str, float]:
-        """`losses` in bits per byte, by the names of these metrics."""
+        """`losses` converted to bits per byte, under the names of those metrics."""
         rates = self.bytes_per_token
         return {BITS_PER_BYTE[name]: bits_per_byte(losses[name], rates[name]) for name in rates if name in losses}
 
@@ -130,10 +130,10 @@ def build_state(
     terminal: Terminal,
     ranks: Ranks = ONE,
 ) -> TrainState:
-    """Make model, optimizer and sampler on the device; the random state must be seeded already."""
+    """Make model, optimizer and sampler on the device; the random generators must have been seeded."""
     shards = None
     if config.train.shard == "fsdp":
-        from utils.training.sharding import sharded_model  # which takes torch seconds to import
+        from utils.training.sharding import sharded_model  # its torch modules take seconds to import
 
         model, shards = sharded_model(config.model, corpus.tokenizer.vocab_size, device, dtype, ranks)
     else:
@@ -168,7 +168,7 @@ def build_state(
 
 
 def apply_layer_settings(model: LanguageModel, config: TrainConfig) -> None:
-    """Let the layers compute in 8 bits, and keep less for the backward pass, as the settings of training say."""
+    """Switch on float8 layers and activation checkpointing if they are configured."""
     if config.fp8:
         use_float8(model.blocks)
         model.fp8_logits = model.config.n_embd % MULTIPLE == 0
@@ -176,13 +176,13 @@ def apply_layer_settings(model: LanguageModel, config: TrainConfig) -> None:
 
 
 def compile_model(state: TrainState, terminal: Terminal) -> None:
-    """Compile the loss, by a trial forward and backward pass; if the backend fails, warn and stay in eager mode.
+    """Compile the loss with a trial forward and backward pass; if the compiler fails, warn and stay in eager mode.
 
-    Random streams continue as if there had been no trial, on CPU and CUDA.
+    The trial does not advance the random streams of the CPU and of CUDA.
     """
     settings, began = state.config.train, time.perf_counter()
-    parts = max(settings.gradient_accumulation_steps, settings.lanes or state.ranks.world_size)  # of a batch
-    terminal.print("compiling: up to a minute the first time, seconds from then on")
+    parts = max(settings.gradient_accumulation_steps, settings.lanes or state.ranks.world_size)  # per batch
+    terminal.print("compiling: takes up to a minute the first time, later seconds")
     devices = [state.device] if state.device.type == "cuda" else []
     try:
         tokens = state.tokens_per_step // parts
@@ -207,9 +207,9 @@ def compile_model(state: TrainState, terminal: Terminal) -> None:
 
 
 def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights, the tensors of the optimizer (neither is copied), and the rest as JSON.
+    """The weights, the tensors of the optimizer (neither is copied), and the rest of the state as JSON.
 
-    What adapters leave frozen is not among the weights: it is written once a run (see `frozen_weights`).
+    Weights that adapters leave frozen are not included; they are written once per run (see `frozen_weights`).
     """
     tensors, optimizer = flatten_optimizer(state.trained, state.optimizer)
     frozen = frozen_weights(state.model)
@@ -240,15 +240,15 @@ def capture(state: TrainState) -> tuple[dict[str, torch.Tensor], dict[str, torch
 
 
 def own_weights(state: TrainState) -> Mapping[str, torch.Tensor]:
-    """The weights that this process has: all, or its rows of them."""
+    """The weights that this process holds: all of them, or its rows of each."""
     return state.model.state_dict() if state.shards is None else state.shards.own
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """A deep copy, since training continues while it is written.
+    """A deep copy of a callback's state, since training continues while the checkpoint is written.
 
     Raises:
-        TypeError, ValueError: it is not JSON, or no dictionary.
+        TypeError, ValueError: it is not a dictionary, or not JSON.
     """
     if not isinstance(state, dict):
         raise TypeError(f"state_dict of a callback must return a dictionary, not {type(state).__name__}")
@@ -271,7 +271,7 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
-    """Continue the random streams of `random_states`; those of missing devices are left out."""
+    """Restore the states that `random_states` returned, except those of devices that are missing here."""
     torch.set_rng_state(_decoded(states["cpu"]))
     for index, text in enumerate(states["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(_decoded(text), index)
@@ -280,7 +280,7 @@ def set_random_states(states: Mapping[str, Any]) -> None:
 
 
 def move_random_state(states: Mapping[str, Any], before: torch.device, now: torch.device) -> None:
-    """On another GPU than before, continue the random stream of the previous one."""
+    """If training has moved to another GPU, continue the previous GPU's random stream on it."""
     if before.type == now.type == "cuda" and (before.index or 0) != (now.index or 0):
         torch.cuda.set_rng_state(_decoded(states["cuda"][before.index or 0]), now)
 
@@ -289,8 +289,8 @@ def _decoded(state: str) -> torch.Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(state)), dtype=torch.uint8)
 
 
-def take_over(state: TrainState, checkpoint: Checkpoint, relation: Relation) -> None:
-    """Start from a checkpoint in the way that `relation` says.
+def start_from(state: TrainState, checkpoint: Checkpoint, relation: Relation) -> None:
+    """Start from a checkpoint: restore it, branch off from it, or use only its weights, as `relation` says.
 
     Raises:
         CheckpointError: it is of another model or experiment.
@@ -299,7 +299,7 @@ def take_over(state: TrainState, checkpoint: Checkpoint, relation: Relation) -> 
 
 
 def initialise(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Start from the weights of a checkpoint, into which its adapters are merged; own adapters stay as they are.
+    """Start from the weights of a checkpoint, with its adapters merged in; this run's new adapters are kept.
 
     Raises:
         CheckpointError: they do not fit the model.
@@ -318,7 +318,7 @@ def initialise(state: TrainState, checkpoint: Checkpoint) -> None:
 
 
 def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Take the weights of a checkpoint, nothing else.
+    """Load the weights of a checkpoint and nothing else.
 
     Raises:
         CheckpointError: they do not fit the model.
@@ -326,13 +326,13 @@ def load_weights(state: TrainState, checkpoint: Checkpoint) -> None:
     if differences := weight_differences(checkpoint.weights, state.model):
         raise CheckpointError(f"{checkpoint.path}: the weights are not those of this model: {differences}")
     weights = checkpoint.weights if state.shards is None else state.shards.part_of(checkpoint.weights)
-    with torch.no_grad():  # one at a time: those of a published model are read when they are asked for
+    with torch.no_grad():  # one at a time, because those of a published model are read on access
         for name, tensor in own_weights(state).items():
             tensor.copy_(weights[name])
 
 
-def foreign(checkpoint: Checkpoint, model: ModelConfig, corpus: Corpus) -> str:
-    """Why a checkpoint is not one of an experiment with this model and corpus; empty if it is."""
+def mismatch(checkpoint: Checkpoint, model: ModelConfig, corpus: Corpus) -> str:
+    """The reason why a checkpoint cannot be of a run with this model and corpus; empty if it can."""
     own = {"corpus_hash": corpus.hash, "tokenizer_hash": corpus.tokenizer.hash()}
     try:
         differing = differing_model_settings(model, ModelConfig.model_validate(checkpoint.state["model"]))
@@ -360,15 +360,15 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
         of_callbacks = {name: facts["callbacks"][name] for name in state.callbacks}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{place}/state.json: damaged ({type(error).__name__}: {error})") from None
-    for name, callback in state.callbacks.items():  # an exception of theirs is the user's
+    for name, callback in state.callbacks.items():  # outside the try: a failing callback is not a damaged file
         callback.load_state_dict(of_callbacks[name])
 
 
 def branch(state: TrainState, checkpoint: Checkpoint) -> None:
-    """Start another experiment at the step of a checkpoint: its weights, optimizer state and random streams.
+    """Start another experiment at the step of a checkpoint, with its weights, optimizer state and random streams.
 
-    Best loss and early stopping start again, since they belong to this run; with another seed, the random streams
-    do, too.
+    The best loss and early stopping start afresh, as they belong to each run; with another seed, so do the random
+    streams.
 
     Raises:
         CheckpointError: it is of another model or optimizer.

@@ -15,7 +15,7 @@ from utils.machine.device import autocast, synchronize
 from utils.training.feed import Feed
 from utils.training.state import TrainState
 
-COMMUNICATION = "communication"  # what several ranks wait for after their backward pass
+COMMUNICATION = "communication"  # between ranks, as far as they wait for it after the backward pass
 PHASES = ("data", "forward", "backward", COMMUNICATION, "optimizer", "logging")
 
 Phase = Callable[[str], AbstractContextManager[object]]  # names a part of a step
@@ -51,16 +51,16 @@ class MarkedClock(PhaseClock):
 
 
 class Update(Protocol):
-    """One optimizer update in two parts, between which the gradients can be looked at.
+    """One optimizer update in two parts, between which the gradients can be inspected.
 
-    message_bytes: that this rank sends to others in it.
+    message_bytes: bytes that this rank sends to others per update.
     """
 
     @property
     def message_bytes(self) -> int: ...
 
     def gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of batch `state.step`, clipped.
+        """Compute the gradients of batch `state.step` and clip them.
 
         Returns:
             The mean loss of the batch, (), and the norm of each parameter group before clipping, (groups,); both on
@@ -69,7 +69,7 @@ class Update(Protocol):
         ...
 
     def apply(self, grad_norms: torch.Tensor) -> None:
-        """Update the weights; the step is done. Not with a non-finite gradient: then all stays as it is."""
+        """Update the weights and count the step. If a gradient is not finite, weights and optimizer do not change."""
         ...
 
 
@@ -96,7 +96,7 @@ def forward_backward(state: TrainState, phase: Phase = no_phase, feed: Feed | No
     """Add up the gradients of an update over its micro-steps.
 
     Args:
-        feed: has the batches; None: the sampler makes those of `state.step`.
+        feed: provides the batches; None: the sampler makes those of `state.step`.
 
     Returns:
         The mean loss of the batch over all its targets, (), on the device.
@@ -111,13 +111,13 @@ def forward_backward(state: TrainState, phase: Phase = no_phase, feed: Feed | No
 def micro_step(
     state: TrainState, number: int, micro_steps: int, following: int, phase: Phase = no_phase, feed: Feed | None = None
 ) -> torch.Tensor:
-    """Add the gradients of one of the micro-steps of update `state.step` to those that are there.
+    """Add the gradients of one micro-step of update `state.step` to those accumulated so far.
 
     Args:
-        following: the micro-step after this one, counted over all updates, whose batch can be prepared meanwhile.
+        following: the next micro-step, counted over all updates; its batch is prefetched.
 
     Returns:
-        What it contributes to the mean loss of the batch, (), on the device.
+        Its contribution to the mean loss of the batch, (), on the device.
     """
     with phase("data"):
         if feed is None:
@@ -128,7 +128,7 @@ def micro_step(
             share = feed.target_share(number)
     with phase("forward"), autocast(state.device, state.dtype):
         loss = state.loss(inputs, targets)
-        if share is not None:  # where no target counts, the mean is not a number
+        if share is not None:  # 0 if no target counts, and then the mean is NaN
             loss = torch.where(share > 0, loss * share, 0.0)
         elif micro_steps > 1:
             loss = loss / micro_steps
@@ -140,10 +140,11 @@ def micro_step(
 
 
 def clip_gradients(state: TrainState) -> torch.Tensor:
-    """Scale the gradients down to grad_clip.
+    """Scale the gradients down to a global norm of at most grad_clip.
 
     Returns:
-        The norm of each parameter group before that, (groups,), on the device; the norm of these is the global norm.
+        The norm of each parameter group before that, (groups,), on the device; the norm of this vector is the global
+        norm.
     """
     state.scaler.unscale_(state.optimizer)
     groups = [[p.grad for p in group["params"] if p.grad is not None] for group in state.optimizer.param_groups]
@@ -154,20 +155,20 @@ def clip_gradients(state: TrainState) -> torch.Tensor:
     norms = torch.stack([of_group.norm() for of_group in each])
     if state.config.optimizer.grad_clip:
         factor = state.config.optimizer.grad_clip / (norms.norm() + 1e-6)
-        if state.device.type != "cpu" or factor < 1:  # elsewhere asking would wait for the device
+        if state.device.type != "cpu" or factor < 1:  # on another device, the comparison would wait for it
             torch._foreach_mul_(gradients, factor.clamp(max=1.0))
     return norms
 
 
 def optimizer_step(state: TrainState, grad_norms: torch.Tensor | None = None) -> None:
-    """Update the weights and clear the gradients; the step is done.
+    """Update the weights, clear the gradients and count the step.
 
-    With a non-finite gradient, weights and optimizer stay as they are, and the host waits for no device to know it. On
-    CUDA the optimizer's kernels read `found_inf`, torch's convention for its GradScaler, which takes care of this
-    itself under float16. What they change although they cannot read it is put back (MPS, optimizers of torch).
+    If a gradient is not finite, weights and optimizer do not change, and the host does not wait for the device to find
+    out. Under float16 the GradScaler sees to this. Otherwise, on CUDA the optimizer's kernels read `found_inf`, torch's
+    convention for the GradScaler; where they cannot (MPS, some optimizers of torch), the step is made and undone.
 
     Args:
-        grad_norms: (groups,), of `clip_gradients`; None: the gradients are known to be finite.
+        grad_norms: the result of `clip_gradients`, (groups,); None: the gradients are known to be finite.
     """
     step_if_finite(state, grad_norms)
     state.optimizer.zero_grad(set_to_none=True)
@@ -175,14 +176,14 @@ def optimizer_step(state: TrainState, grad_norms: torch.Tensor | None = None) ->
 
 
 def step_if_finite(state: TrainState, grad_norms: torch.Tensor | None) -> None:
-    """The part of `optimizer_step` that the device does."""
+    """Update the weights unless a gradient is not finite: the part of `optimizer_step` that runs on the device."""
     optimizer: Any = state.optimizer
     if state.scaler.is_enabled():
         state.scaler.step(optimizer)
         state.scaler.update()
     elif grad_norms is None:
         optimizer.step()
-    elif state.device.type == "cpu":  # nothing to wait for: it has computed the norms
+    elif state.device.type == "cpu":  # nothing to wait for: the norms are computed already
         if torch.isfinite(grad_norms.norm()):
             optimizer.step()
     elif state.device.type == "cuda" and getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -190,11 +191,11 @@ def step_if_finite(state: TrainState, grad_norms: torch.Tensor | None) -> None:
         optimizer.step()
         del optimizer.found_inf
     else:
-        step_and_put_back(optimizer, torch.isfinite(grad_norms.norm()))
+        step_and_undo(optimizer, torch.isfinite(grad_norms.norm()))
 
 
-def step_and_put_back(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
-    """A step of an optimizer, undone on the device unless `finite`, (); needs the memory of all that it changes."""
+def step_and_undo(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """Make an optimizer step, undone on the device unless `finite`, (); needs memory to copy all that it changes."""
 
     def changed() -> dict[tuple[torch.Tensor, str], torch.Tensor]:
         params = {
@@ -205,6 +206,6 @@ def step_and_put_back(optimizer: torch.optim.Optimizer, finite: torch.Tensor) ->
 
     before = {key: tensor.clone() for key, tensor in changed().items()}
     optimizer.step()
-    for key, tensor in changed().items():  # state that is new is zero, as it would be before a first step
+    for key, tensor in changed().items():  # state that this step has created goes back to zero, its initial value
         old = before[key] if key in before else torch.zeros_like(tensor)
         tensor.copy_(torch.where(finite, tensor, old))

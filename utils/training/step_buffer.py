@@ -1,4 +1,4 @@
-"""The numbers of the last steps, on their device until they are written to the log in one transfer."""
+"""The numbers of the last steps, kept on their device until they are written to the log in one transfer."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class StepRecord(NamedTuple):
     step: int
     time: float
     lr: float
-    loss: torch.Tensor  # 0-dimensional, on the device
+    loss: torch.Tensor  # (), on the device
     grad_norms: torch.Tensor  # (groups,), on the device
 
 
 @dataclass(frozen=True)
 class _Logged:
-    """Other numbers, logged after the first `after` updates of the buffer."""
+    """Other numbers, logged after `after` updates were added to the buffer."""
 
     after: int
     step: int
@@ -48,18 +48,17 @@ class _Logged:
 class StepBuffer:
     """Collects the numbers of steps and writes them to metrics.jsonl in one transfer from the device.
 
-    The device works ahead of the host, so the time of one step is known only as a mean over the
-    steps between two transfers.
+    The device lags behind the host, so the time of a step is known only as a mean over the steps between two transfers.
 
     Args:
-        writer: of metrics.jsonl.
+        writer: writes metrics.jsonl.
         flush_interval: steps between flushes; a flush is also due every FLUSH_SECONDS.
         log_interval: steps between records.
         tokens_per_step: tokens of one update.
-        tolerance: steps in a row that may be non-finite (under float16 the scaler skips them).
-        nonfinite_in_a_row: how many the last steps were, after a resume.
-        bytes_per_token: of the training text: the loss is logged in bits per byte, too; None: it is not.
-        extra_tokens: of a fork (see TrainState).
+        tolerance: how many steps in a row may be non-finite (under float16 the scaler skips them).
+        nonfinite_in_a_row: how many steps in a row were non-finite before a resume.
+        bytes_per_token: bytes of training text per token, to log the loss in bits per byte as well; None: not logged.
+        extra_tokens: see TrainState.
     """
 
     def __init__(
@@ -84,22 +83,22 @@ class StepBuffer:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave the time since the last flush out of the time of steps."""
+        """Leave the time since the last flush out of the step times."""
         self._clock = time.perf_counter()
 
     def add(self, step: int, loss: torch.Tensor, grad_norms: torch.Tensor, lr: float) -> StepRecord:
-        """Keep the numbers of update `step`, and return them; nothing is transferred.
+        """Keep the numbers of update `step` and return them; nothing is transferred.
 
         Args:
-            loss: 0-dimensional, on the device.
-            grad_norms: of the parameter groups, (groups,), on the device.
+            loss: (), on the device.
+            grad_norms: the norm of each parameter group, (groups,), on the device.
         """
         update = StepRecord(step, time.time(), lr, loss, grad_norms)
         self._steps.append(update)
         return update
 
     def log(self, step: int, values: Mapping[str, float | torch.Tensor]) -> None:
-        """Keep other numbers of `step`, which is not before the last step that was added; nothing is transferred.
+        """Keep other numbers of `step`, which is the last step added or a later one; nothing is transferred.
 
         Raises:
             KeyError: a name that is not registered.
@@ -119,13 +118,13 @@ class StepBuffer:
         return len(self._steps) >= self.flush_interval or time.perf_counter() - self._clock >= FLUSH_SECONDS
 
     def flush(self) -> bool:
-        """Write what was collected; returns whether there were updates among it.
+        """Write what was collected; return whether that included updates.
 
         Raises:
-            NonFiniteError: after the records are written; more than `tolerance` steps in a row are non-finite.
+            NonFiniteError: more than `tolerance` steps in a row were not finite; the records are written.
         """
         steps, logged = self._steps, self._logged
-        self._steps, self._logged = [], []  # first: what fails to be written is not repeated
+        self._steps, self._logged = [], []  # cleared first, so that a failed write is not repeated
         tensors = [tensor for entry in logged for tensor in entry.tensors.values()]
         losses, grad_norms, others = _numbers(steps, tensors)
         records: list[dict[str, Any] | None] = []
@@ -155,7 +154,7 @@ class StepBuffer:
         return metric_record(s.step, s.time, {"tokens": tokens, **numbers, **speed})
 
     def _check_finite(self, steps: list[StepRecord], losses: list[float], grad_norms: list[float]) -> None:
-        """Raises NonFiniteError at the first step that is one too many in a row without a finite loss and gradient."""
+        """Raises NonFiniteError at the first step with which more than `tolerance` in a row are not finite."""
         for s, loss, grad_norm in zip(steps, losses, grad_norms, strict=True):
             if math.isfinite(loss) and math.isfinite(grad_norm):
                 self.nonfinite_in_a_row = 0
@@ -184,7 +183,7 @@ def _numbers(steps: list[StepRecord], tensors: list[torch.Tensor]) -> tuple[list
 def _in_order(
     records: list[dict[str, Any] | None], logged: list[_Logged], numbers: Iterator[float]
 ) -> Iterator[dict[str, Any]]:
-    """Records of updates, with those of `logged` between them; `numbers` are the values of its tensors."""
+    """The records of updates with those of `logged` between them; `numbers` are the values of the logged tensors."""
     begin = 0
     for entry in logged:
         yield from filter(None, records[begin : entry.after])

@@ -1,8 +1,9 @@
-"""Updates as CUDA graphs: the host launches two recordings instead of a thousand kernels.
+"""Updates as CUDA graphs: the host launches two graphs instead of a thousand kernels.
 
-A small model's kernels take less time than their launches. One recording holds the batch, the forward and backward
-passes and clipping, the other the optimizer; between them the gradients can be looked at as ever. What changes from
-step to step is in tensors on the device: the places of the batch, the settings that schedules change, the random state.
+A small model's kernels take less time than their launches. One graph has the batch, the forward and backward passes
+and clipping, the other the optimizer; between them the gradients can be inspected as usual. Values that change from
+step to step are in tensors on the device: the offsets of the batch, the settings that schedules change, the random
+state.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from utils.training.step import (
     step_if_finite,
 )
 
-NUMBERS = {bool, int, float}  # types of attributes of modules that a recording keeps
+NUMBERS = {bool, int, float}  # types of module attributes whose values are fixed in a recording
 
 
 def make_update(state: TrainState, warn: Callable[[str], None]) -> Update:
-    """The update that suits device and settings."""
+    """The kind of update that device and settings call for."""
     if state.shards is not None:
         from utils.training.sharded_update import ShardedUpdate
 
@@ -45,12 +46,12 @@ def make_update(state: TrainState, warn: Callable[[str], None]) -> Update:
 
 
 class Recording:
-    """An update of a state, recorded as its model and the fixed settings of its optimizer are now.
+    """An update recorded as two CUDA graphs, with the present model and the present fixed settings of its optimizer.
 
-    loss, grad_norms: of the last launch, as `Update.gradients` returns them; the next launch overwrites them.
+    loss, grad_norms: the result of the last launch, see `Update.gradients`; the next launch overwrites them.
 
     Raises:
-        RuntimeError: CUDA cannot record it (a part of the model waits for the device, say).
+        RuntimeError: CUDA cannot record it, for instance because a part of the model waits for the device.
     """
 
     def __init__(self, state: TrainState) -> None:
@@ -65,7 +66,7 @@ class Recording:
         self._kept = fixed_settings(state.optimizer), fixed_parts(state)
 
     def is_current(self) -> bool:
-        """Whether model and optimizer are as they were recorded: a callback may have changed them."""
+        """Whether model and optimizer are still as they were recorded; a callback may have changed them."""
         return self._kept == (fixed_settings(self.state.optimizer), fixed_parts(self.state))
 
     def _gradients(self) -> None:
@@ -77,23 +78,23 @@ class Recording:
         """Compute `loss`, `grad_norms` and the gradients of batch `state.step`."""
         self._feed.load(self.state.step)
         for parameter, grad in self._grads:
-            parameter.grad = grad  # an update without the recording has its own
+            parameter.grad = grad  # an eager update in between has replaced it
         self._launch_gradients()
 
     def apply(self) -> None:
-        """Update the weights by these gradients."""
+        """Update the weights with the gradients that `gradients` computed."""
         assert isinstance(self.state.optimizer, EagerOptimizer)
         self.state.optimizer.publish()
         self._launch_optimizer()
 
 
 class GraphUpdate:
-    """Updates by a CUDA graph, which is captured after a first eager one; if that fails, updates stay eager.
+    """Updates by CUDA graphs, which are recorded after a first eager update; if that fails, updates stay eager.
 
-    An update that is watched in phases (by a profiler) is made without the recording.
+    An update whose phases are watched (by a profiler) is eager as well.
 
     Args:
-        warn: gets one line if updates cannot be recorded.
+        warn: prints one line to the user if updates cannot be recorded.
     """
 
     message_bytes = 0
@@ -103,7 +104,7 @@ class GraphUpdate:
         self._eager = EagerUpdate(state)
         self._warm = self._refused = self._launched = False
         self._recording: Recording | None = None
-        self._needed = 0  # bytes for the gradients of an update and all that they are computed from
+        self._needed = 0  # bytes that the gradients of an update and all that they are computed from take
 
     def gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
         self._launched = self._warm and phase is no_phase and self._is_recorded()
@@ -114,11 +115,11 @@ class GraphUpdate:
         return self._recording.loss.clone(), self._recording.grad_norms.clone()
 
     def _first_gradients(self, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
-        """The gradients of the first update; also measures their memory, before the optimizer's state is there."""
+        """Compute the gradients of the first update and measure their memory, before the optimizer's state exists."""
         device, self._warm = self.state.device, True
         if device.type != "cuda":
             return self._eager.gradients(phase)
-        torch.cuda.reset_peak_memory_stats(device)  # of an evaluation, or of another training in this process
+        torch.cuda.reset_peak_memory_stats(device)  # forget an evaluation, or another run in this process
         stays = torch.cuda.memory_allocated(device)
         result = self._eager.gradients(phase)
         self._needed = torch.cuda.max_memory_allocated(device) - stays
@@ -132,7 +133,7 @@ class GraphUpdate:
         self.state.step += 1
 
     def _is_recorded(self) -> bool:
-        """Whether there is a recording of the state as it is; makes one if it can."""
+        """Make a recording if there is none or it is out of date; return whether there is one now."""
         if self._refused:
             return False
         if self._recording is not None and self._recording.is_current():
@@ -151,19 +152,19 @@ class GraphUpdate:
 
 
 def fixed_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The settings of the parameter groups that a recording keeps."""
+    """The settings of the parameter groups that are fixed in a recording."""
     assert isinstance(optimizer, EagerOptimizer)
     changing = {"params", *optimizer.scheduled}
     return [{name: value for name, value in group.items() if name not in changing} for group in optimizer.param_groups]
 
 
 def fixed_parts(state: TrainState) -> object:
-    """What a recording keeps of the model.
+    """The properties of the model that are fixed in a recording.
 
-    That is where its weights are, which are trained, the numbers and switches of its modules (a dropout's rate, the
-    mode), and that neither a call nor a backward pass runs hooks.
+    These are the addresses of its weights, which of them are trained, the numbers and switches of its modules (a
+    dropout's rate, training mode), and whether a call or a backward pass runs hooks.
 
-    Only callbacks change it, so without any it is not looked at in each step.
+    Only callbacks change them, so without callbacks they are not compared at each step.
     """
     if not state.callbacks:
         return None
@@ -177,18 +178,18 @@ def fixed_parts(state: TrainState) -> object:
 
 
 def has_hooks(weight: torch.Tensor) -> bool:
-    """Whether its gradient goes through hooks."""
+    """Whether the gradient of a weight goes through hooks."""
     return bool(weight._backward_hooks or weight._post_accumulate_grad_hooks)
 
 
 def obstacle(state: TrainState, needed: int) -> str:
-    """Why the updates of a state cannot be recorded; empty if nothing is known to be in the way.
+    """The reason why the updates of a state cannot be recorded; empty if none is known.
 
     Args:
-        needed: bytes that the gradients of an update take on CUDA, with all that they are computed from.
+        needed: bytes on CUDA that the gradients of an update take, with all that they are computed from.
     """
     if not isinstance(state.optimizer, EagerOptimizer):
-        return f"{type(state.optimizer).__name__} is not made for it"
+        return f"{type(state.optimizer).__name__} does not support it"
     if state.model.recomputes and state.config.model.dropout:
         return "activation_checkpointing saves the random state of dropout on the host"
     if any(map(is_patched, state.model.modules())):
@@ -198,6 +199,6 @@ def obstacle(state: TrainState, needed: int) -> str:
     if state.device.type == "cuda":
         unused = torch.cuda.memory_reserved(state.device) - torch.cuda.memory_allocated(state.device)
         free = torch.cuda.mem_get_info(state.device)[0] + unused
-        if 2 * needed > free:  # a recording keeps what it needs, and evaluations need as much again
-            return f"it would keep {needed / 1e9:.1f} GB, and evaluations need as much again of the {free / 1e9:.1f} GB"
+        if 2 * needed > free:  # a recording keeps its memory, and evaluations need as much again
+            return f"it would keep {needed / 1e9:.1f} GB, evaluations need as much, and {free / 1e9:.1f} GB are free"
     return ""

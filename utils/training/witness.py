@@ -1,10 +1,10 @@
-"""train.py that writes down the bits of its state after each step, and kills itself at one: for `train.py --prove`.
+"""Run train.py, record a hash of its state after each step, and kill it at a given step, for `train.py --prove`.
 
-A script: `python witness.py SPEC [train.py's words]`. SPEC is a JSON file with
+A script: `python witness.py SPEC [arguments of train.py]`. SPEC is a JSON file with
     record: the file to which a line for each step is appended;
-    kill_at: the step after which it dies by SIGKILL, or null;
+    kill_at: the step after which the process kills itself with SIGKILL, or null;
     interval: steps between two checkpoints;
-    complain: whether operators without a deterministic implementation are to be named.
+    complain: whether to record operators that have no deterministic implementation.
 """
 
 from __future__ import annotations
@@ -24,16 +24,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-WAIT_SECONDS = 60.0  # for a checkpoint, before a kill
+WAIT_SECONDS = 60.0  # the longest wait for a checkpoint before a kill
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 SEEDS = ("seed", "setstate", "set_state")
 NOT_DRAWS = ("getstate", "get_state", "get_bit_generator", "set_bit_generator", "bytes")
 
 
 class Draws:
-    """Where code that is no library draws from the global generators of Python and NumPy, which no checkpoint keeps.
+    """Where code outside of libraries draws from the global generators of Python and NumPy, which checkpoints lack.
 
-    places: "random.shuffle (loader.py:12)"; seeded: the generators that were seeded.
+    places: such as "random.shuffle (loader.py:12)", in the order of their first draw.
+    seeded: the modules whose generators were seeded.
     """
 
     def __init__(self) -> None:
@@ -41,7 +42,7 @@ class Draws:
         self.seeded: dict[str, None] = {}
 
     def watch(self) -> None:
-        """Watch the functions of random and numpy.random. Call it before the code that may import them by name."""
+        """Watch the functions of random and numpy.random; call it before importing code that may bind them by name."""
         import numpy.random
 
         for module, generator in ((random, random._inst), (numpy.random, numpy.random.mtrand._rand)):
@@ -113,7 +114,7 @@ class Witness:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def _await_checkpoint(self, run: Path, step: int) -> None:
-        """Wait until a checkpoint of this session is complete, if one was due: before that, nothing could be lost."""
+        """Wait until a checkpoint of this session is complete, if one was due: the kill is to test a resume from it."""
         from utils.checkpoints.folder import list_checkpoints
         from utils.runs.layout import CHECKPOINTS
 
@@ -135,7 +136,7 @@ def digest(tensor: Any) -> str:
 
 
 def fingerprint(value: Any) -> str | None:
-    """A text that is equal for equal values of plain types and tensors; None for anything else."""
+    """A text that is the same for equal values, if they are tensors, generators or of plain types; otherwise None."""
     import torch
 
     if isinstance(value, torch.Tensor):
@@ -152,15 +153,15 @@ def fingerprint(value: Any) -> str | None:
     return repr(value)[:200] if value is None or isinstance(value, bool | int | float | str) else None
 
 
-def main(spec: dict[str, Any], words: list[str]) -> None:
-    """Run train.py with `words`, watched; ends as that script does, by SystemExit."""
+def main(spec: dict[str, Any], argv: list[str]) -> None:
+    """Run train.py with the arguments `argv` and watch it; ends as that script does, by SystemExit."""
     sys.path[0] = str(ROOT)
     draws = Draws()
     draws.watch()
     from utils.training import session
     from utils.training.callbacks import Callbacks
 
-    session.draw = lambda *_: None  # the picture of the losses takes longer than a few steps, and nobody sees it
+    session.draw = lambda *_: None  # drawing the curves takes longer than a few steps, and nobody sees them
     witness, on_step = Witness(spec, draws), Callbacks.on_step
     if spec["complain"]:
         import torch
@@ -178,7 +179,7 @@ def main(spec: dict[str, Any], words: list[str]) -> None:
         witness.after_step(self, loss)
 
     Callbacks.on_step = watched  # type: ignore[method-assign]
-    sys.argv = [str(ROOT / "train.py"), *words]
+    sys.argv = [str(ROOT / "train.py"), *argv]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
