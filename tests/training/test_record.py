@@ -24,10 +24,11 @@ from utils.errors import number_text
 from utils.experiments.reproduce import reproduce
 from utils.machine.ranks import ONE
 from utils.runs.code import GitFacts
+from utils.runs.duration import duration_of
 from utils.runs.identity import code_identity, later_code
 from utils.runs.index import read_run
 from utils.runs.layout import LOCK
-from utils.runs.run import Run, duration_of, read_record
+from utils.runs.run import Run, read_record
 from utils.terminal.words import column_text
 from utils.training import session as of_session
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from utils.errors import UserError
+from utils.runs.duration import resume_times
 from utils.runs.layout import METRICS_LOG
 from utils.runs.log import RunLogError, read_records
 from utils.runs.metrics import NOT_METRICS, decode_number
-from utils.runs.run import resume_times
 
 Axis = Literal["step", "tokens", "time"]
 AXES: tuple[Axis, ...] = get_args(Axis)

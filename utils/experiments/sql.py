@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from utils.config.settings import is_unicode
 from utils.errors import UserError, nearest
 from utils.files import is_regular, read_json
-from utils.runs.index import FACTS, IndexedRun, seconds_of
+from utils.runs.duration import seconds_of
+from utils.runs.index import FACTS, IndexedRun
 from utils.runs.layout import METRIC_REGISTRY, METRICS_LOG
 from utils.runs.metrics import registered_metrics
 

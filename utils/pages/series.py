@@ -15,11 +15,11 @@ from typing import Any
 from utils.experiments.curve import Axis
 from utils.experiments.sql import MEMORY_LIMIT, escaped
 from utils.files import is_regular, open_regular
+from utils.runs.duration import resume_times
 from utils.runs.index import IndexedRun
 from utils.runs.layout import METRICS_LOG
 from utils.runs.log import RunLogError, read_from
 from utils.runs.metrics import decode_number
-from utils.runs.run import resume_times
 
 MOST_POINTS = 4_000_000  # kept in memory for all runs and metrics together; a point takes 32 bytes
 SERIES_POINTS = 40  # the memory of a series without points, in points

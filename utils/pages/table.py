@@ -19,8 +19,9 @@ from utils.config.fields import FIELDS, field_fact
 from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
 from utils.experiments.tables import LIST_COLUMNS
 from utils.pages.keys import key_of
+from utils.runs.duration import seconds_of
 from utils.runs.identity import differing_settings
-from utils.runs.index import FACTS, NOT_RUNS, IndexedRun, add_losses, read_index, read_run, seconds_of
+from utils.runs.index import FACTS, NOT_RUNS, IndexedRun, add_losses, read_index, read_run
 from utils.runs.layout import CONFIG, EVALUATIONS, METRICS_LOG, NOTES, RECORD
 from utils.runs.log import read_lines
 from utils.runs.run import status_of

@@ -18,13 +18,14 @@ from pydantic import BaseModel, ValidationError
 
 from utils.errors import UserError
 from utils.files import open_regular, read_json
+from utils.runs.duration import duration_of, seconds_of
 from utils.runs.evaluations import evaluations_text, read_evaluations
 from utils.runs.index_cache import IndexCache
 from utils.runs.layout import CONFIG, GATE, METRICS_LOG, MODELS, NOTES, RECORD, SEAL
 from utils.runs.lock import is_held
 from utils.runs.log import last_record, read_lines
 from utils.runs.metrics import decode_number
-from utils.runs.run import NO_NOTES, RunError, duration_of, read_record, seconds_of, status_of
+from utils.runs.run import NO_NOTES, RunError, read_record, status_of
 
 STARTING = "starting"  # state of a tracker in run.json before it is open
 DAMAGED = "damaged"  # the status of an entry that cannot be read as a run

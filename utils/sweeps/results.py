@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.runs.duration import seconds_of
 from utils.runs.layout import METRICS_LOG
 from utils.runs.log import read_from, read_records
 from utils.runs.metrics import decode_number
-from utils.runs.run import read_record, seconds_of
+from utils.runs.run import read_record
 from utils.sweeps.space import VAL_LOSS, Goal
 
 
