@@ -24,7 +24,8 @@ from utils.config.loader import (
     read_config_file,
     rule_error,
 )
-from utils.config.settings import Config, ModelConfig, RuleError, TrainConfig
+from utils.config.section import RuleError
+from utils.config.settings import Config, ModelConfig, TrainConfig
 from utils.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -26,15 +26,8 @@ from utils.config.fields import (
     iter_fields,
     json_schema,
 )
-from utils.config.settings import (
-    Config,
-    InferenceConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Section,
-    TrainConfig,
-    warmup_steps,
-)
+from utils.config.section import Section
+from utils.config.settings import Config, InferenceConfig, ModelConfig, OptimizerConfig, TrainConfig, warmup_steps
 from utils.config.tags import RESERVED_TAGS, check_tag
 from utils.errors import UserError
 

@@ -18,7 +18,8 @@ from utils.checkpoints.files import read_checkpoint
 from utils.checkpoints.folder import INDEX_FILE
 from utils.checkpoints.index import rows_of
 from utils.config.fields import config_hash
-from utils.config.settings import Config, DataConfig, ModelConfig, OptimizerConfig, RuleError, TrainConfig
+from utils.config.section import RuleError
+from utils.config.settings import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from utils.errors import UserError
 from utils.machine.ranks import Ranks
 from utils.terminal.console import Terminal

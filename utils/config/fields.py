@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from utils.config.settings import TOKENIZERS, TRAJECTORY, Config, Section, warmup_steps
+from utils.config.section import TRAJECTORY, Section
+from utils.config.settings import TOKENIZERS, Config, warmup_steps
 
 SECTIONS: dict[str, type[Section]] = {
     name: field.annotation

@@ -19,7 +19,8 @@ from pydantic_core import ErrorDetails
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected, flat
 from utils.config.legacy import NO_COUNTERPART, RENAMED, ignored_line
 from utils.config.parse import CONFIG_SUFFIXES, ConfigError, parse_file
-from utils.config.settings import Config, RuleError, Section
+from utils.config.section import RuleError, Section
+from utils.config.settings import Config
 from utils.errors import SHOWN, cut, nearest, shown
 from utils.files import open_regular, real_path
 

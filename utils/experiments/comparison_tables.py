@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
+from utils.config.section import MACHINE, OBSERVATION, TRAJECTORY
 from utils.experiments.compare import SEEDS_NEEDED, Comparison, PairVerdict, SeedGroup
 from utils.experiments.diff import RunDiff, result_name
 from utils.experiments.explain import Explanation

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
+from utils.config.section import MACHINE, OBSERVATION, TRAJECTORY
 from utils.errors import UserError
 from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.explain import settings_with_sources

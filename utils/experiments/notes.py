@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from utils.checkpoints.folder import WEIGHTS_FILE, folder_name
-from utils.config.settings import is_unicode
+from utils.config.section import is_unicode
 from utils.config.tags import check_tag
 from utils.errors import UserError
 from utils.files import change_json, read_json, real_path, unwritable

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.config.settings import is_unicode
+from utils.config.section import is_unicode
 from utils.errors import UserError, nearest
 from utils.files import is_regular, read_json
 from utils.runs.duration import seconds_of

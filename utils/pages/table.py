@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from utils.config.fields import FIELDS, field_fact
-from utils.config.settings import MACHINE, OBSERVATION, TRAJECTORY
+from utils.config.section import MACHINE, OBSERVATION, TRAJECTORY
 from utils.experiments.tables import LIST_COLUMNS
 from utils.pages.keys import key_of
 from utils.runs.duration import seconds_of

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.config.fields import FIELDS, derived_settings, field_fact, flat
-from utils.config.settings import TRAJECTORY, Config
+from utils.config.section import TRAJECTORY
+from utils.config.settings import Config
 from utils.files import read_bytes
 from utils.runs.index import IndexedRun, resolved_setting
 from utils.runs.layout import PATCH

@@ -9,7 +9,8 @@ from typing import Any
 from utils.checkpoints.folder import list_checkpoints
 from utils.config.fields import FIELDS, derived_settings, field_fact, flat
 from utils.config.loader import ALTERNATIVES, ConfigError, ConfigLoader, LoadedConfig, flag_name
-from utils.config.settings import TRAJECTORY, Config, ModelConfig, OptimizerConfig
+from utils.config.section import TRAJECTORY
+from utils.config.settings import Config, ModelConfig, OptimizerConfig
 from utils.runs.layout import CHECKPOINTS, CONFIG
 from utils.runs.origin import Origin, recorded_config
 from utils.runs.seal import checkpoints_are_gone

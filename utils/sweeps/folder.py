@@ -20,7 +20,8 @@ from typing import Any
 
 from utils.config.fields import FIELDS, field_fact, flat
 from utils.config.loader import ConfigLoader
-from utils.config.settings import TRAJECTORY, Config
+from utils.config.section import TRAJECTORY
+from utils.config.settings import Config
 from utils.errors import UserError
 from utils.files import read_json, write_json
 from utils.locks import folder_lock

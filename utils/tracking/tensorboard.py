@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from utils.config.fields import FIELDS, field_fact
-from utils.config.settings import TRAJECTORY
+from utils.config.section import TRAJECTORY
 from utils.files import regular_fd
 from utils.runs.log import HISTOGRAMS_FILE, METRICS_FILE
 from utils.runs.metrics import shown_metrics

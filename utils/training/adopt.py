@@ -20,7 +20,8 @@ from utils.checkpoints.files import weight_differences, write_checkpoint
 from utils.checkpoints.folder import LATEST_FILE, folder_name
 from utils.config.fields import derived_settings, field_fact
 from utils.config.loader import ConfigLoader, LoadedConfig, Setting, load_layer, rule_error
-from utils.config.settings import TOKENIZERS, TRAJECTORY, RuleError
+from utils.config.section import TRAJECTORY, RuleError
+from utils.config.settings import TOKENIZERS
 from utils.corpora.places import with_absolute_paths
 from utils.errors import UserError, nearest
 from utils.files import unwritable, write_json

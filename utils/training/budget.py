@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from utils.config.loader import LoadedConfig, rule_error
-from utils.config.settings import RuleError, warmup_steps
+from utils.config.section import RuleError
+from utils.config.settings import warmup_steps
 from utils.errors import UserError, number_text
 from utils.inference.evaluation import estimate_loss
 from utils.machine.device import synchronize, torch_settings

@@ -17,7 +17,8 @@ from typing import Any
 
 from utils.config.fields import field_fact, flat, get_value
 from utils.config.loader import ConfigLoader, LoadedConfig, flag_name
-from utils.config.settings import MACHINE, Config
+from utils.config.section import MACHINE
+from utils.config.settings import Config
 from utils.errors import UserError, shown
 from utils.runs.lock import wait_until_free
 from utils.runs.origin import (

@@ -22,7 +22,8 @@ from utils.checkpoints.files import Checkpoint
 from utils.checkpoints.folder import TOKENIZER_FILE
 from utils.config.fields import derived_settings, get_value
 from utils.config.loader import LoadedConfig, rule_error
-from utils.config.settings import Config, RuleError, warmup_steps
+from utils.config.section import RuleError
+from utils.config.settings import Config, warmup_steps
 from utils.corpora.datasets import find_dataset
 from utils.corpora.places import with_absolute_paths
 from utils.corpora.sources import ARITHMETIC, NAMES, CorpusError
