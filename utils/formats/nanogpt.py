@@ -33,6 +33,7 @@ HERE: dict[str, str | None] = {  # names of its configuration that need more tha
     "dtype": None,
     "compile": None,
 }
+OF_DECAY = ("warmup_iters", "lr_decay_iters", "min_lr")  # unused where decay_lr is off: min_lr may then be anything
 
 
 def is_nanogpt(checkpoint: Any) -> bool:
@@ -60,7 +61,9 @@ def read_nanogpt(path: Path, checkpoint: Mapping[str, Any]) -> Foreign:
         raise UserError(f"{path}: {HEAD} is not {EMBEDDING}: nanoGPT ties the two")
 
     notes: list[str] = []
-    settings = settings_of(config, f"{source}: config", notes, HERE)
+    unused = OF_DECAY if config.get("decay_lr") is False else ()
+    used = {key: value for key, value in config.items() if key not in unused}
+    settings = settings_of(used, f"{source}: config", notes, HERE)
     settings |= settings_of(
         {key: value for key, value in arguments.items() if key not in ("vocab_size", "bias")},
         f"{source}: model_args",
