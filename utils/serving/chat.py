@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,8 +79,11 @@ class PublishedTemplate:
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
+        # As in transformers, whose templates may leave loops and ask for the date.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
         self._template = environment.from_string(template)
         self._tokenizer = tokenizer
         names = facts.get("tokenizer_config") or {}
@@ -106,6 +110,10 @@ def _raise(message: str) -> None:
     raise TemplateError(message)
 
 
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
 def _text_of(token: Any) -> str:
     """A special token in tokenizer_config.json: its text, or an object with it."""
     text = token.get("content") if isinstance(token, dict) else token
@@ -125,8 +133,8 @@ def find_template(export: Path, generator: Generator) -> Template | None:
     """
     run = export.parent.parent if export.parts[-2:] == EXPORT.parts else export
     facts = read_json_or_empty(run / PRETRAINED, run)
-    template = facts.get("chat_template")
-    if isinstance(template, str) and 0 < len(template) <= LONGEST_TEMPLATE:
+    template = template_of(facts)
+    if template is not None and 0 < len(template) <= LONGEST_TEMPLATE:
         try:
             return PublishedTemplate(template, generator.tokenizer, facts)
         except TemplateError as error:
@@ -142,6 +150,18 @@ def find_template(export: Path, generator: Generator) -> Template | None:
             return None
         generator.settings = replace_template(generator.settings, trained)
     return QuestionTemplate(generator)
+
+
+def template_of(facts: Mapping[str, Any]) -> str | None:
+    """The chat template in meta/pretrained.json: of a file of its own, or, as most models have it, of tokenizer_config.
+
+    Of several templates there, which have names, it is the one that is called default.
+    """
+    template = facts.get("chat_template") or (facts.get("tokenizer_config") or {}).get("chat_template")
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None
 
 
 def replace_template(settings: InferenceConfig, trained: InferenceConfig) -> InferenceConfig:
