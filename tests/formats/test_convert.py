@@ -96,6 +96,14 @@ def test_a_nanogpt_checkpoint_computes_the_same_and_keeps_its_settings(run: Any,
     assert f"--resume {made}" in out
 
 
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_tokenizer_that_is_made_from_a_text_needs_the_text(run: Any, tmp_path: Path, kind: str) -> None:
+    """That of configs/ is another one."""
+    trained_nanogpt(tmp_path / "ckpt.pt")
+    error = run(tmp_path, "--tokenizer", kind, status=2)
+    assert error.endswith(f"--tokenizer {kind} is made from the text that the model was trained on: --dataset names it\n")
+
+
 def test_a_nanogpt_run_without_decay_may_have_any_min_lr(run: Any, tmp_path: Path) -> None:
     """As with nanoGPT's own config/finetune_shakespeare.py, which leaves the defaults of the decay as they are."""
     more = {"learning_rate": 3e-5, "decay_lr": False, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5}

@@ -123,7 +123,8 @@ def _of_project(root: Path) -> dict[str, Setting]:
     return {
         key: settings[-1]
         for key, settings in layers.items()
-        if field_fact(key, "kind") != TRAJECTORY and settings[-1].source != "default"
+        # not the text there: only --dataset says what a foreign model was trained on
+        if field_fact(key, "kind") != TRAJECTORY and key != "dataset" and settings[-1].source != "default"
     }
 
 
