@@ -101,7 +101,9 @@ def test_a_tokenizer_that_is_made_from_a_text_needs_the_text(run: Any, tmp_path:
     """That of configs/ is another one."""
     trained_nanogpt(tmp_path / "ckpt.pt")
     error = run(tmp_path, "--tokenizer", kind, status=2)
-    assert error.endswith(f"--tokenizer {kind} is made from the text that the model was trained on: --dataset names it\n")
+    assert error.endswith(
+        f"--tokenizer {kind} is made from the text that the model was trained on: --dataset names it\n"
+    )
 
 
 def test_a_nanogpt_run_without_decay_may_have_any_min_lr(run: Any, tmp_path: Path) -> None:
