@@ -27,6 +27,7 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 TEXT_SUFFIXES = frozenset(
     (".txt", ".md", ".rst", ".py", ".csv", ".html", ".json", ".jsonl", ".tex", ".xml", ".log", "")
 )
+JSON_LINES = (".jsonl", ".ndjson")  # whose documents prepare.py reads
 ARITHMETIC = "arithmetic"  # a dataset that is generated (utils/preparation/arithmetic.py)
 KINDS_SHOWN = 6  # suffixes
 SETTLED_NS = 2_000_000_000  # a younger file may change once more without another mtime (FAT counts in 2 s)
@@ -73,8 +74,16 @@ class Source:
         return self.files[: cut + 1], self.files[cut:]
 
     def notes(self, val_fraction: float) -> Iterator[str]:
-        """What a person should know of a folder: the files that are read, and where the validation split begins."""
+        """What a person should know: which files of a folder are read, and where its validation split begins.
+
+        Or that a file of JSON lines is read as it is.
+        """
         if not self.is_folder:
+            if self.name.lower().endswith(JSON_LINES):
+                yield (
+                    f"{self.name}: learned as a text, with its braces and names of fields: python prepare.py "
+                    f"{self.name} --out NAME makes a dataset of the documents in it"
+                )
             return
         yield f"{self.name}: {self.files_text()}"
         with contextlib.suppress(OSError):
