@@ -183,6 +183,7 @@ def test_commands_that_read_runs_read_a_converted_one(
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "interrupted" in printed.out
+    assert "no logs/" not in printed.out
     assert weights.main(["inspect", made.name, *folder]) == 0
     assert weights.main(["diff", made.name, f"{made.name}:latest", *folder]) == 0
     assert "equal: " in capsys.readouterr().out

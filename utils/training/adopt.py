@@ -39,6 +39,7 @@ from utils.runs.layout import (
     EXPORT,
     LOGS,
     META,
+    METRICS_LOG,
     METRIC_REGISTRY,
     MODEL_SUMMARY,
     NOTES,
@@ -289,6 +290,7 @@ def _write(
             record["place"]["path"] = os.path.abspath(place)
             for name in (META, LOGS, ARTIFACTS):
                 (folder / name).mkdir()
+            (folder / METRICS_LOG).touch()
             tokenizer.save(folder / TOKENIZER)
             write_json(folder / MODEL_SUMMARY, model_summary(state.model))
             write_registry(folder / METRIC_REGISTRY)
