@@ -218,9 +218,9 @@ def load_corpus(
     file = _recorded_file(folder, record_path(folder, source.name, key), stamp, warn)
     if file is not None:
         n_train = _split(config, file.n_tokens, block_size)
-        corpus = Corpus(
-            config.dataset, file.corpus_hash, file.tokenizer, _mapped(file), n_train, byte_scale=file.byte_scale
-        )
+        # The record's tokenizer gives the same ids, but another model may have more or fewer rows.
+        tokenizer = tokenizer or file.tokenizer
+        corpus = Corpus(config.dataset, file.corpus_hash, tokenizer, _mapped(file), n_train, byte_scale=file.byte_scale)
     else:
         file, ids = _encode(source.read(), config, block_size, folder, tokenizer)
         records = [record_path(folder, source.name, name) for name in {key, file.tokenizer.hash()}]

@@ -19,10 +19,11 @@ import data
 import tokenizer
 from data import BatchSampler, Corpus, TokenFile, load_corpus, sample_offsets
 from tests.tiny_export import char_tokenizer
-from tokenizer import CharTokenizer, Tokenizer
+from tokenizer import CharTokenizer, Tokenizer, build_tokenizer
 from utils.config.settings import DataConfig
 from utils.corpora import sources
 from utils.corpora.sources import CorpusError
+from utils.tokenization.subwords import HuggingFaceTokenizer
 
 CPU = torch.device("cpu")
 
@@ -337,6 +338,17 @@ def test_without_a_whole_token_file_the_corpus_is_read(
     corpus = load(settled_corpus, tmp_path / "corpora")
     assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
     assert len(reads) == 2
+
+
+def test_models_that_share_a_tokenizer_share_tokens_but_not_their_number_of_rows(
+    reads: list[Path], settled_corpus: Path, tmp_path: Path
+) -> None:
+    config = DataConfig(tokenizer="bpe", bpe_vocab_size=300, dataset=str(settled_corpus))
+    specification = build_tokenizer(config, [settled_corpus.read_text()]).huggingface()
+    for rows in (320, 310, 320):
+        corpus = load_corpus(config, 8, tmp_path / "corpora", HuggingFaceTokenizer(specification, rows))
+        assert corpus.tokenizer.vocab_size == rows
+    assert len(reads) == 1
 
 
 def test_each_unknown_token_has_its_own_record(reads: list[Path], settled_corpus: Path, tmp_path: Path) -> None:

@@ -39,6 +39,16 @@ def test_each_name_without_counterpart_is_one_line(tmp_path: Path) -> None:
     )
 
 
+def test_what_the_files_in_configs_replace_is_one_line(tmp_path: Path) -> None:
+    loader = project(tmp_path, embedding_dim=96, num_heads=3, dropout_rate=0, num_epochs=2)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "a.yaml").write_text("n_embd: 128\ndropout: 0.0\nmax_iters: 9\n")
+    (tmp_path / "configs" / "b.yaml").write_text("n_head: 4\n")
+    assert loader.load().ignored == (
+        "config.json: n_embd, n_head, epochs: not used, as files in configs set something else",
+    )
+
+
 def test_an_old_and_a_new_name_together_are_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json:3: n_embd is set twice in this file"):
         project(tmp_path, n_embd=96, embedding_dim=96).load()

@@ -59,6 +59,16 @@ def test_a_folder_says_what_is_read_what_is_skipped_and_how_it_is_cut(tmp_path: 
     assert list(find_source("pydocs", tmp_path).notes(0.3)) == []
 
 
+def test_json_lines_that_are_learned_as_a_text_are_reported(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text('{"text": "a"}\n')
+    (note,) = find_source(str(path), tmp_path).notes(0.1)
+    assert note == (
+        f"{path}: learned as a text, with its braces and names of fields: python prepare.py {path} --out NAME makes a "
+        "dataset of the documents in it"
+    )
+
+
 def test_what_a_folder_skips_is_printed(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "one.txt").write_text("to be or not to be\n" * 20)

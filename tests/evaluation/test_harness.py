@@ -12,19 +12,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 from fake_runs import make_run
 
 import evaluate
 import experiments
 import weights
 from tests.tiny_export import tiny_model
-from tokenizer import build_tokenizer
+from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import DataConfig
 from utils.evaluation import harness_tasks
 from utils.evaluation.weights import Trained
+from utils.files import write_json
 from utils.inference.export import save_export
 from utils.runs.evaluations import append_evaluation, read_evaluations
-from utils.runs.layout import EXPORT
+from utils.runs.layout import EXPORT, PRETRAINED
+from utils.tokenization.subwords import HuggingFaceTokenizer
 
 BYTES = build_tokenizer(DataConfig(tokenizer="byte"), ())
 BATCH_SIZES = (1, 3, 32)
@@ -48,26 +51,41 @@ def requests_for(words: Sequence[str], kind: str) -> list[Any]:
     return [SimpleNamespace(args=args) for args in found]
 
 
+def with_token_before(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
+    """The tokenizer of a published model, which transformers begins each text of with <|begin|>."""
+    facts = json.loads(tokenizer.huggingface())
+    library = tokenizers.Tokenizer.from_str(json.dumps(facts))
+    begin = ("<|begin|>", library.token_to_id("<|begin|>"))
+    library.post_processor = tokenizers.processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[begin])
+    return HuggingFaceTokenizer(library.to_str())
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("began_with", ["nothing", "a published model"])
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_the_numbers_are_those_of_the_class_for_transformers(tmp_path: Path, position: str) -> None:
+def test_the_numbers_are_those_of_the_class_for_transformers(tmp_path: Path, position: str, began_with: str) -> None:
     """Both classes read the same weights, ours from the run, the other from its export for transformers."""
     from lm_eval.models.huggingface import HFLM
 
     from utils.evaluation.harness import HarnessModel
 
     tokenizer = build_tokenizer(
-        DataConfig(tokenizer="bpe", bpe_vocab_size=300), ["once upon a time a cat sat on a mat"]
+        DataConfig(tokenizer="bpe", bpe_vocab_size=300, special_tokens=("<|begin|>",)),
+        ["once upon a time a cat sat on a mat"],
     )
     llama = {"norm": "rmsnorm", "mlp": "swiglu"} if position == "rope" else {"bias": True}
     model = tiny_model(tokenizer, block_size=BLOCK_SIZE, position=position, **llama)
     run = make_run(tmp_path / "runs", "bytes")
+    if began_with == "a published model":  # whose tokenizer puts a token before each text
+        tokenizer = with_token_before(tokenizer)
+        facts = {"tokenizer_config": {"bos_token": "<|begin|>", "eos_token": "<|endoftext|>"}}
+        write_json(run / PRETRAINED, facts)
     save_export(run / EXPORT, model, tokenizer, {"run": "bytes", "step": 100})
     folder = tmp_path / "hf"
     assert weights.main(["export", "bytes", "--runs-dir", str(run.parent), "--format", "hf", "--out", str(folder)]) == 0
     theirs = HFLM(str(folder), batch_size=4, device="cpu", dtype="float32")
     words = ["a", "cat", "sat", "upon", "once", "mat", "xyz"]
-    trained = Trained(model, tokenizer, None, "tiny", 1, "float32")
+    trained = Trained(model, tokenizer, run, "tiny", 1, "float32")
     for kind in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         requests = requests_for(words, kind)
         expected = getattr(theirs, kind)(requests, disable_tqdm=True)

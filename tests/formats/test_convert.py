@@ -96,6 +96,25 @@ def test_a_nanogpt_checkpoint_computes_the_same_and_keeps_its_settings(run: Any,
     assert f"--resume {made}" in out
 
 
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_a_tokenizer_that_is_made_from_a_text_needs_the_text(run: Any, tmp_path: Path, kind: str) -> None:
+    """That of configs/ is another one."""
+    trained_nanogpt(tmp_path / "ckpt.pt")
+    error = run(tmp_path, "--tokenizer", kind, status=2)
+    assert error.endswith(
+        f"--tokenizer {kind} is made from the text that the model was trained on: --dataset names it\n"
+    )
+
+
+def test_a_nanogpt_run_without_decay_may_have_any_min_lr(run: Any, tmp_path: Path) -> None:
+    """As with nanoGPT's own config/finetune_shakespeare.py, which leaves the defaults of the decay as they are."""
+    more = {"learning_rate": 3e-5, "decay_lr": False, "warmup_iters": 2000, "lr_decay_iters": 600000, "min_lr": 6e-5}
+    torch.save(foreign.nanogpt_checkpoint(foreign.gpt2(), None, 3, NANOGPT_CONFIG | more), tmp_path / "ckpt.pt")
+    found = settings(run(tmp_path, "--tokenizer", "char", "--dataset", "letters.txt")[0])
+    assert [found[key] for key in ("schedule", "warmup_iters", "learning_rate")] == ["constant", 0, 3e-5]
+    assert not found.keys() & {"min_lr", "lr_decay_iters"}
+
+
 def test_a_nanogpt_run_trains_on_as_nanogpt_itself_would(run: Any, tmp_path: Path) -> None:
     """The updates of the resumed run are those of the same AdamW in nanoGPT's model, on the same batches."""
     p, optimizer = trained_nanogpt(tmp_path / "ckpt.pt")
@@ -164,6 +183,7 @@ def test_commands_that_read_runs_read_a_converted_one(
     printed = capsys.readouterr()
     assert printed.err == ""
     assert "interrupted" in printed.out
+    assert "no logs/" not in printed.out
     assert weights.main(["inspect", made.name, *folder]) == 0
     assert weights.main(["diff", made.name, f"{made.name}:latest", *folder]) == 0
     assert "equal: " in capsys.readouterr().out

@@ -15,7 +15,7 @@ from tests.tiny_export import char_tokenizer, tiny_model
 from tokenizer import Tokenizer, build_tokenizer, pretrained_tokenizer
 from utils.config.settings import DataConfig
 from utils.formats.gguf_tokenizer import CONTRACTIONS, WORDS
-from utils.formats.huggingface import export_huggingface
+from utils.formats.huggingface import export_huggingface, generation_config
 from utils.formats.source import Source
 from utils.formats.table import FormatError
 from utils.inference.generator import Generator, Request
@@ -123,3 +123,21 @@ def test_their_pipeline_writes_our_text(tmp_path: Path) -> None:
     options = {"max_new_tokens": 30, "do_sample": False, "return_full_text": False, "suppress_tokens": list(banned)}
     assert generate(prompt, **options)[0]["generated_text"] == expected.text
     assert next(model.parameters()).dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("packing", "of_base", "expected"),
+    [
+        ("documents", 7, [7, 0]),
+        ("none", [7, 8], [7, 8, 0]),
+        ("none", [7, 0], [7, 0]),
+        ("documents", None, [0]),
+        ("random", 7, 7),
+    ],
+)
+def test_text_ends_as_training_on_documents_taught(packing: str, of_base: object, expected: object) -> None:
+    """Not only as it ended in the published model that training started from."""
+    tokenizer = char_tokenizer("\0ab")  # NUL ends a text
+    base = {"generation_config": {"eos_token_id": of_base, "temperature": 0.7}}
+    source = Source("ours", tiny_model(tokenizer), tokenizer, training={"packing": packing}, pretrained=base)
+    assert generation_config(source) == {"eos_token_id": expected, "temperature": 0.7}

@@ -54,7 +54,7 @@ def test_greedy_tokens_are_those_without_a_draft(settings: str, draft: str, monk
         assert generated(speculators, model, prompt, 3 * BLOCK, chosen, 0) == expected
 
 
-@pytest.mark.parametrize("draft", ["ngram", "model"])
+@pytest.mark.parametrize("draft", ["ngram", "model", "model with fewer rows", "model with more rows"])
 @pytest.mark.parametrize(
     "options", [SamplingOptions(1.0), SamplingOptions(0.7, top_k=4, repetition_penalty=1.5)], ids=["plain", "filtered"]
 )
@@ -64,9 +64,10 @@ def test_the_distribution_is_that_of_the_model_alone(draft: str, options: Sampli
     vocab, runs, prompt = 4, 300, [0, 1, 0, 1]
     torch.manual_seed(3)
     models = []
-    for width in (8, 4):
+    rows = {"model with fewer rows": vocab - 1, "model with more rows": vocab + 2}.get(draft, vocab)
+    for width, vocab_size in ((8, vocab), (4, rows)):
         config = ModelConfig(n_layer=1, n_head=1, n_embd=width, block_size=16, position="rope", tie_embeddings=False)
-        models.append(lively(LanguageModel(config, vocab), 0.5))
+        models.append(lively(LanguageModel(config, vocab_size), 0.5))
     model, small = models
     expected: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(3):
@@ -77,7 +78,7 @@ def test_the_distribution_is_that_of_the_model_alone(draft: str, options: Sampli
             p = probabilities(model(torch.tensor([[*prompt, *tokens]]))[0][:, -1], options, seen)[0]
             longer |= {(*tokens, token): chance * float(p[token]) for token in range(vocab)}
         expected = longer
-    speculators = Speculators(small if draft == "model" else None, 2)
+    speculators = Speculators(None if draft == "ngram" else small, 2)
     found = Counter(tuple(generated(speculators, model, prompt, 3, options, seed)) for seed in range(runs))
     likely = {tokens: chance for tokens, chance in expected.items() if chance * runs >= 5}
     rest = (runs - sum(found[t] for t in likely), runs * (1 - sum(likely.values())))

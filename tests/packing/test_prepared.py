@@ -208,6 +208,8 @@ def test_a_model_keeps_its_tokenizer(folder: Path) -> None:
         DatasetError, match="prepared with tokenizer byte, 256 tokens; the model has another one: char, 3"
     ):
         load(folder, CharTokenizer("abc"))
+    with pytest.raises(DatasetError, match=r"char, 3 tokens; prepare\.py \.\.\. --tokenizer hf:models/a prepares"):
+        load(folder, CharTokenizer("abc"), tokenizer="hf:models/a")
 
 
 def test_only_a_dataset_is_packed(tmp_path: Path) -> None:

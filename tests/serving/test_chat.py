@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken
@@ -11,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 
 from utils.errors import UserError
-from utils.serving.chat import PublishedTemplate
+from utils.serving.chat import PublishedTemplate, template_of
 from utils.tokenization.subwords import HuggingFaceTokenizer
 
 CHATML = """{{ bos_token }}{% for message in messages %}
@@ -62,3 +63,28 @@ def test_a_conversation_is_written_as_the_template_says(tokenizer: HuggingFaceTo
 def test_what_a_template_may_not_do_is_one_error(tokenizer: HuggingFaceTokenizer, template: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         PublishedTemplate(template, tokenizer, FACTS)(turns(("user", "a")))
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"chat_template": "file", "tokenizer_config": {"chat_template": "config"}}, "file"),
+        ({"tokenizer_config": {"chat_template": "config"}}, "config"),
+        ({"tokenizer_config": {"chat_template": [{"name": "default", "template": "named"}]}}, "named"),
+        ({"tokenizer_config": {"chat_template": [{"name": "rag", "template": "r"}]}}, None),
+        ({"tokenizer_config": {"chat_template": 3}}, None),
+        ({"tokenizer_config": None}, None),
+        ({}, None),
+    ],
+)
+def test_a_template_is_in_a_file_of_its_own_or_in_tokenizer_config(facts: dict[str, Any], expected: str | None) -> None:
+    assert template_of(facts) == expected
+
+
+def test_a_template_may_leave_a_loop_and_ask_for_the_date(tokenizer: HuggingFaceTokenizer) -> None:
+    template = "{{ strftime_now('%Y') }}{% for message in messages %}{{ message.content }}{% break %}{% endfor %}"
+    prompt = PublishedTemplate(template, tokenizer, FACTS)(turns(("user", "a"), ("assistant", "b")))
+    year, content = tokenizer.decode(prompt.ids[:-1]), tokenizer.decode(prompt.ids[-1:])
+    assert year.isdigit()
+    assert len(year) == 4
+    assert content == "a"

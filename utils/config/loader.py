@@ -271,11 +271,20 @@ class ConfigLoader:
             return _merge(_default_layers(), [*self._file_layers([]), layer])
         return self.put_layer(base, layer)
 
+    @property
+    def _folder(self) -> Path:
+        return self.config_dir or self.root / "configs"
+
     def _file_layers(self, ignored: list[str]) -> Iterator[dict[str, Setting]]:
-        legacy = self.root / "config.json"
+        legacy, shared = self.root / "config.json", self._shared_layer()
         if legacy.is_file():
-            yield read_config_file(legacy, relative_name(legacy, self.root), ignored)
-        yield self._shared_layer()
+            name = relative_name(legacy, self.root)
+            settings = read_config_file(legacy, name, ignored)
+            if hidden := [key for key, setting in settings.items() if _hides(shared, key, setting.value)]:
+                folder = relative_name(self._folder, self.root)
+                ignored.append(f"{name}: {', '.join(hidden)}: not used, as files in {folder} set something else")
+            yield settings
+        yield shared
 
     def _own_layers(self, files: Iterable[Path], overrides: Mapping[str, str | bool]) -> Iterator[dict[str, Setting]]:
         for path in files:
@@ -287,15 +296,23 @@ class ConfigLoader:
 
     def _shared_layer(self) -> dict[str, Setting]:
         """The settings of all files in the configuration folder, as one layer: each key may be set only once."""
-        folder = self.config_dir or self.root / "configs"
         layer: dict[str, Setting] = {}
-        files = [p for p in folder.glob("[!.]*") if p.suffix in CONFIG_SUFFIXES and not p.name.startswith(CLEANING)]
+        files = [
+            p for p in self._folder.glob("[!.]*") if p.suffix in CONFIG_SUFFIXES and not p.name.startswith(CLEANING)
+        ]
         for path in sorted(files):
             for key, setting in read_config_file(path, relative_name(path, self.root)).items():
                 if key in layer:
                     raise ConfigError(f"{setting.source}: {key} is also set in {layer[key].source}: keep one of them")
                 layer[key] = setting
         return layer
+
+
+def _hides(layer: Mapping[str, Setting], key: str, value: Any) -> bool:
+    """Whether a layer above replaces this value of a setting by another one, or by an alternative to the setting."""
+    if key in layer:
+        return bool(layer[key].value != value)
+    return any(other in layer for pair in ALTERNATIVES if key in pair for other in pair)
 
 
 def _default_layers() -> dict[str, list[Setting]]:

@@ -27,6 +27,7 @@ SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/da
 TEXT_SUFFIXES = frozenset(
     (".txt", ".md", ".rst", ".py", ".csv", ".html", ".json", ".jsonl", ".tex", ".xml", ".log", "")
 )
+JSON_LINES = (".jsonl", ".ndjson")  # whose documents prepare.py reads
 ARITHMETIC = "arithmetic"  # a dataset that is generated (utils/preparation/arithmetic.py)
 KINDS_SHOWN = 6  # suffixes in a message
 SETTLED_NS = 2_000_000_000  # a younger file may change again without a new mtime (FAT has a resolution of 2 s)
@@ -73,8 +74,16 @@ class Source:
         return self.files[: cut + 1], self.files[cut:]
 
     def notes(self, val_fraction: float) -> Iterator[str]:
-        """Lines for the user about a folder: the files that are read, and where the validation split begins."""
+        """Lines for the user: the files of a folder that are read, and where its validation split begins.
+
+        Also, that a file of JSON lines is read as plain text.
+        """
         if not self.is_folder:
+            if self.name.lower().endswith(JSON_LINES):
+                yield (
+                    f"{self.name}: learned as a text, with its braces and names of fields: python prepare.py "
+                    f"{self.name} --out NAME makes a dataset of the documents in it"
+                )
             return
         yield f"{self.name}: {self.files_text()}"
         with contextlib.suppress(OSError):

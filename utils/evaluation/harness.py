@@ -7,10 +7,13 @@ and logits are computed only for continuations.
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import tokenizers
 import torch
 import torch.nn.functional as F
 from lm_eval.api.model import TemplateLM
@@ -18,15 +21,17 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from model import LanguageModel
-from tokenizer import TokenizerError
+from tokenizer import Tokenizer, TokenizerError
 from utils.errors import UserError
 from utils.evaluation.weights import Trained
+from utils.files import read_json_or_empty
 from utils.inference.decode import generate_blocks, new_cache, padded, start_tokens
 from utils.inference.sampling import SamplingOptions
 from utils.inference.scoring import LOGITS_AT_ONCE
 from utils.inference.text_stream import TextStream
 from utils.nn.kv_cache import KVCache
 from utils.nn.lean import lean
+from utils.runs.layout import PRETRAINED
 from utils.terminal.progress import CompletionProgress
 
 BATCH_SIZE = 32  # sequences in one pass
@@ -82,12 +87,11 @@ class HarnessModel(TemplateLM):
         self._device = next(self.model.parameters()).device
         # HFLM allows answers of 256 tokens, and refuses a shorter context.
         self.max_gen_toks = GENERATED if self.max_length > GENERATED else max(self.max_length // 2, 1)
-        end = trained.tokenizer.end_of_text
-        self._prefix = start_tokens(trained.tokenizer, "")[-1] if end is None else end
+        self._prefix, self._before = prefix_token(trained), tokens_before(trained.tokenizer)
 
     @property
     def eot_token_id(self) -> int:
-        """The context of a text that has none: the end-of-text token; if there is none, a line break or token 0."""
+        """The token before a text that has no context: see `prefix_token`."""
         return self._prefix
 
     @property
@@ -95,13 +99,16 @@ class HarnessModel(TemplateLM):
         return f"{self.trained.tokenizer.kind}-{self.trained.tokenizer.hash()[:16]}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids of a text, without a special token before it.
+        """Token ids of a text, after those that its tokenizer puts before each text.
+
+        Args:
+            add_special_tokens: False: leave out the tokens before the text.
 
         Raises:
             UserError: part of the text has no token.
         """
         try:
-            return self.trained.tokenizer.encode(string)
+            return [*([] if add_special_tokens is False else self._before), *self.trained.tokenizer.encode(string)]
         except TokenizerError as error:
             raise UserError(f"{self.trained.name} cannot read this task: {error}") from None
 
@@ -266,6 +273,39 @@ class HarnessModel(TemplateLM):
                 break
         texts = [text + stream.rest() for text, stream in zip(texts, streams, strict=True)]
         return [postprocess_generated_text(text, stops, None) for text in texts], written
+
+
+def prefix_token(trained: Trained) -> int:
+    """What HFLM puts before a text without a context.
+
+    The token with which the tokenizer of a published model begins a text, or else ends one; of other models the
+    end-of-text token; without one, a line break or token 0.
+    """
+    tokenizer, run = trained.tokenizer, trained.run
+    facts = {} if run is None else read_json_or_empty(run / PRETRAINED, run)
+    if names := facts.get("tokenizer_config"):
+        added = {token["content"]: token["id"] for token in _specification(tokenizer).get("added_tokens") or []}
+        for name in ("bos_token", "eos_token"):
+            token = names.get(name)
+            text = token.get("content") if isinstance(token, dict) else token
+            if text in added:
+                return int(added[text])
+    return start_tokens(tokenizer, "")[-1] if tokenizer.end_of_text is None else tokenizer.end_of_text
+
+
+def tokens_before(tokenizer: Tokenizer) -> list[int]:
+    """What a tokenizer.json puts before each text, which transformers does and training does not: <s> of Llama."""
+    specification = _specification(tokenizer)
+    if not specification.get("post_processor"):
+        return []
+    encoded = tokenizers.Tokenizer.from_str(json.dumps(specification)).encode("a")
+    pairs = zip(encoded.ids, encoded.special_tokens_mask, strict=True)
+    return [token for token, _ in itertools.takewhile(lambda pair: pair[1], pairs)]
+
+
+def _specification(tokenizer: Tokenizer) -> dict[str, Any]:
+    specification: dict[str, Any] = json.loads(tokenizer.huggingface())
+    return specification
 
 
 def branched(model: LanguageModel, cache: KVCache, rows: Sequence[int], more: int) -> KVCache:

@@ -22,6 +22,7 @@ from utils.formats.shards import Entry, write_shards
 from utils.formats.source import Source
 from utils.formats.table import Family, FormatError, Place, places
 from utils.inference.evaluation import evaluating
+from utils.inference.export import document_token
 
 TOLERANCE = 1e-4  # of logits in float32, relative to the largest one (at least 1)
 LOADING = """
@@ -151,9 +152,16 @@ def their_config(source: Source, family: Family, dtype: torch.dtype) -> dict[str
 
 
 def generation_config(source: Source) -> dict[str, Any]:
-    """generation_config.json: that of the model that training started from, or else the token that ends a text."""
+    """generation_config.json: that of the model that training started from, or else the token that ends a text.
+
+    Training on whole documents teaches a model to end a text with end-of-text, whatever token ended it before.
+    """
     if base := source.pretrained.get("generation_config"):
-        return {key: value for key, value in base.items() if key != "transformers_version"}
+        kept = {key: value for key, value in base.items() if key != "transformers_version"}
+        ends = kept.get("eos_token_id")
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        learned = document_token(source.tokenizer, source.training)
+        return kept if learned is None or learned in ends else kept | {"eos_token_id": [*ends, learned]}
     end = source.tokenizer.end_of_text
     return {} if end is None else {"eos_token_id": end, "pad_token_id": end}
 

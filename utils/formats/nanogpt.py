@@ -32,6 +32,7 @@ HANDLED = (  # names in its configuration that are translated below
     *(*KEYS, "bias", "dropout", "batch_size", "gradient_accumulation_steps", "decay_lr"),
     *("dataset", "device", "dtype", "compile"),
 )
+DECAY_SETTINGS = ("warmup_iters", "lr_decay_iters", "min_lr")  # unused if decay_lr is off: min_lr may then be anything
 
 
 def is_nanogpt(checkpoint: Any) -> bool:
@@ -59,7 +60,9 @@ def read_nanogpt(path: Path, checkpoint: Mapping[str, Any]) -> Foreign:
         raise UserError(f"{path}: {HEAD} is not {EMBEDDING}: nanoGPT ties the two")
 
     notes: list[str] = []
-    settings = settings_of(config, f"{source}: config", notes, HANDLED)
+    unused = DECAY_SETTINGS if config.get("decay_lr") is False else ()
+    used = {key: value for key, value in config.items() if key not in unused}
+    settings = settings_of(used, f"{source}: config", notes, HANDLED)
     settings |= settings_of(arguments, f"{source}: model_args", notes, ("vocab_size", "bias"))
     layers = f"{source}: layers"
     settings |= {

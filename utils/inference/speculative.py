@@ -135,21 +135,27 @@ class NgramDraft:
 
 
 class ModelDraft:
-    """Proposes tokens drawn from a smaller model."""
+    """Proposes tokens drawn from a smaller model.
 
-    def __init__(self, model: LanguageModel, count: int) -> None:
+    Args:
+        vocab_size: V of the model that judges. With the same tokenizer, the draft may have more or fewer rows that no
+            token has.
+    """
+
+    def __init__(self, model: LanguageModel, count: int, vocab_size: int) -> None:
         parameter = next(model.parameters())
         device, block_size = parameter.device, model.config.block_size
         self._lean, self._count, self._graphs = lean(model), count, Graphs(device)
         self._cache = StaticCache(model.config, 1, block_size, device, parameter.dtype)
         self._kept = min(block_size // 2, block_size - count - 1)  # tokens of the text in a renewed cache
         assert self._kept > 0
-        self._logits = torch.zeros(1, model.vocab_size, device=device)
+        self._rows = min(model.vocab_size, vocab_size)
+        self._logits = torch.full((1, vocab_size), float("-inf"), device=device)
         self._token = torch.zeros(1, dtype=torch.int64, device=device)
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
         self._uniform = torch.zeros(count, dtype=torch.float64, device=device)
         self.proposed = torch.zeros(count, dtype=torch.int64, device=device)
-        self.q = torch.zeros(count, model.vocab_size, dtype=torch.float64, device=device)
+        self.q = torch.zeros(count, vocab_size, dtype=torch.float64, device=device)
 
     def start(self, options: SamplingOptions) -> None:
         self._options = replace(options, repetition_penalty=1.0)  # any q leads to the distribution of the model
@@ -158,7 +164,7 @@ class ModelDraft:
     def propose(self, text: list[int], uniform: torch.Tensor) -> bool:
         if len(text) - self._known != 1 or self._cache.lengths[0] + self._count + 1 > self._cache.capacity:
             self._renew(text)
-        self._token.fill_(text[-1])
+        self._token.fill_(min(text[-1], self._rows - 1))
         self._uniform.copy_(uniform)
         self._row.zero_()
         for _ in range(self._count):
@@ -173,14 +179,15 @@ class ModelDraft:
         self._cache.reset()
         idx = torch.tensor([text[-self._kept - 1 : -1]], device=self._token.device)  # (1, T)
         if idx.numel():
-            self._lean.hidden(idx, self._cache)
+            self._lean.hidden(idx.clamp(max=self._rows - 1), self._cache)
 
     def _decode(self) -> None:
         attended = bucket(self._cache.lengths[0] + 1, self._cache.capacity)
 
         def work() -> None:
             with self._cache.static_pass(attended):
-                self._logits.copy_(decode_one_token(self._lean, self._token, self._cache))
+                logits = decode_one_token(self._lean, self._token, self._cache)
+                self._logits[:, : self._rows].copy_(logits[:, : self._rows])
 
         self._graphs.run(attended, work)
         self._cache.count(1)
@@ -214,7 +221,7 @@ class Speculator:
         parameter = next(model.parameters())
         device = parameter.device
         self._config, self._device, self._model, self._lean = model.config, device, model, lean(model)
-        self._draft: Draft = NgramDraft(count, device) if draft is None else ModelDraft(draft, count)
+        self._draft: Draft = NgramDraft(count, device) if draft is None else ModelDraft(draft, count, model.vocab_size)
         self._graphs, self._count = Graphs(device), count
         self._cache = StaticCache(model.config, 1, model.config.block_size, device, parameter.dtype)
         self._logits = torch.zeros(count + 1, model.vocab_size, device=device)

@@ -161,9 +161,11 @@ def open_prepared(
     if own.hash() != dataset.tokenizer_hash:
         raise DatasetError(f"{dataset.tokenizer_path}: not the tokenizer that the dataset was prepared with")
     if tokenizer is not None and tokenizer.hash() != dataset.tokenizer_hash:
+        has_file = config.tokenizer.startswith("hf:")
         raise DatasetError(
             f"{folder}: it was prepared with tokenizer {own.kind}, {own.vocab_size:,} tokens; the model has another "
             f"one: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens"
+            + (f"; prepare.py ... --tokenizer {config.tokenizer} prepares the text with it" if has_file else "")
         )
     if config.tokenizer != DataConfig().tokenizer:  # the default cannot be told from a request for it
         check_made_with(dataset, own, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -78,11 +79,15 @@ class PublishedTemplate:
     """
 
     def __init__(self, template: str, tokenizer: Tokenizer, facts: Mapping[str, Any]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
+        # As in transformers, whose templates may leave loops and ask for the date.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now}
         self._template = environment.from_string(template)
         self._tokenizer = tokenizer
-        names = facts.get("tokenizer_config") or {}
+        config = facts.get("tokenizer_config")
+        names = config if isinstance(config, dict) else {}
         self._names = {name: _text_of(names.get(name)) for name in ("bos_token", "eos_token")}
         self._special = _special_texts(tokenizer)
 
@@ -104,6 +109,10 @@ class PublishedTemplate:
 def _raise(message: str) -> None:
     """`raise_exception`, which templates call for a conversation that they do not accept."""
     raise TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
 
 
 def _text_of(token: Any) -> str:
@@ -129,8 +138,8 @@ def find_template(export: Path, generator: Generator) -> Template | None:
     """
     run = export.parent.parent if export.parts[-2:] == EXPORT.parts else export
     facts = read_json_or_empty(run / PRETRAINED, run)
-    template = facts.get("chat_template")
-    if isinstance(template, str) and 0 < len(template) <= LONGEST_TEMPLATE:
+    template = template_of(facts)
+    if template is not None and 0 < len(template) <= LONGEST_TEMPLATE:
         try:
             return PublishedTemplate(template, generator.tokenizer, facts)
         except TemplateError as error:
@@ -147,3 +156,16 @@ def find_template(export: Path, generator: Generator) -> Template | None:
         update = {"qa_template": trained.qa_template, "qa_stop": trained.qa_stop}
         generator.settings = generator.settings.model_copy(update=update)
     return QuestionTemplate(generator)
+
+
+def template_of(facts: Mapping[str, Any]) -> str | None:
+    """The chat template in meta/pretrained.json: its own entry, or, as in most models, an entry of tokenizer_config.
+
+    If that has several named templates, the one called "default" is used.
+    """
+    config = facts.get("tokenizer_config")
+    template = facts.get("chat_template") or (config.get("chat_template") if isinstance(config, dict) else None)
+    if isinstance(template, list):
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    return template if isinstance(template, str) else None

@@ -41,6 +41,7 @@ from utils.runs.layout import (
     LOGS,
     META,
     METRIC_REGISTRY,
+    METRICS_LOG,
     MODEL_SUMMARY,
     NOTES,
     RECORD,
@@ -125,7 +126,8 @@ def _project_settings(root: Path) -> dict[str, Setting]:
     return {
         key: settings[-1]
         for key, settings in layers.items()
-        if field_fact(key, "kind") != TRAJECTORY and settings[-1].source != "default"
+        # not the text there: only --dataset says what a foreign model was trained on
+        if field_fact(key, "kind") != TRAJECTORY and key != "dataset" and settings[-1].source != "default"
     }
 
 
@@ -290,6 +292,7 @@ def _write(
             record["place"]["path"] = os.path.abspath(place)
             for name in (META, LOGS, ARTIFACTS):
                 (folder / name).mkdir()
+            (folder / METRICS_LOG).touch()
             tokenizer.save(folder / TOKENIZER)
             write_json(folder / MODEL_SUMMARY, model_summary(state.model))
             write_registry(folder / METRIC_REGISTRY)
