@@ -98,11 +98,11 @@ def test_a_nanogpt_checkpoint_computes_the_same_and_keeps_its_settings(run: Any,
 
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_tokenizer_that_is_made_from_a_text_needs_the_text(run: Any, tmp_path: Path, kind: str) -> None:
-    """That of configs/ is another one."""
+    """The dataset that configs/ names is not that text."""
     trained_nanogpt(tmp_path / "ckpt.pt")
     error = run(tmp_path, "--tokenizer", kind, status=2)
     assert error.endswith(
-        f"--tokenizer {kind} is made from the text that the model was trained on: --dataset names it\n"
+        f"--tokenizer {kind} is built from the text that the model was trained on: add --dataset FILE\n"
     )
 
 
