@@ -451,7 +451,9 @@ def test_two_processes_preparing_the_same_name(tmp_path: Path, run: Run, capsys:
     source = json_lines(tmp_path / "a.jsonl")
     with work_folder(tmp_path / "sets" / "mine"):
         assert run(source) == 2
-    assert re.search(r"sets/mine: is being prepared by process \d+ on ", error_of(capsys))
+        assert re.search(r"sets/mine: is being prepared by process \d+ on ", error_of(capsys))
+        assert prepare.main(["show", "mine", "--datasets-dir", str(tmp_path / "sets")]) == 2
+        assert re.search(r"mine: is being prepared by process \d+ on ", error_of(capsys))
     assert run(source) == 0
 
 
