@@ -198,12 +198,12 @@ def load_corpus(
         )
         _report_byte_scale(corpus, warn)
         return corpus.stored() if keep else corpus
+    source = find_source(config.dataset, corpora_dir, dataset_names(datasets_dir))
     if config.packing != "random":
         raise CorpusError(
             f"{config.dataset}: packing {config.packing} needs documents, and this is one text: python prepare.py "
             f"{config.dataset} --out NAME makes a dataset of it, --dataset NAME trains on that"
         )
-    source = find_source(config.dataset, corpora_dir, dataset_names(datasets_dir))
     folder = corpora_dir / "encoded"
     try:
         if tokenizer is not None:

@@ -218,6 +218,18 @@ def dataset(runs: Path) -> Dataset:
     return write_dataset(runs.parent / "animals", ["a"] * 3, DOCUMENTS, leaks=[1, 2])
 
 
+def test_the_dataset_of_a_run_is_found_in_the_folder_that_the_run_names(
+    run_evaluate: Callable[..., int], runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = write_dataset(runs.parent / "sets" / "notes")
+    settings = {"dataset": "notes", "datasets_dir": str(dataset.folder.parent), "block_size": 16}
+    run = make_run(runs, "own", settings=settings, resolved={"corpus_hash": dataset.hash})
+    save_export(run / EXPORT, tiny_model(BYTES), BYTES, {"run": "own", "step": 3})
+    assert run_evaluate("own", "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)["evaluations"]
+    assert (found["data"], found["data_hash"]) == ("val of notes", dataset.hash)
+
+
 def test_of_a_dataset_the_validation_documents_are_scored_with_and_without_leaks(
     run_evaluate: Callable[..., int], runs: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -222,6 +222,8 @@ def test_only_a_dataset_is_packed(tmp_path: Path) -> None:
 def test_an_unknown_name_is_answered_with_the_datasets_that_there_are(folder: Path) -> None:
     with pytest.raises(CorpusError, match=r"dataset smal: no .* expected pydocs, .*, small, .* mean small"):
         load(folder.with_name("smal"))
+    with pytest.raises(CorpusError, match="dataset smal: no "):
+        load(folder.with_name("smal"), packing="documents")
 
 
 def test_a_path_is_a_dataset_too_and_a_registered_corpus_comes_first(

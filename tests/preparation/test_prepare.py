@@ -325,6 +325,18 @@ def test_cleaning_and_what_it_removed(
         assert line in shown
 
 
+def test_a_copy_of_a_near_duplicate_counts_as_an_exact_duplicate(tmp_path: Path, run: Run) -> None:
+    (tmp_path / "steps.yaml").write_text("- exact_duplicates\n- near_duplicates\n")
+    text = hashlib.sha256(b"text").hexdigest() * 4
+    source = json_lines(tmp_path / "a.jsonl", [text, f"{text}!", f"{text}!", text, "another text", "one more"])
+    assert run(source, "--clean", tmp_path / "steps.yaml") == 0
+    report = read_json(dataset_of(tmp_path).folder / "report.json")
+    assert {step["step"]: step["documents_removed"] for step in report["cleaning"]} == {
+        "exact_duplicates": 2,
+        "near_duplicates": 1,
+    }
+
+
 def test_a_long_document_is_cleaned_in_pieces(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "LONG_CHARACTERS", 500)
     monkeypatch.setattr(reading, "CLEANED_TOGETHER", 300)
@@ -439,7 +451,9 @@ def test_two_processes_preparing_the_same_name(tmp_path: Path, run: Run, capsys:
     source = json_lines(tmp_path / "a.jsonl")
     with work_folder(tmp_path / "sets" / "mine"):
         assert run(source) == 2
-    assert re.search(r"sets/mine: is being prepared by process \d+ on ", error_of(capsys))
+        assert re.search(r"sets/mine: is being prepared by process \d+ on ", error_of(capsys))
+        assert prepare.main(["show", "mine", "--datasets-dir", str(tmp_path / "sets")]) == 2
+        assert re.search(r"mine: is being prepared by process \d+ on ", error_of(capsys))
     assert run(source) == 0
 
 

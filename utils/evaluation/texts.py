@@ -160,7 +160,7 @@ def own_data(trained: Trained, config: DataConfig, root: Path, report: Callable[
     """The validation split of the corpus that a run was trained on.
 
     Args:
-        config: gives the folders of corpora and datasets.
+        config: gives the folders of corpora and datasets; a dataset that is not there may be in the folder of the run.
         root: the folder of the project.
         report: prints one line to the user.
 
@@ -174,6 +174,8 @@ def own_data(trained: Trained, config: DataConfig, root: Path, report: Callable[
     }
     known["data"]["dataset"] = dataset = moved_path(str(settings.get("dataset")), root)
     corpora_dir, datasets_dir = root / config.corpora_dir, root / config.datasets_dir
+    if dataset not in NAMES and find_dataset(dataset, datasets_dir) is None and "datasets_dir" in settings:
+        datasets_dir = root / moved_path(str(settings["datasets_dir"]), root)
     data = with_problems(Config.model_validate(known), corpora_dir)
     block_size = trained.model.config.block_size
     corpus = load_corpus(

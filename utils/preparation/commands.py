@@ -16,7 +16,7 @@ from utils.files import read_json, read_text
 from utils.folders import size_of
 from utils.packing.prepared import verify_shards
 from utils.preparation.report import CARD, REPORT
-from utils.preparation.work import is_being_prepared
+from utils.preparation.work import holder_text, is_being_prepared
 from utils.terminal.tables import plain_table
 from utils.terminal.words import counted, size
 
@@ -85,7 +85,9 @@ def named_dataset(name: str, folder: Path) -> Dataset:
     if (path := find_dataset(name, folder)) is not None:
         return read_dataset(Path(os.path.abspath(path)))
     names = [row["name"] for row in list_datasets(folder)]
-    if name in (unfinished for unfinished, _ in work_folders(folder)):
+    if (work := dict(work_folders(folder)).get(name)) is not None:
+        if is_being_prepared(work):
+            raise UserError(f"{name}: is being prepared by {holder_text(folder / name)}")
         raise UserError(f"{name}: not finished; to continue, repeat the command that began the preparation")
     raise UserError(f"no dataset {name} in {folder}: there is {', '.join(names) or 'none'}{nearest(name, names)}")
 

@@ -98,6 +98,13 @@ class Documents:
         """Document -> the earlier document that it repeats."""
         return find_duplicates(self.fingerprints(), self.compared_text, threshold)
 
+    def copies(self) -> np.ndarray:
+        """(n,) bool: the documents whose text an earlier one has, which may itself be a near-duplicate."""
+        keys = np.concatenate([part.documents["key"] for part in self.parts])
+        is_copy = np.ones(len(keys), dtype=bool)
+        is_copy[np.unique(keys, return_index=True)[1]] = False
+        return is_copy
+
     def split(self, val_fraction: float) -> None:
         """Choose the documents for validation by the hash of their text, so that adding documents moves no others.
 

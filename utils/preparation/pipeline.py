@@ -246,10 +246,9 @@ def _remove_duplicates(options: Preparation, outcome: Outcome, documents: Docume
     documents.remove(repeats)
     outcome.duplicates = len(repeats)
     examples = {"exact_duplicates": 0, "near_duplicates": 0}
-    for number, earlier in repeats.items():
-        (part, index), (other, other_index) = documents.place(number), documents.place(earlier)
-        equal = part.documents["key"][index] == other.documents["key"][other_index]
-        step = "exact_duplicates" if options.exact and equal else "near_duplicates"
+    copies = documents.copies()
+    for number in repeats:
+        step = "exact_duplicates" if options.exact and copies[number] else "near_duplicates"
         examples[step] += 1
         text = documents.compared_text(number) if examples[step] <= EXAMPLES else ""
         outcome.cleaning.add_removed(step, text)
