@@ -194,11 +194,20 @@ def test_where_a_run_came_from_is_told(tmp_path: Path) -> None:
         "train.py --run-tag wide_high-rate --learning-rate 0.003",
         "https://example.org/repo.git",
         "run 20260131_142501_baseline, step 100, relation fork",
-        "at step 200 on 2026-01-31T15:00:00.000+00:00; the run was crashed",
+        "<dt>started</dt><dd>2026-01-31 14:25:01 UTC</dd>",
+        "<dt>ended</dt><dd>2026-01-31 14:25:11 UTC</dd>",
+        "at step 200, 2026-01-31 15:00:00 UTC; the run was crashed",
         RESOLVED["corpus_hash"],
         "python: 3.11.2 (CPython)",
     ):
         assert text in page
+
+
+def test_that_no_run_has_a_sample_is_said_once(tmp_path: Path) -> None:
+    runs = [indexed(tmp_path, name, metrics=training_records([3.0, 2.0])) for name in ("a", "b")]
+    assert report(runs, tmp_path).count("a sample in its log") == 1
+    one = make_run(tmp_path, "c", samples=[{"step": 10, "time": 1.0, "text": "a text"}])
+    assert report([*runs, read_run(one)], tmp_path).count("No sample in its log") == 2
 
 
 def test_the_page_is_whole(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from utils.runs.index import IndexedRun
 from utils.runs.layout import ENVIRONMENT, METRICS_LOG, RECORD, SAMPLES_LOG
 from utils.runs.log import last_record
 from utils.terminal.html import render
-from utils.terminal.words import HEX_COLORS, column_text, duration, loss_text, setting_text
+from utils.terminal.words import HEX_COLORS, column_text, duration, loss_text, setting_text, time_text
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 CHARTS = ("val/loss", "train/loss")  # metrics, one chart each
@@ -156,8 +156,8 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
     resolved, parent = record.get("resolved") or {}, record.get("parent")
     known = {
         "command": shlex.join(map(str, record.get("argv") or [])),
-        "started": record.get("start"),
-        "ended": record.get("end"),
+        "started": record.get("start") and time_text(record["start"]),
+        "ended": record.get("end") and time_text(record["end"]),
         "host": record.get("host"),
         **{f"git {name}": git.get(name) for name in GIT_FACTS},
         "uncommitted changes": None if git.get("dirty") is None else "yes" if git["dirty"] else "no",
@@ -169,7 +169,7 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
     rows = [(name, _value_text(value)) for name, value in known.items() if value not in (None, "")]
     for session in record.get("resumes") or []:
         status = (session.get("before") or {}).get("status")
-        rows.append(("resumed", f"at step {session['step']:,} on {session['time']}; the run was {status}"))
+        rows.append(("resumed", f"at step {session['step']:,}, {time_text(session['time'])}; the run was {status}"))
     return rows
 
 
