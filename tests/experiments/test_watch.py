@@ -74,6 +74,18 @@ def test_a_run_that_has_ended_is_drawn_once(
     assert json.loads(capsys.readouterr().out)["run"] == "run"
 
 
+def test_val_loss_is_smoothed_where_it_is_the_metric_that_was_asked_for(tmp_path: Path) -> None:
+    records = [{**record, "train/loss": record["val/loss"]} for record in training_records([4.0, 1.0])]
+    path = make_run(tmp_path, "run", metrics=records)
+    lines = []
+    for metrics in (["val/loss"], ["train/loss", "val/loss"]):
+        shown = Watch(path, metrics, smooth=0.5)
+        watch(shown, None)
+        lines.append(shown.line)
+    assert "  val/loss 2.0000" in lines[0]
+    assert "  train/loss 2.0000  val/loss 1.0000" in lines[1]
+
+
 def test_a_metric_that_was_never_logged_is_a_mistake_once_the_run_has_ended(tmp_path: Path) -> None:
     path = make_run(tmp_path, "run", metrics=training_records([3.0]))
     with pytest.raises(UserError, match="no run has logged val/los; did you mean val/loss"):

@@ -31,7 +31,7 @@ class Watch:
 
     Args:
         metrics: the metrics to draw; those that are not logged are left out.
-        smooth: see `load_curves`; val/loss is never smoothed.
+        smooth: see `load_curves`; beside another metric, val/loss is not smoothed.
     """
 
     def __init__(self, path: Path, metrics: Sequence[str] = LOSSES, axis: Axis = "step", smooth: float = 0.0) -> None:
@@ -60,8 +60,9 @@ class Watch:
         """
         curves, missing = [], None
         for metric in self.metrics:
+            smooth = self.smooth if metric != "val/loss" or len(self.metrics) == 1 else 0.0
             try:
-                (curve,) = load_curves([self.run], metric, self.axis, self.smooth if metric != "val/loss" else 0.0)
+                (curve,) = load_curves([self.run], metric, self.axis, smooth)
             except UserError as error:  # not logged yet
                 missing = error
                 continue
