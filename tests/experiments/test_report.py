@@ -148,6 +148,20 @@ def test_several_seeds_are_groups_with_mean_band_and_verdict(tmp_path: Path) -> 
     assert 'id="groups"' not in report(runs[::3], tmp_path)  # one seed each
 
 
+def test_a_mean_is_of_the_runs_that_the_table_of_groups_counts(tmp_path: Path) -> None:
+    runs = [
+        indexed(tmp_path, f"run-{seed}", settings={"seed": seed}, metrics=training_records([4.0, seed, 2.0]))
+        for seed in (1, 2, 3)
+    ]
+    early = training_records([9.0, 9.0])
+    runs.append(indexed(tmp_path, "early", status="diverged", settings={"seed": 4}, metrics=early))
+    text = report(runs, tmp_path)
+    assert '<td class="number">3 of 4</td>' in text
+    (band,) = json.loads(re.search(r"const data = (.*);\n", text).group(1))["bands"]  # type: ignore[union-attr]
+    assert (band["name"], band["members"]) == ("run-1: mean of 3", [0, 1, 2, 3])
+    assert (band["axes"]["step"]["x"], band["axes"]["step"]["mean"]) == ([0, 10, 20], [4.0, 2.0, 2.0])
+
+
 def test_runs_with_different_tokenizers_are_judged_by_bits_per_byte(tmp_path: Path) -> None:
     runs = [
         indexed(

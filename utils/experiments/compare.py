@@ -265,8 +265,13 @@ def _names(groups: Sequence[Sequence[IndexedRun]]) -> list[str]:
 
 
 def _tag_of(members: Sequence[IndexedRun]) -> str:
-    first = (_first_of_each_seed(members) or members)[0]
+    first = counted_runs(members)[0]
     return str(first.record.get("tag") or first.id)
+
+
+def counted_runs(members: Sequence[IndexedRun]) -> Sequence[IndexedRun]:
+    """Of the runs of a group, those whose curves are averaged: the first complete one of each seed; if none is, all."""
+    return _first_of_each_seed(members) or members
 
 
 def _first_of_each_seed(members: Sequence[IndexedRun]) -> list[IndexedRun]:
@@ -293,11 +298,9 @@ def _group(name: str, members: Sequence[IndexedRun], curves: dict[Path, Curve]) 
 def _at_equal(groups: Sequence[Sequence[IndexedRun]], curves: dict[Path, Curve]) -> dict[str, Rows]:
     """The metric of each group on each axis, at FRACTIONS of the last place that all runs have reached.
 
-    If a group has complete runs, only the first one of each seed counts: a run that crashed early would otherwise end
-    the tables early.
+    Only the runs of `counted_runs` count: a run that crashed early would otherwise end the tables early.
     """
-    counted = [_first_of_each_seed(group) or group for group in groups]
-    of_groups = [[curves[run.path] for run in group] for group in counted]
+    of_groups = [[curves[run.path] for run in counted_runs(group)] for group in groups]
     every = list(itertools.chain.from_iterable(of_groups))
     tables: dict[str, Rows] = {}
     for axis in AXES:

@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.experiments.bands import band
-from utils.experiments.compare import Comparison, compare
+from utils.experiments.compare import Comparison, compare, counted_runs
 from utils.experiments.comparison_tables import group_cells, verdict_words
 from utils.experiments.curve import AXES, Axis, Curve, read_curve
 from utils.experiments.diff import RunDiff, diff
@@ -76,7 +76,7 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
     ]
     comparison = _comparison(sound)
     data = _chart(described, curves)
-    data["bands"] = _bands(comparison, described, curves, data["axes"]) if comparison else []
+    data["bands"] = _bands(comparison, runs, described, curves, data["axes"]) if comparison else []
     page = render(
         TEMPLATE,
         {"setting": _value_text},
@@ -187,22 +187,27 @@ def _group_rows(comparison: Comparison) -> list[list[str]]:
 
 
 def _bands(
-    comparison: Comparison, runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]], axes: Iterable[Axis]
+    comparison: Comparison,
+    runs: Sequence[IndexedRun],
+    described: Sequence[dict[str, Any]],
+    curves: Sequence[dict[str, Curve]],
+    axes: Iterable[Axis],
 ) -> list[dict[str, Any]]:
-    """The mean and the band of each group of several runs, for each chart and on each axis."""
-    index = {run["path"]: number for number, run in enumerate(runs)}
+    """The mean and the band of each group of several runs that count, for each chart and on each axis."""
+    index = {run.path: number for number, run in enumerate(runs)}
     scales = {axis: x_scale(axis, _longest(curves, axis))[0] for axis in axes}
     found = []
     for group in comparison.groups:
         members = [index[path] for path in group.paths]
+        counted = [index[run.path] for run in counted_runs([runs[number] for number in members])]
         for row, name in enumerate(CHARTS):
-            of_group = [curves[number][name] for number in members]
+            of_group = [curves[number][name] for number in counted]
             bands = {axis: band(of_group, axis) for axis in scales}
             if all(one.places for one in bands.values()):
                 found.append(
                     {
-                        "name": html.escape(f"{group.name}: mean of {len(members)}", quote=False),
-                        "color": runs[members[0]]["color"],
+                        "name": html.escape(f"{group.name}: mean of {len(counted)}", quote=False),
+                        "color": described[members[0]]["color"],
                         "row": row,
                         "members": members,
                         "axes": {
