@@ -199,7 +199,7 @@ def test_a_mistake_in_the_configuration_is_printed_as_training_prints_it(
 
 @pytest.mark.parametrize(
     "words",
-    ["--prove 8 --seed 2", "--prove --seed 2", "--seed 2 --prove=8", "--prove 8 --seed 2 --prove 8", "--seed 2 --prove"],
+    ["--prove 8 --seed 2", "--prove --seed 2", "--seed 2 --prove=8", "--prove 8 --seed 2 --prove 8"],
 )
 def test_the_trainings_get_the_command_line_without_the_flag(words: str) -> None:
     assert without_prove(words.split()) == ["--seed", "2"]
