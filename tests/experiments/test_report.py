@@ -162,6 +162,19 @@ def test_a_mean_is_of_the_runs_that_the_table_of_groups_counts(tmp_path: Path) -
     assert (band["axes"]["step"]["x"], band["axes"]["step"]["mean"]) == ([0, 10, 20], [4.0, 2.0, 2.0])
 
 
+def test_each_mean_has_a_colour_of_its_own(tmp_path: Path) -> None:
+    runs = [
+        indexed(tmp_path, f"{width}-{seed}", settings={"seed": seed, "n_embd": width}, metrics=training_records([3, 2]))
+        for width, seeds in ((32, 4), (64, 4), (96, 3), (128, 1))
+        for seed in range(seeds)
+    ]
+    data = json.loads(re.search(r"const data = (.*);\n", report(runs, tmp_path)).group(1))  # type: ignore[union-attr]
+    color_of = {trace["run"]: trace["color"] for trace in data["traces"]}
+    colors = {band["name"]: band["color"] for band in data["bands"]}
+    assert len({*colors.values(), color_of[11]}) == 4  # there are eight colours: run 8 has that of run 0
+    assert list(colors.values()) == [color_of[0], color_of[4], color_of[9]]
+
+
 def test_runs_with_different_tokenizers_are_judged_by_bits_per_byte(tmp_path: Path) -> None:
     runs = [
         indexed(

@@ -196,9 +196,13 @@ def _bands(
     """The mean and the band of each group of several runs that count, for each chart and on each axis."""
     index = {run.path: number for number, run in enumerate(runs)}
     scales = {axis: x_scale(axis, _longest(curves, axis))[0] for axis in axes}
+    taken = [described[index[group.paths[0]]]["color"] for group in comparison.groups if len(group.paths) == 1]
     found = []
     for group in comparison.groups:
         members = [index[path] for path in group.paths]
+        colors = [described[number]["color"] for number in members]
+        color = next((one for one in (*colors, *HEX_COLORS) if one not in taken), colors[0])
+        taken.append(color)
         counted = [index[run.path] for run in counted_runs([runs[number] for number in members])]
         for row, name in enumerate(CHARTS):
             of_group = [curves[number][name] for number in counted]
@@ -207,7 +211,7 @@ def _bands(
                 found.append(
                     {
                         "name": html.escape(f"{group.name}: mean of {len(counted)}", quote=False),
-                        "color": described[members[0]]["color"],
+                        "color": color,
                         "row": row,
                         "members": members,
                         "axes": {
