@@ -79,7 +79,8 @@ def _against_first(name: str, value: Any, first: Any, index: int) -> Text:
     text = Text(column_text(name, value) or "-")
     if index and isinstance(value, float) and isinstance(first, float) and name.endswith(("loss", "bits_per_byte")):
         delta = value - first
-        text.append(f"  {delta:+.4f}", style="green" if delta < 0 else "red" if delta > 0 else "dim")
+        if math.isfinite(delta):
+            text.append(f"  {delta:+.4f}", style="green" if delta < 0 else "red" if delta > 0 else "dim")
     return text
 
 
