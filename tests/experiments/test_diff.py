@@ -12,7 +12,7 @@ import pytest
 from fake_runs import GIT, RESOLVED, indexed, make_run, write
 
 from utils.errors import UserError
-from utils.experiments.comparison_tables import diff_screen
+from utils.experiments.comparison_tables import column_name, diff_screen
 from utils.experiments.diff import RESULTS, RunDiff, commits_between, diff, parse_environment, patch_difference
 from utils.runs.index import IndexedRun, read_run
 from utils.terminal.console import PrintableConsole
@@ -213,3 +213,7 @@ def test_a_loss_that_is_not_finite_has_no_difference(runs_dir: Path, tmp_path: P
     lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert ["best", "val", "loss", "2.0000", "inf"] in lines
     assert ["last", "val", "loss", "2.5000", "2.0000", "-0.5000"] in lines
+
+
+def test_more_runs_than_letters_have_names_of_two() -> None:
+    assert [column_name(index) for index in (0, 25, 26, 51, 52, 702)] == ["A", "Z", "AA", "AZ", "BA", "AAA"]

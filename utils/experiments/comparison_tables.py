@@ -33,7 +33,7 @@ KINDS: dict[str, str] = {
 
 def diff_screen(diff: RunDiff) -> Iterator[RenderableType]:
     """What differs between runs, likely causes first, and then their results."""
-    letters = [chr(ord("A") + i) for i in range(len(diff.runs))]
+    letters = [column_name(i) for i in range(len(diff.runs))]
     for letter, run in zip(letters, diff.runs, strict=True):
         yield Text.assemble((f"{letter}  ", "bold"), run)
     for name, rows in diff.sections.items():
@@ -58,6 +58,11 @@ def diff_screen(diff: RunDiff) -> Iterator[RenderableType]:
     for letter, (_, logs) in zip(letters[1:], diff.curves, strict=True):
         style = "green" if logs.identical else "red" if logs.problem else ""
         yield Text(f"A and {letter}: {logs}", style=style)
+
+
+def column_name(index: int) -> str:
+    """The name of a column: A, B, ..., Z, AA, AB, ..."""
+    return (column_name(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
 
 
 def _code_diff(diff: RunDiff) -> Iterator[RenderableType]:
