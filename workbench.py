@@ -368,7 +368,7 @@ class Run:
 
     @property
     def summary(self) -> dict[str, float]:
-        """Steps done, last losses and best val/loss, in nats per token and bits per byte, as far as they are known."""
+        """Steps done, last losses, and best val/loss with its step, in nats per token and bits per byte, if known."""
         return self._read.summary()
 
     def metrics(self, name: str) -> list[tuple[int, float]]:

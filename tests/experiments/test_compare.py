@@ -170,6 +170,14 @@ def test_what_is_recorded_and_where_does_not_split_a_group(runs_dir: Path) -> No
             ({"resolved": {**RESOLVED, f"{kind}_hash": "e" * 64}}, f"{kind} eeeeeeeeee, not {kind}")
             for kind in ("corpus", "tokenizer")
         ),
+        (
+            {"settings": {"tokenizer": "byte"}, "resolved": {**RESOLVED, "tokenizer_hash": "another"}},
+            "tokenizer byte, not char",
+        ),
+        (
+            {"settings": {"dataset": "notes.txt"}, "resolved": {**RESOLVED, "corpus_hash": "another"}},
+            "corpus notes.txt, not pydocs",
+        ),
         ({"git": None, "patch": ""}, "commit unknown, not cccccccccc"),
         ({"parent": FORK | {"step": 1234}}, f"first weights of mother at step 1,234 (fork), not {OF_MOTHER}"),
         ({"patch": "".join(map(FILE_PATCH.format, "edcba"))}, "uncommitted code in a, b, c and 2 more"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import pytest
 from fake_runs import GIT, RESOLVED, indexed, make_run, write
 
 from utils.errors import UserError
+from utils.experiments.comparison_tables import column_name, diff_screen
 from utils.experiments.diff import RESULTS, RunDiff, commits_between, diff, parse_environment, patch_difference
 from utils.runs.index import IndexedRun, read_run
+from utils.terminal.console import PrintableConsole
 
 LOSSES = [{"step": step, "time": 1.0 * step, "train/loss": 4.0 - step / 7} for step in range(6)]
 
@@ -200,3 +203,17 @@ def test_an_absent_patch_is_an_empty_one(runs_dir: Path) -> None:
     runs = [indexed(runs_dir, "a"), indexed(runs_dir, "b")]
     (runs[0].path / "meta" / "code.patch").unlink()
     assert patch_difference(runs) == []
+
+
+def test_a_loss_that_is_not_finite_has_no_difference(runs_dir: Path, tmp_path: Path) -> None:
+    first, second = indexed(runs_dir, "a"), indexed(runs_dir, "b", summary={"best_val_loss": "inf", "val/loss": 2.0})
+    console = PrintableConsole(file=io.StringIO(), width=80)
+    for part in diff_screen(diff([first, second], tmp_path)):
+        console.print(part)
+    lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert ["best", "val", "loss", "2.0000", "inf"] in lines
+    assert ["last", "val", "loss", "2.5000", "2.0000", "-0.5000"] in lines
+
+
+def test_more_runs_than_letters_have_names_of_two() -> None:
+    assert [column_name(index) for index in (0, 25, 26, 51, 52, 702)] == ["A", "Z", "AA", "AZ", "BA", "AAA"]

@@ -20,7 +20,7 @@ import train
 from utils.config.loader import LoadedConfig
 from utils.config.settings import Config
 from utils.experiments import prove as module
-from utils.experiments.prove import Proof, Prover, proof_lines, prove
+from utils.experiments.prove import Proof, Prover, proof_lines, prove, without_prove
 from utils.training import witness
 from utils.training.callbacks import Callback, TrainingRun
 
@@ -195,6 +195,14 @@ def test_a_mistake_in_the_configuration_is_printed_as_training_prints_it(
     monkeypatch.setattr(Prover, "_session", session)
     assert train.main([*tiny_argv("--max-iters", "40"), "--prove=10"]) == 2
     assert capsys.readouterr().err == "error: --dataset gone.txt: no such file\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--prove 8 --seed 2", "--prove --seed 2", "--seed 2 --prove=8", "--prove 8 --seed 2 --prove 8"],
+)
+def test_the_trainings_get_the_command_line_without_the_flag(words: str) -> None:
+    assert without_prove(words.split()) == ["--seed", "2"]
 
 
 def test_the_first_thing_that_differs_is_named() -> None:

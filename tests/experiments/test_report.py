@@ -148,6 +148,33 @@ def test_several_seeds_are_groups_with_mean_band_and_verdict(tmp_path: Path) -> 
     assert 'id="groups"' not in report(runs[::3], tmp_path)  # one seed each
 
 
+def test_a_mean_is_of_the_runs_that_the_table_of_groups_counts(tmp_path: Path) -> None:
+    runs = [
+        indexed(tmp_path, f"run-{seed}", settings={"seed": seed}, metrics=training_records([4.0, seed, 2.0]))
+        for seed in (1, 2, 3)
+    ]
+    early = training_records([9.0, 9.0])
+    runs.append(indexed(tmp_path, "early", status="diverged", settings={"seed": 4}, metrics=early))
+    text = report(runs, tmp_path)
+    assert '<td class="number">3 of 4</td>' in text
+    (band,) = json.loads(re.search(r"const data = (.*);\n", text).group(1))["bands"]  # type: ignore[union-attr]
+    assert (band["name"], band["members"]) == ("run-1: mean of 3", [0, 1, 2, 3])
+    assert (band["axes"]["step"]["x"], band["axes"]["step"]["mean"]) == ([0, 10, 20], [4.0, 2.0, 2.0])
+
+
+def test_each_mean_has_a_colour_of_its_own(tmp_path: Path) -> None:
+    runs = [
+        indexed(tmp_path, f"{width}-{seed}", settings={"seed": seed, "n_embd": width}, metrics=training_records([3, 2]))
+        for width, seeds in ((32, 4), (64, 4), (96, 3), (128, 1))
+        for seed in range(seeds)
+    ]
+    data = json.loads(re.search(r"const data = (.*);\n", report(runs, tmp_path)).group(1))  # type: ignore[union-attr]
+    color_of = {trace["run"]: trace["color"] for trace in data["traces"]}
+    colors = {band["name"]: band["color"] for band in data["bands"]}
+    assert len({*colors.values(), color_of[11]}) == 4  # there are eight colours: run 8 has that of run 0
+    assert list(colors.values()) == [color_of[0], color_of[4], color_of[9]]
+
+
 def test_runs_with_different_tokenizers_are_judged_by_bits_per_byte(tmp_path: Path) -> None:
     runs = [
         indexed(
@@ -194,11 +221,20 @@ def test_where_a_run_came_from_is_told(tmp_path: Path) -> None:
         "train.py --run-tag wide_high-rate --learning-rate 0.003",
         "https://example.org/repo.git",
         "run 20260131_142501_baseline, step 100, relation fork",
-        "at step 200 on 2026-01-31T15:00:00.000+00:00; the run was crashed",
+        "<dt>started</dt><dd>2026-01-31 14:25:01 UTC</dd>",
+        "<dt>ended</dt><dd>2026-01-31 14:25:11 UTC</dd>",
+        "at step 200, 2026-01-31 15:00:00 UTC; the run was crashed",
         RESOLVED["corpus_hash"],
         "python: 3.11.2 (CPython)",
     ):
         assert text in page
+
+
+def test_that_no_run_has_a_sample_is_said_once(tmp_path: Path) -> None:
+    runs = [indexed(tmp_path, name, metrics=training_records([3.0, 2.0])) for name in ("a", "b")]
+    assert report(runs, tmp_path).count("a sample in its log") == 1
+    one = make_run(tmp_path, "c", samples=[{"step": 10, "time": 1.0, "text": "a text"}])
+    assert report([*runs, read_run(one)], tmp_path).count("No sample in its log") == 2
 
 
 def test_the_page_is_whole(tmp_path: Path) -> None:

@@ -7,12 +7,13 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_runs import make_run, training_records, write
+from fake_runs import indexed, make_run, training_records, write
 
 from utils.errors import UserError
 from utils.experiments.sql import RunDatabase, choose_runs
@@ -258,16 +259,30 @@ def test_the_name_of_a_table_expression_opens_nothing_else(
         database.select(query.format(file=secret, log=runs_dir / "one" / "logs" / "metrics.jsonl"))
 
 
+def chosen(database: RunDatabase, where: str | None = None, order: str | None = None) -> list[str]:
+    """The ids of the chosen runs."""
+    return [run.id for run in database.choose(where, order)]
+
+
+def test_copies_of_a_run_are_chosen_each_for_itself(tmp_path: Path) -> None:
+    copies = [indexed(tmp_path / place, "run", summary={"best_val_loss": loss}) for place, loss in (("a", 2), ("b", 1))]
+    assert choose_runs(copies, "val_loss > 1.5") == copies[:1]
+    assert choose_runs(copies, order="val_loss") == copies[::-1]
+    assert choose_runs(copies, "true") == copies
+    mine = replace(copies[0], settings={"RowID": 7})  # the name of a column of DuckDB's own
+    assert choose_runs([mine], "id = 'run'") == [mine]
+
+
 def test_runs_are_chosen_by_condition_order_and_limit(database: RunDatabase) -> None:
-    assert database.choose() == ["bad", "one", "two"]
-    assert database.choose("val_loss < 1.5") == ["two"]
-    assert database.choose("val_loss < 1.5 OR seed = 1", "val_loss") == ["two", "one"]
-    assert database.choose(order="val_loss DESC") == ["one", "two", "bad"]
-    assert database.choose(order="status, seed desc")[:2] == ["two", "one"]
-    assert database.choose(order="val_loss")[:1] == ["two"]
-    assert database.choose("id IN (SELECT run FROM metrics WHERE val_loss < 1.5)") == ["two"]
-    assert database.choose("true -- all of them", "id") == ["bad", "one", "two"]
-    assert database.choose("false") == []
+    assert chosen(database) == ["bad", "one", "two"]
+    assert chosen(database, "val_loss < 1.5") == ["two"]
+    assert chosen(database, "val_loss < 1.5 OR seed = 1", "val_loss") == ["two", "one"]
+    assert chosen(database, order="val_loss DESC") == ["one", "two", "bad"]
+    assert chosen(database, order="status, seed desc")[:2] == ["two", "one"]
+    assert chosen(database, order="val_loss")[:1] == ["two"]
+    assert chosen(database, "id IN (SELECT run FROM metrics WHERE val_loss < 1.5)") == ["two"]
+    assert chosen(database, "true -- all of them", "id") == ["bad", "one", "two"]
+    assert chosen(database, "false") == []
 
 
 @pytest.mark.parametrize(
@@ -288,12 +303,12 @@ def test_a_condition_has_the_columns_that_it_names_in_whatever_way(runs_dir: Pat
         write(run / CONFIG, config)
     database = RunDatabase(read_index(runs_dir))
     assert database.select(f"SELECT id FROM runs WHERE {where}").rows == [("two",)]
-    assert database.choose(where) == ["two"]
+    assert chosen(database, where) == ["two"]
 
 
 @pytest.mark.parametrize("order", ["coalesce(val_loss, 9) DESC, id", "round(val_loss, 2), id"])
 def test_an_order_may_call_a_function(database: RunDatabase, order: str) -> None:
-    assert len(database.choose(order=order)) == 3
+    assert len(chosen(database, order=order)) == 3
 
 
 @pytest.mark.parametrize(
@@ -315,7 +330,7 @@ def test_an_order_may_call_a_function(database: RunDatabase, order: str) -> None
 )
 def test_a_condition_that_is_more_than_a_condition_is_refused(database: RunDatabase, secret: Path, where: str) -> None:
     with pytest.raises(UserError):
-        database.choose(where.format(file=secret))
+        chosen(database, where.format(file=secret))
 
 
 @pytest.mark.parametrize(
@@ -332,11 +347,11 @@ def test_an_order_that_is_more_than_an_order_is_refused_or_without_effect(
     database: RunDatabase, secret: Path, order: str
 ) -> None:
     try:
-        chosen = database.choose(order=order.format(file=secret))
+        found = chosen(database, order=order.format(file=secret))
     except UserError:
         return
     assert order.startswith("id --")
-    assert chosen == ["bad", "one", "two"]
+    assert found == ["bad", "one", "two"]
 
 
 @pytest.mark.parametrize("name", ["it's", 'a"b', "a b", "üb", "$x", "a[b]c", "a?", "{a,b}", "a;b--"])
@@ -451,8 +466,8 @@ def test_now_and_start_are_of_one_zone(runs_dir: Path, monkeypatch: pytest.Monke
             start = (now - timedelta(seconds=age)).isoformat()
             make_run(runs_dir, name, start=start)
         found = RunDatabase(read_index(runs_dir))
-        assert found.choose("start > now() - INTERVAL 5 MINUTE") == ["new"]
-        assert found.choose("start > now() - INTERVAL 2 HOUR", "id") == ["new", "old"]
+        assert chosen(found, "start > now() - INTERVAL 5 MINUTE") == ["new"]
+        assert chosen(found, "start > now() - INTERVAL 2 HOUR", "id") == ["new", "old"]
     finally:
         monkeypatch.undo()
         time.tzset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -72,6 +73,37 @@ def test_a_run_that_has_ended_is_drawn_once(
     assert "train/loss" not in out  # it was not logged
     assert experiments.main(["watch", "run", "--runs-dir", str(tmp_path), "--json"]) == expected
     assert json.loads(capsys.readouterr().out)["run"] == "run"
+
+
+def test_a_run_that_failed_before_its_first_loss_has_its_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path, "run", status="failed", metrics=[])
+    assert experiments.main(["watch", "run", "--runs-dir", str(tmp_path)]) == 1
+    assert "failed" in (out := capsys.readouterr().out)
+    assert "no finite loss in its log" in out
+
+
+def test_a_run_that_is_deleted_while_it_is_watched_is_said_to_be_gone(tmp_path: Path) -> None:
+    path = make_run(tmp_path, "run", status="running", metrics=training_records([3.0, 2.0]))
+    shown = Watch(path)
+    with held_lock(path):
+        assert shown.refresh()
+        shutil.rmtree(path)
+    assert not shown.refresh()
+    assert "damaged: it is gone: no such run directory" in shown.line
+
+
+def test_val_loss_is_smoothed_where_it_is_the_metric_that_was_asked_for(tmp_path: Path) -> None:
+    records = [{**record, "train/loss": record["val/loss"]} for record in training_records([4.0, 1.0])]
+    path = make_run(tmp_path, "run", metrics=records)
+    lines = []
+    for metrics in (["val/loss"], ["train/loss", "val/loss"]):
+        shown = Watch(path, metrics, smooth=0.5)
+        watch(shown, None)
+        lines.append(shown.line)
+    assert "  val/loss 2.0000" in lines[0]
+    assert "  train/loss 2.0000  val/loss 1.0000" in lines[1]
 
 
 def test_a_metric_that_was_never_logged_is_a_mistake_once_the_run_has_ended(tmp_path: Path) -> None:

@@ -202,6 +202,27 @@ def test_a_group_has_the_same_colour_in_all_charts(page: Page) -> None:
     assert len(colours) == 1
 
 
+def test_a_group_that_cannot_be_drawn_says_why(page: Page) -> None:
+    facts = {"key": "seed=1", "name": "seed=1", "runs": ["run0", "run1"], "cursor": "0.0", "x": [], "y": []}
+    answer = {"metric": "val/loss", "label": "val/loss", "groups": [{**facts, "not_finite": 0, "problem": "apart"}]}
+    page.route("**/api/curves?*", lambda route: route.fulfill(json=answer))
+    visit(page, "/runs?group=seed", "no_mean")
+    expect(page.locator("canvas").first).to_have_attribute("aria-label", "val/loss: no group has a mean")
+    expect(page.locator(".chart-note").first).to_have_text("seed=1: apart")
+
+
+def test_a_loss_that_is_not_finite_leaves_its_column_one_of_numbers(page: Page) -> None:
+    def answer(route: Route) -> None:
+        table = route.fetch().json()
+        for row in table["rows"]:
+            row[5 + table["columns"].index("val_loss")] = "inf" if row is table["rows"][0] else 2.0
+        route.fulfill(json=table)
+
+    page.route("**/api/runs*", answer)
+    visit(page, "/runs", "not_finite")
+    assert page.locator("#table td.number", has_text="2.0000").count() == 8
+
+
 @pytest.mark.parametrize(("lost", "says"), [(3, "no value of val/loss is finite"), (0, "val/loss is not logged")])
 def test_a_chart_without_points_says_why(page: Page, lost: int, says: str) -> None:
     curve = {"run": "run0", "cursor": "0.0", "x": [], "y": [], "not_finite": lost}

@@ -160,6 +160,15 @@ def test_groups_are_the_mean_and_the_deviation_over_their_runs(tmp_path: Path) -
     assert (second["runs"], second["y"], "low" in second) == (["r2"], [9, 10, 11, 12, 13], False)
 
 
+def test_a_group_whose_runs_share_no_step_says_so(tmp_path: Path) -> None:
+    runs = [
+        indexed(tmp_path, name, metrics=[{"step": i, "time": 1.0, "val/loss": 1.0} for i in steps])
+        for name, steps in (("crashed", (0, 10)), ("fork", (20, 30)))
+    ]
+    (group,) = chart(runs, SeriesStore(), ChartRequest("val/loss", group="learning_rate"))["groups"]
+    assert (group["x"], group["problem"]) == ([], "its 2 runs share no part of the axis, so they have no mean")
+
+
 def test_a_zoomed_chart_has_more_points_of_a_part(tmp_path: Path) -> None:
     run = indexed(tmp_path, metrics=[{"step": i, "time": float(i), "x": i % 7} for i in range(5000)])
     request = ChartRequest("x", points=200, start=100.0, end=150.0)

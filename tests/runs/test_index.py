@@ -371,10 +371,14 @@ def test_the_best_loss_of_a_run_that_crashed_is_no_nan(runs_dir: Path) -> None:
 
 
 def test_a_resumed_run_shows_its_log_and_not_its_first_end(runs_dir: Path) -> None:
-    run = make_run(runs_dir, "run", status="running", last_step=10, metrics=training_records([4.0, 3.0, 1.0], 450))
+    metrics = training_records([4.0, 1.0, 3.0], 450)
+    run = make_run(runs_dir, "run", status="running", last_step=10, best_step=10, metrics=metrics)
     with held_lock(run):
         row = read_run(run).row()
-    assert [row[key] for key in ("status", "steps", "val_loss", "last_val_loss")] == ["running", 900, 1.0, 1.0]
+    crashed = read_run(run).row()
+    facts = ("status", "steps", "val_loss", "best_step", "last_val_loss")
+    assert [row[key] for key in facts] == ["running", 900, 1.0, 450, 3.0]
+    assert [crashed[key] for key in facts] == ["crashed", 900, 1.0, 450, 3.0]
 
 
 def test_nonfinite_losses_of_the_summary_are_numbers(runs_dir: Path) -> None:

@@ -82,6 +82,7 @@ def test_values_that_can_be_counted(tmp_path: Path) -> None:
         ("dropout: {log: [0, 0.5]}", "dropout: log: expected bounds above 0, got 0"),
         ("n_layer: {range: [1, 4, 0]}", "the step must be above 0, not 0"),
         ("n_layer: {range: [1, 4, 9]}", "the step 9 is wider than the range, 1 to 4"),
+        ("n_layer: [1, 2]", "n_layer: expected {choice: [1, 2]} for a search, or one value, got a list"),
         ("n_layer: {range: [1, 2.5]}", "expected whole numbers, got [1, 2.5]"),
         ("n_layer: {range: [0, 4]}", "n_layer: expected integer >= 1"),
         ("n_layer: {range: [a, 4]}", "expected [LOW, HIGH] or [LOW, HIGH, STEP], got ['a', 4]"),

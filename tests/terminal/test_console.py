@@ -92,6 +92,20 @@ def test_the_remaining_time_counts_evaluations_apart_from_steps(
     assert "estimated: 1:24 min for the 89 steps left" in shown(terminal)
 
 
+def test_the_remaining_time_is_that_until_the_step_at_which_the_session_stops(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    clock = {"monotonic": lambda: now[0], "time": int, "localtime": int, "strftime": lambda *_: "12:00"}
+    monkeypatch.setattr(progress, "time", SimpleNamespace(**clock))
+    display = TrainingProgress(terminal, total=1000, stop_at=40)
+    for step in range(1, 12):
+        now[0] += 1.0
+        display.update(step)
+    assert "estimated: 29 s for the 29 steps left" in shown(terminal)
+    assert display._times(40)["remaining"] == "0 s"
+
+
 def test_a_training_that_is_asked_to_stop_is_not_estimated(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     now, stop = [1000.0], StopRequest()
     clock = {"monotonic": lambda: now[0], "time": int, "localtime": int, "strftime": lambda *_: "12:00"}

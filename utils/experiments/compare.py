@@ -33,6 +33,7 @@ from utils.terminal.words import HASH_LENGTH, setting_text
 SEEDS_NEEDED = 3  # in each group, for a verdict
 LEVEL = 0.05  # probability of a false alarm in one verdict
 UNCOMMITTED = "uncommitted code"
+SETTING_OF_HASH = {"corpus": "dataset", "tokenizer": "tokenizer"}  # which setting names what a hash identifies
 FILES_SHOWN = 3  # how many of the files are named in which the code of two groups differs
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # of the last place that all runs have reached; values are compared there
 Rows = list[tuple[float, list[float | None]]]  # (place, one value for each group)
@@ -242,6 +243,10 @@ def _difference(key: str, before: Any, after: Any, first: IndexedRun, second: In
         files = differing_files(uncommitted_code(first), uncommitted_code(second))
         more = f" and {len(files) - FILES_SHOWN} more" if len(files) > FILES_SHOWN else ""
         return f"{key} in {', '.join(files[:FILES_SHOWN])}{more}" if files else key
+    if key in SETTING_OF_HASH:
+        names = [setting_text(run.settings.get(SETTING_OF_HASH[key])) for run in (first, second)]
+        if names[0] != names[1]:
+            return f"{key} {names[1]}, not {names[0]}"
     return f"{key} {_fact_text(key, after)}, not {_fact_text(key, before)}"
 
 
@@ -265,8 +270,13 @@ def _names(groups: Sequence[Sequence[IndexedRun]]) -> list[str]:
 
 
 def _tag_of(members: Sequence[IndexedRun]) -> str:
-    first = (_first_of_each_seed(members) or members)[0]
+    first = counted_runs(members)[0]
     return str(first.record.get("tag") or first.id)
+
+
+def counted_runs(members: Sequence[IndexedRun]) -> Sequence[IndexedRun]:
+    """Of the runs of a group, those whose curves are averaged: the first complete one of each seed; if none is, all."""
+    return _first_of_each_seed(members) or members
 
 
 def _first_of_each_seed(members: Sequence[IndexedRun]) -> list[IndexedRun]:
@@ -293,11 +303,9 @@ def _group(name: str, members: Sequence[IndexedRun], curves: dict[Path, Curve]) 
 def _at_equal(groups: Sequence[Sequence[IndexedRun]], curves: dict[Path, Curve]) -> dict[str, Rows]:
     """The metric of each group on each axis, at FRACTIONS of the last place that all runs have reached.
 
-    If a group has complete runs, only the first one of each seed counts: a run that crashed early would otherwise end
-    the tables early.
+    Only the runs of `counted_runs` count: a run that crashed early would otherwise end the tables early.
     """
-    counted = [_first_of_each_seed(group) or group for group in groups]
-    of_groups = [[curves[run.path] for run in group] for group in counted]
+    of_groups = [[curves[run.path] for run in counted_runs(group)] for group in groups]
     every = list(itertools.chain.from_iterable(of_groups))
     tables: dict[str, Rows] = {}
     for axis in AXES:

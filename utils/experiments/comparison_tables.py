@@ -33,7 +33,7 @@ KINDS: dict[str, str] = {
 
 def diff_screen(diff: RunDiff) -> Iterator[RenderableType]:
     """What differs between runs, likely causes first, and then their results."""
-    letters = [chr(ord("A") + i) for i in range(len(diff.runs))]
+    letters = [column_name(i) for i in range(len(diff.runs))]
     for letter, run in zip(letters, diff.runs, strict=True):
         yield Text.assemble((f"{letter}  ", "bold"), run)
     for name, rows in diff.sections.items():
@@ -60,6 +60,11 @@ def diff_screen(diff: RunDiff) -> Iterator[RenderableType]:
         yield Text(f"A and {letter}: {logs}", style=style)
 
 
+def column_name(index: int) -> str:
+    """The name of a column: A, B, ..., Z, AA, AB, ..."""
+    return (column_name(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+
+
 def _code_diff(diff: RunDiff) -> Iterator[RenderableType]:
     if diff.commits:
         yield Group("", title("Commits (< only in A, > only in the other)"), *map(Text, diff.commits))
@@ -79,7 +84,8 @@ def _against_first(name: str, value: Any, first: Any, index: int) -> Text:
     text = Text(column_text(name, value) or "-")
     if index and isinstance(value, float) and isinstance(first, float) and name.endswith(("loss", "bits_per_byte")):
         delta = value - first
-        text.append(f"  {delta:+.4f}", style="green" if delta < 0 else "red" if delta > 0 else "dim")
+        if math.isfinite(delta):
+            text.append(f"  {delta:+.4f}", style="green" if delta < 0 else "red" if delta > 0 else "dim")
     return text
 
 

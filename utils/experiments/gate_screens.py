@@ -11,7 +11,7 @@ from utils.experiments.bisect import Bisection
 from utils.experiments.gate import GateAnswer
 from utils.experiments.noise import PAIRED, Noise
 from utils.terminal.tables import plain_table, title
-from utils.terminal.words import counted, duration, fact_lines, loss_text, setting_text
+from utils.terminal.words import counted, duration, fact_lines, loss_text, setting_text, time_text
 
 VERDICT_STYLES = {"keep": "green", "discard": "red", "unsure": "yellow"}
 MANY = 20  # comparisons: from then on a verdict by chance is likely among them
@@ -35,7 +35,7 @@ def gate_screen(answer: GateAnswer) -> Iterator[RenderableType]:
         rows.append(("wanted", f"more than {answer.min_effect:g}"))
     rows.append(("cost", f"{counted(answer.trained, 'run')} trained in {duration(answer.seconds)}"))
     if answer.before:
-        rows.append(("ledger", f"this was compared before, at {answer.before}; it is not tried again"))
+        rows.append(("ledger", f"this was compared before, at {time_text(answer.before)}; it is not tried again"))
     if answer.compared >= MANY:
         words = f"{answer.compared:,} comparisons: without any effect, one in twenty gets a verdict by chance"
         rows.append(("ledger", words))

@@ -33,6 +33,7 @@ from utils.terminal.commands import print_json
 from utils.terminal.config_flags import ExperimentArguments
 from utils.terminal.words import printable
 
+FLAG = "--prove"
 LEAST_STEPS = 8
 KILLS = 2
 FORGETFUL = "state of a callback that its state_dict does not save"
@@ -244,6 +245,16 @@ def proof_lines(proof: Proof) -> Iterator[str]:
         yield f"likely cause: {cause}"
 
 
+def without_prove(words: Sequence[str]) -> list[str]:
+    """A command line without --prove and its value, however often it is given."""
+    before = ("", *words)
+    return [
+        word
+        for word, previous in zip(words, before, strict=False)
+        if word.partition("=")[0] != FLAG and not (previous == FLAG and not word.startswith("-"))
+    ]
+
+
 def prove_command(argv: Sequence[str], parsed: ExperimentArguments) -> int:
     """`train.py --prove`: prove the configuration of a command line.
 
@@ -258,11 +269,9 @@ def prove_command(argv: Sequence[str], parsed: ExperimentArguments) -> int:
         raise UserError("--prove is about a new run: leave --resume out")
     if not own.prove.isascii() or not own.prove.isdigit():
         raise UserError(f"--prove: expected a number of steps >= {LEAST_STEPS}, got {own.prove}")
-    config, words = parsed.load().config, list(argv)
-    place = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--prove")
-    del words[place : place + (1 if "=" in words[place] or words[place + 1 : place + 2] != [own.prove] else 2)]
+    config = parsed.load().config
     try:
-        proof = prove(words, config, PROJECT_ROOT, int(own.prove), sys.stderr if own.json else sys.stdout)
+        proof = prove(without_prove(argv), config, PROJECT_ROOT, int(own.prove), sys.stderr if own.json else sys.stdout)
     except SessionError as error:
         print(printable(error.output.strip()), file=sys.stderr)
         return error.status if error.status in (1, 2) else 1

@@ -12,7 +12,7 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.experiments.bands import band
-from utils.experiments.compare import Comparison, compare
+from utils.experiments.compare import Comparison, compare, counted_runs
 from utils.experiments.comparison_tables import group_cells, verdict_words
 from utils.experiments.curve import AXES, Axis, Curve, read_curve
 from utils.experiments.diff import RunDiff, diff
@@ -26,7 +26,7 @@ from utils.runs.index import IndexedRun
 from utils.runs.layout import ENVIRONMENT, METRICS_LOG, RECORD, SAMPLES_LOG
 from utils.runs.log import last_record
 from utils.terminal.html import render
-from utils.terminal.words import HEX_COLORS, column_text, duration, loss_text, setting_text
+from utils.terminal.words import HEX_COLORS, column_text, duration, loss_text, setting_text, time_text
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 CHARTS = ("val/loss", "train/loss")  # metrics, one chart each
@@ -76,7 +76,7 @@ def write_report(runs: Sequence[IndexedRun], out: Path, root: Path) -> None:
     ]
     comparison = _comparison(sound)
     data = _chart(described, curves)
-    data["bands"] = _bands(comparison, described, curves, data["axes"]) if comparison else []
+    data["bands"] = _bands(comparison, runs, described, curves, data["axes"]) if comparison else []
     page = render(
         TEMPLATE,
         {"setting": _value_text},
@@ -156,8 +156,8 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
     resolved, parent = record.get("resolved") or {}, record.get("parent")
     known = {
         "command": shlex.join(map(str, record.get("argv") or [])),
-        "started": record.get("start"),
-        "ended": record.get("end"),
+        "started": record.get("start") and time_text(record["start"]),
+        "ended": record.get("end") and time_text(record["end"]),
         "host": record.get("host"),
         **{f"git {name}": git.get(name) for name in GIT_FACTS},
         "uncommitted changes": None if git.get("dirty") is None else "yes" if git["dirty"] else "no",
@@ -169,7 +169,7 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
     rows = [(name, _value_text(value)) for name, value in known.items() if value not in (None, "")]
     for session in record.get("resumes") or []:
         status = (session.get("before") or {}).get("status")
-        rows.append(("resumed", f"at step {session['step']:,} on {session['time']}; the run was {status}"))
+        rows.append(("resumed", f"at step {session['step']:,}, {time_text(session['time'])}; the run was {status}"))
     return rows
 
 
@@ -187,22 +187,31 @@ def _group_rows(comparison: Comparison) -> list[list[str]]:
 
 
 def _bands(
-    comparison: Comparison, runs: Sequence[dict[str, Any]], curves: Sequence[dict[str, Curve]], axes: Iterable[Axis]
+    comparison: Comparison,
+    runs: Sequence[IndexedRun],
+    described: Sequence[dict[str, Any]],
+    curves: Sequence[dict[str, Curve]],
+    axes: Iterable[Axis],
 ) -> list[dict[str, Any]]:
-    """The mean and the band of each group of several runs, for each chart and on each axis."""
-    index = {run["path"]: number for number, run in enumerate(runs)}
+    """The mean and the band of each group of several runs that count, for each chart and on each axis."""
+    index = {run.path: number for number, run in enumerate(runs)}
     scales = {axis: x_scale(axis, _longest(curves, axis))[0] for axis in axes}
+    taken = [described[index[group.paths[0]]]["color"] for group in comparison.groups if len(group.paths) == 1]
     found = []
     for group in comparison.groups:
         members = [index[path] for path in group.paths]
+        colors = [described[number]["color"] for number in members]
+        color = next((one for one in (*colors, *HEX_COLORS) if one not in taken), colors[0])
+        taken.append(color)
+        counted = [index[run.path] for run in counted_runs([runs[number] for number in members])]
         for row, name in enumerate(CHARTS):
-            of_group = [curves[number][name] for number in members]
+            of_group = [curves[number][name] for number in counted]
             bands = {axis: band(of_group, axis) for axis in scales}
             if all(one.places for one in bands.values()):
                 found.append(
                     {
-                        "name": html.escape(f"{group.name}: mean of {len(members)}", quote=False),
-                        "color": runs[members[0]]["color"],
+                        "name": html.escape(f"{group.name}: mean of {len(counted)}", quote=False),
+                        "color": color,
                         "row": row,
                         "members": members,
                         "axes": {

@@ -7,7 +7,6 @@ metrics   one row for each record of metrics.jsonl: run, step, time, and every m
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -34,6 +33,7 @@ TABLE_FUNCTIONS = ("unnest", "range", "generate_series")  # others read files or
 READING = ("SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE")  # the nodes of a query that reads
 EXPRESSION_NAME = re.compile(r"(?!duckdb_|pg_|sqlite_|pragma_)[a-z_][a-z0-9_]*")
 MEMORY_LIMIT = "1GB"
+ROW = "rowid"  # the pseudo-column of DuckDB: the number of a row, in the order of the runs
 FILE_COLUMN = "__file"  # not the name of a metric
 COORDINATES = {"step": "BIGINT", "time": "DOUBLE", "tokens": "BIGINT"}
 
@@ -64,7 +64,7 @@ class RunDatabase:
 
     def __init__(self, runs: Sequence[IndexedRun], seconds: float | None = None) -> None:
         self._runs, self._seconds = runs, seconds
-        self._keys = dict.fromkeys(filter(None, itertools.chain.from_iterable(run.settings for run in runs)))
+        self._keys = dict.fromkeys(key for run in runs for key in run.settings if key.lower() not in ("", ROW))
         self._columns = list(dict.fromkeys([*FACTS, *map(str.lower, self._keys)]))  # DuckDB ignores case
 
     def select(self, query: str) -> QueryResult:
@@ -150,16 +150,16 @@ class RunDatabase:
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
 
-    def choose(self, where: str | None = None, order: str | None = None) -> list[str]:
-        """Ids of the runs that fulfil the SQL condition `where`, sorted by `order` (NULL values last).
+    def choose(self, where: str | None = None, order: str | None = None) -> list[IndexedRun]:
+        """The runs that fulfil the SQL condition `where`, sorted by `order` (NULL values last) or as given.
 
         Raises:
             SqlError: as for `select`.
         """
-        clauses = [f"WHERE ({where}\n)" if where else "", f"ORDER BY {order}\n" if order else ""]
-        query = " ".join(["SELECT id FROM runs", *clauses])
+        clauses = [f"WHERE ({where}\n)" if where else "", f"ORDER BY {order or ROW}\n"]
+        query = " ".join([f"SELECT {ROW} FROM runs", *clauses])  # copies of a run have the same id
         words = f"{where or ''} {order or ''}".lower()
-        return [row[0] for row in self._select(query, ["SELECT_NODE"], self._used(words)).rows]
+        return [self._runs[row[0]] for row in self._select(query, ["SELECT_NODE"], self._used(words)).rows]
 
     def _used(self, words: str) -> Collection[str]:
         """The columns that a condition or order (in lower case) may use: those whose names it contains, or all.
@@ -182,13 +182,7 @@ def choose_runs(
     Raises:
         SqlError: `where` or `order` is not valid SQL over the columns of a run, or takes longer than `seconds`.
     """
-    if where or order:
-        ids = RunDatabase(runs, seconds).choose(where, order)
-        chosen = {name: i for i, name in enumerate(ids)}
-        runs = [run for run in runs if run.id in chosen]
-        if order:
-            runs.sort(key=lambda run: chosen[run.id])
-    return list(runs)
+    return RunDatabase(runs, seconds).choose(where, order) if where or order else list(runs)
 
 
 def _check_sources(query: str, connection: duckdb.DuckDBPyConnection) -> str:

@@ -33,6 +33,7 @@ from utils.terminal.words import (
     rough_duration,
     setting_text,
     size,
+    time_text,
 )
 
 UNLIMITED = 10_000  # columns of a line if no terminal limits it
@@ -275,8 +276,7 @@ def result_facts(run: IndexedRun) -> Iterator[tuple[str, str]]:
     for name in ("tag", "tags", "note"):
         yield name, column_text(name, row[name])
     yield "pinned", "yes" if row["pinned"] else ""
-    started = f"{record.get('start', '')[:19].replace('T', ' ')} UTC"
-    yield "started", f"{started}, {rough_duration(row['age'])} ago" if row["age"] else ""
+    yield "started", f"{time_text(record['start'])}, {rough_duration(row['age'])} ago" if row["age"] else ""
     yield "duration", column_text("duration", row["duration"])
     yield "steps", f"{row['steps']:,} of {resolved['max_iters']:,}" if row["steps"] and "max_iters" in resolved else ""
     best = loss_text(row["val_loss"])
@@ -352,7 +352,7 @@ def check_screen(run: str, found: SealCheck) -> Iterator[RenderableType]:
     for what in ("changed", "missing", "added", "damaged"):
         for name in getattr(found, what):
             yield f"{what:<8} {one_line(name)}"
-    sealed = f"{counted(found.files, 'file')} sealed at {found.sealed[:19].replace('T', ' ')} UTC"
+    sealed = f"{counted(found.files, 'file')} sealed at {time_text(found.sealed)}"
     sealed += f", {counted(found.checkpoints, 'checkpoint')}"
     yield f"{run}: {'as sealed' if found.good else 'not as sealed'}: {sealed}"
     yield "(a seal detects accidents; it does not protect against somebody who changes the files and the seal)"

@@ -31,7 +31,7 @@ class Watch:
 
     Args:
         metrics: the metrics to draw; those that are not logged are left out.
-        smooth: see `load_curves`; val/loss is never smoothed.
+        smooth: see `load_curves`; beside another metric, val/loss is not smoothed.
     """
 
     def __init__(self, path: Path, metrics: Sequence[str] = LOSSES, axis: Axis = "step", smooth: float = 0.0) -> None:
@@ -56,17 +56,18 @@ class Watch:
         """Read a curve for each metric, named after it.
 
         Raises:
-            UserError: the run has ended and has logged none of the metrics.
+            UserError: the run has ended, and the one metric that was asked for cannot be drawn.
         """
         curves, missing = [], None
         for metric in self.metrics:
+            smooth = self.smooth if metric != "val/loss" or len(self.metrics) == 1 else 0.0
             try:
-                (curve,) = load_curves([self.run], metric, self.axis, self.smooth if metric != "val/loss" else 0.0)
+                (curve,) = load_curves([self.run], metric, self.axis, smooth)
             except UserError as error:  # not logged yet
                 missing = error
                 continue
             curves.append(PlottedCurve(metric, curve.x, curve.y))
-        if not curves and missing is not None and self.run.status != "running":
+        if missing is not None and len(self.metrics) == 1 and self.run.status != "running":
             raise missing
         return curves
 
@@ -76,7 +77,8 @@ class Watch:
         record = self.run.record
         most = (record.get("resolved") or {}).get("max_iters")
         last = max((int(curve.x[-1]) for curve in self._curves), default=0) if self.axis == "step" else None
-        parts = [one_line(str(record.get("tag") or self.run.id)), self.run.status]
+        why = "" if self.run.readable else f": {self.run.problem}"
+        parts = [one_line(str(record.get("tag") or self.run.id)), self.run.status + why]
         if last is not None:
             parts.append(f"step {last:,}" + (f" of {most:,}" if isinstance(most, int) else ""))
         parts += [f"{curve.name} {loss_text(curve.y[-1])}" for curve in self._curves]
@@ -88,7 +90,8 @@ class Watch:
         """The line and the curves, about as large as the terminal."""
         line = Text(self.line, style="bold", no_wrap=True, overflow="ellipsis")
         if not self._curves:
-            return Group(line, Text("nothing is logged yet", style="dim"))
+            words = "nothing is logged yet" if self.run.status == "running" else "no finite loss in its log"
+            return Group(line, Text(words, style="dim"))
         lines = max(LINES[0], min(console.height - 3, LINES[1]))
         width = min(console.width, 140)
         label = self._curves[0].name if len(self._curves) == 1 else "loss"

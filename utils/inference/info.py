@@ -22,7 +22,7 @@ from utils.runs.index import IndexedRun, read_run
 from utils.runs.layout import RECORD
 from utils.runs.metrics import decode_number
 from utils.terminal.tables import plain_table, title
-from utils.terminal.words import column_text, counted, fact_lines, printable, size
+from utils.terminal.words import column_text, counted, fact_lines, printable, size, time_text
 
 SHOWN_TOKENS = 64
 NAMES = {"token_embedding": "token embedding, head", "position_embedding": "positions", "ngram_embedding": "n-grams"}
@@ -181,7 +181,7 @@ def _origin(run: IndexedRun) -> list[tuple[str, str]]:
         ("best val/loss", best + (f" at step {row['best_step']:,}" if best and row["best_step"] is not None else "")),
         ("run", run.id + f", {run.status}" + (f" after {steps:,} steps" if steps else "")),
         ("tag", column_text("tag", row["tag"])),
-        ("started", f"{row['start'][:19].replace('T', ' ')} UTC" if row["start"] else ""),
+        ("started", time_text(row["start"]) if row["start"] else ""),
         ("git commit", column_text("commit", row["commit"]) + (" with uncommitted changes" if row["dirty"] else "")),
         ("note", column_text("note", row["note"])),
     ]

@@ -138,6 +138,8 @@ def _groups(runs: Sequence[IndexedRun], series: Sequence[Series], request: Chart
         if len(curves) > 1:
             of_group = band(curves, request.axis)
             columns = {"x": of_group.places, "y": of_group.mean, "low": of_group.low, "high": of_group.high}
+            if not of_group.places:
+                facts["problem"] = f"its {len(curves)} runs share no part of the axis, so they have no mean"
         elif curves:
             places, values = curves[0].places(request.axis), curves[0].values
             kept = kept_points(places, values, min(request.points, MOST_POINTS), request.log_axis)

@@ -230,7 +230,8 @@ def _row(entry: _Entry) -> dict[str, Any]:
         return run.row()
     _read_on(entry)
     steps = entry.summary.get("steps")
-    record = {**run.record, "summary": entry.summary, **({} if steps is None else {"last_step": int(steps)})}
+    record = {**run.record, "summary": entry.summary, "best_step": entry.summary.get("best_step")}
+    record |= {} if steps is None else {"last_step": int(steps)}
     row = replace(run, status="completed", record=record).row()  # so that it does not read the log
     return {**row, "status": run.status, "duration": run.duration()}
 

@@ -128,7 +128,7 @@ class IndexedRun:
             "train_loss": summary.get("train/eval_loss"),
             "steps": summary.get("steps"),
             "evaluated": evaluations_text(self.evaluations) or None,
-            "best_step": record.get("best_step"),
+            "best_step": summary.get("best_step"),
             "commit": git.get("commit"),
             "dirty": git.get("dirty"),
             "branch": git.get("branch"),
@@ -155,11 +155,11 @@ class IndexedRun:
         return round(duration_of(self.path, self.record, alive=alive), 1)
 
     def summary(self) -> dict[str, float]:
-        """Losses and number of steps at the end of the run; read from the log while it runs and after a crash."""
+        """Losses, steps and best_step at the end of the run; from its log while it runs and after a crash."""
         recorded = {key: decode_number(value) for key, value in (self.record.get("summary") or {}).items()}
-        steps = self.record.get("last_step")
         if self.status not in ("running", "crashed"):
-            return {**recorded, "steps": steps} if steps is not None else recorded
+            steps = {"steps": self.record.get("last_step"), "best_step": self.record.get("best_step")}
+            return {**recorded, **{name: step for name, step in steps.items() if step is not None}}
         try:  # the recorded summary is from the previous session
             return summary_of_log(self.path / METRICS_LOG)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # a damaged log
@@ -193,7 +193,7 @@ def add_losses(summary: dict[str, float], record: Mapping[str, Any]) -> None:
     losses = {name: decode_number(record[name]) for name in LOSSES if name in record}
     summary |= losses
     if losses["val/loss"] < summary.setdefault("best_val_loss", math.inf):
-        summary["best_val_loss"] = losses["val/loss"]
+        summary |= {"best_val_loss": losses["val/loss"], "best_step": int(record["step"])}
         if (bits := losses.get("val/bits_per_byte")) is not None:
             summary["best_bits_per_byte"] = bits
 

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_origin
 
 from utils.config.fields import FIELDS, SECTION_OF, SECTIONS, expected
 from utils.config.loader import Setting, check_values, is_none, relative_name, unknown_key
@@ -173,6 +173,8 @@ class _Reader:
                 self._mistake(key, "is set for each trial by the sweep itself")
             elif isinstance(value, dict):
                 specs[key] = value
+            elif isinstance(value, list) and get_origin(FIELDS[key].annotation) is not tuple:
+                self._mistake(key, f"expected {{choice: {shown(value)}}} for a search, or one value, got a list")
             else:
                 fixed[key] = Setting(value, f"{self.name}:{line}")
         goal = self._goal(document.get(METRIC, VAL_LOSS), lines[id(document)].get(METRIC, 1))

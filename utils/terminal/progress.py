@@ -87,6 +87,7 @@ class TrainingProgress:
     Args:
         total: the last step.
         start: the step that training starts from.
+        stop_at: the step that this session ends at, for the remaining time; None: the last one.
         eval_interval: steps between evaluations, whose time is estimated separately; None if unknown.
         stops: returns True if training ends before the last step; from then on no remaining time is shown.
     """
@@ -97,12 +98,14 @@ class TrainingProgress:
         total: int,
         start: int = 0,
         *,
+        stop_at: int | None = None,
         eval_interval: int | None = None,
         stops: Callable[[], bool] = lambda: False,
     ) -> None:
         self.terminal = terminal
         self._stops = stops
         self.total, self.start = total, start
+        self._end = total if stop_at is None else min(stop_at, total)
         self.fields: dict[str, Any] = {"loss": None, "val_loss": None, "tokens_per_second": None, "evaluating": None}
         self._eval_interval = eval_interval
         self._evaluation_began: float | None = None  # None between evaluations
@@ -205,8 +208,8 @@ class TrainingProgress:
         seconds = (self._training_seconds(time.monotonic()) - self._first[1]) / (step - self._first[0])
         evaluations = 0
         if self._eval_interval is not None:
-            evaluations = -(-self.total // self._eval_interval) - step // self._eval_interval
-        return seconds * (self.total - step) + evaluations * self._evaluation_seconds
+            evaluations = -(-self._end // self._eval_interval) - step // self._eval_interval
+        return seconds * (self._end - step) + evaluations * self._evaluation_seconds
 
     def _times(self, step: int) -> dict[str, Any]:
         """The fields with the elapsed and the remaining time."""
@@ -222,7 +225,7 @@ class TrainingProgress:
         self._estimated = True
         if left >= PLAIN_LINE_SECONDS:
             end = time.strftime("%H:%M", time.localtime(time.time() + left))
-            self.terminal.print(f"estimated: {duration(left)} for the {self.total - step:,} steps left, until {end}")
+            self.terminal.print(f"estimated: {duration(left)} for the {self._end - step:,} steps left, until {end}")
 
     def _line(self, step: int, losses: dict[str, float] | None = None) -> None:
         """Print a plain line; if a bar shows the same, only to the log, unless it has the losses of an evaluation."""
@@ -241,7 +244,7 @@ class TrainingProgress:
         if self.fields["tokens_per_second"]:
             parts.append(f"{self.fields['tokens_per_second']:,.0f} tok/s")
         parts.append(f"{times['elapsed']} elapsed")
-        if times["remaining"] and step < self.total:
+        if times["remaining"] and step < self._end:
             parts.append(f"{times['remaining']} left")
         self.terminal.print("  ".join(parts), log_only=self.moves and losses is None)
 

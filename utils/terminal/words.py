@@ -116,6 +116,11 @@ def rough_duration(seconds: float) -> str:
     return f"{seconds / 86400:.0f} d" if seconds >= 2 * 86400 else f"{minutes // 60}:{minutes % 60:02d} h"
 
 
+def time_text(moment: str) -> str:
+    """A recorded time, which is in UTC, to the second: "2026-01-31 14:25:01 UTC"."""
+    return f"{moment[:19].replace('T', ' ')} UTC"
+
+
 def size(count: float) -> str:
     """A number of bytes in decimal units: "1.5 MB"."""
     for unit in ("B", "KB", "MB", "GB"):

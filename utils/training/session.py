@@ -193,6 +193,7 @@ class Session:
             terminal,
             setup.max_iters,
             state.step,
+            stop_at=setup.config.train.stop_at_step,
             eval_interval=setup.config.train.eval_interval,
             stops=lambda: bool(self._stop),
         )

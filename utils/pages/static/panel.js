@@ -152,7 +152,7 @@ export class Panel {
       xName: unit ? `${xName} (${unit})` : xName, xScale: scale, whole: settings.x !== "time", logX: settings.logX, logY: settings.logY,
       empty,
     });
-    const problems = [...entry.curves.values()].filter((curve) => curve.problem).map((curve) => `${curve.run}: ${curve.problem}`);
+    const problems = [...entry.curves.values()].filter((curve) => curve.problem).map((curve) => `${curve.name ?? curve.run}: ${curve.problem}`);
     const notes = [lost ? `${lost.toLocaleString("en")} values are not finite and not drawn` : "", ...problems.slice(0, 3)];
     entry.chart.note.textContent = notes.filter(Boolean).join("; ");
     const count = drawn.length;
@@ -164,6 +164,7 @@ export class Panel {
   whyEmpty(entry, count, lost) {
     if (!this.runs.length) return "no run is chosen";
     if (count) return "a logarithmic axis shows only values above 0";
+    if ([...entry.curves.values()].some((curve) => curve.key && curve.problem)) return "no group has a mean";
     if (entry.range) return `no value of ${entry.metric} in this part`;
     return lost ? `no value of ${entry.metric} is finite` : `${entry.metric} is not logged`;
   }

@@ -130,11 +130,12 @@ function drawAll() {
 }
 
 const NUMBERS = new Map();
+const UNKNOWN = [null, undefined, "inf", "-inf", "nan"]; // they do not say whether a column has numbers
 function isNumber(column) {
   if (column === "age") return true;
   if (!NUMBERS.has(column)) {
     let known = null;
-    for (const row of state.rows.values()) if (row[column] !== null && row[column] !== undefined) { known = row[column]; break; }
+    for (const row of state.rows.values()) if (!UNKNOWN.includes(row[column])) { known = row[column]; break; }
     if (known !== null) NUMBERS.set(column, typeof known === "number");
     return typeof known === "number";
   }
