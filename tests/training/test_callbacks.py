@@ -21,6 +21,7 @@ import train
 import utils.training.step
 from benchmarks.run_equality import differences
 from utils.checkpoints.folder import list_checkpoints
+from utils.errors import UserError
 from utils.runs import metrics
 from utils.runs.log import read_metrics, read_records
 from utils.runs.metrics import Metric, register_metric
@@ -528,6 +529,29 @@ def test_a_module_that_was_edited_since_an_earlier_run_is_imported_again(
         module("edited", source.format(version))
         versions.append(load_callbacks(["edited:Mine"], tmp_path / "runs", tmp_path)["edited:Mine"].version)  # type: ignore[attr-defined]
     assert versions == [1, 1, 22]
+
+
+def test_a_module_whose_edit_has_a_mistake_is_not_used_as_it_was_before(
+    module: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """The second attempt took the old code, and recorded the new file; and a class that was gone could still be used."""
+    source = "from workbench import Callback\nclass {}(Callback):\n    pass\n"
+
+    def load(name: str) -> object:
+        return load_callbacks([f"mistaken:{name}"], tmp_path / "runs", tmp_path)
+
+    module("mistaken", source.format("Mine"))
+    load("Mine")
+    module("mistaken", "import no_such_module\n" + source.format("Mine"))
+    for _ in range(2):
+        with pytest.raises(UserError, match="no_such_module"):
+            load("Mine")
+    module("mistaken", source.format("Mine"))
+    load("Mine")
+    module("mistaken", source.format("Renamed"))
+    with pytest.raises(UserError, match="no attribute 'Mine'"):
+        load("Mine")
+    load("Renamed")
 
 
 def test_a_callback_of_the_script_itself_is_used_as_it_was_imported(

@@ -186,7 +186,13 @@ def _up_to_date(name: str) -> ModuleType:
     """
     module = importlib.import_module(name)
     if is_edited(name) and name != "__main__":  # a script cannot be imported again: what is recorded says so
-        importlib.reload(module)
+        for own in [key for key, value in vars(module).items() if getattr(value, "__module__", None) == name]:
+            delattr(module, own)  # reload would keep what the file no longer has
+        try:
+            importlib.reload(module)
+        except BaseException:
+            sys.modules.pop(name, None)  # else the next attempt would take it for up to date
+            raise
         is_edited(name)  # it is not, from now on
     return module
 
