@@ -300,6 +300,19 @@ def test_a_callback_may_hook_into_the_modules(tiny_argv: Argv, monkeypatch: pyte
     assert modes.count(True) == 6  # steps
 
 
+@pytest.mark.parametrize("hook", ["on_start", "on_step", "on_eval"])
+def test_a_model_that_a_hook_left_in_eval_mode_trains_with_dropout(
+    hook: str, tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    losses = []
+    for number, act in enumerate((lambda *_: None, lambda _, run, *losses: run.state.model.eval())):
+        monkeypatch.setattr(Recorder, hook, act)
+        folder = tmp_path / str(number)
+        assert train.main(tiny_argv(*flags("Recorder"), "--dropout", "0.5", "--runs-dir", str(folder))) == 0
+        losses.append(read_metrics(next(folder.iterdir()) / "logs", "train/loss"))
+    assert losses[0] == losses[1]
+
+
 def test_without_callbacks_a_step_does_nothing() -> None:
     run = SimpleNamespace()
     Callbacks([], run).on_step(3, torch.tensor(2.0))  # type: ignore[arg-type]
@@ -387,7 +400,7 @@ def test_the_others_are_reported_once_that_the_run_ended(
 
 
 def test_all_are_reported_although_several_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = TrainingRun(tmp_path, SimpleNamespace(step=7), None, None)  # type: ignore[arg-type]
+    run = TrainingRun(tmp_path, SimpleNamespace(step=7, model=torch.nn.Identity()), None, None)  # type: ignore[arg-type]
     callbacks = Callbacks([Failing(), Recorder(), Failing(), Recorder()], run)
     callbacks.on_start()
     Recorder.calls.clear()
