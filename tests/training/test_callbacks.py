@@ -300,17 +300,35 @@ def test_a_callback_may_hook_into_the_modules(tiny_argv: Argv, monkeypatch: pyte
     assert modes.count(True) == 6  # steps
 
 
+def leave_gradients(_: Callback, run: TrainingRun, *losses: object) -> None:
+    for parameter in run.state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
 @pytest.mark.parametrize("hook", ["on_start", "on_step", "on_eval"])
-def test_a_model_that_a_hook_left_in_eval_mode_trains_with_dropout(
-    hook: str, tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("leave", [lambda _, run, *losses: run.state.model.eval(), leave_gradients], ids=["eval", "grad"])
+def test_the_mode_and_the_gradients_that_a_hook_leaves_do_not_change_training(
+    leave: Callable[..., None], hook: str, tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    """It went on without dropout, or added the gradients to those of the next batch; on a GPU it did not add them."""
     losses = []
-    for number, act in enumerate((lambda *_: None, lambda _, run, *losses: run.state.model.eval())):
+    for number, act in enumerate((lambda *_: None, leave)):
         monkeypatch.setattr(Recorder, hook, act)
         folder = tmp_path / str(number)
         assert train.main(tiny_argv(*flags("Recorder"), "--dropout", "0.5", "--runs-dir", str(folder))) == 0
         losses.append(read_metrics(next(folder.iterdir()) / "logs", "train/loss"))
     assert losses[0] == losses[1]
+
+
+def test_what_a_hook_writes_into_the_losses_is_not_recorded(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As callbacks of other trainers do; it stood in run.json and in the result."""
+    monkeypatch.setattr(Recorder, "on_eval", lambda _, run, losses: losses.update({"val/loss": 0.0, "val/mine": 1.0}))
+    assert train.main(tiny_argv(*flags("Recorder"))) == 0
+    summary = read_record(only_run())["summary"]
+    assert "val/mine" not in summary
+    assert summary["val/loss"] == read_metrics(only_run() / "logs", "val/loss")[-1][1]
 
 
 def test_without_callbacks_a_step_does_nothing() -> None:

@@ -116,7 +116,7 @@ class Callbacks:
         for callback in self._callbacks:
             self._started.append(callback)
             callback.on_start(self._run)
-        self._restore_mode()
+        self._clean_up()
 
     def on_step(self, step: int, loss: torch.Tensor) -> None:
         """Update `step` is done."""
@@ -125,18 +125,20 @@ class Callbacks:
         self._run.loss, self._run._step = loss, step
         for callback in self._callbacks:
             callback.on_step(self._run)
-        self._restore_mode()
+        self._clean_up()
 
     def on_eval(self, losses: Mapping[str, float]) -> None:
         self._run._step = self._run.state.step
         for callback in self._callbacks:
             callback.on_eval(self._run, losses)
-        self._restore_mode()
+        self._clean_up()
 
-    def _restore_mode(self) -> None:
-        """A hook may have turned dropout off, to generate a text: training goes on with it."""
-        if not self._run.state.model.training:
-            self._run.state.model.train()
+    def _clean_up(self) -> None:
+        """Training goes on with dropout and without gradients, whatever hooks have left: eval mode, a backward pass."""
+        model = self._run.state.model
+        model.zero_grad(set_to_none=True)
+        if not model.training:
+            model.train()
 
     def on_end(self, status: str) -> None:
         """Call on_end of each callback that was started, once; after one raises, the others get the status failed."""
