@@ -300,13 +300,17 @@ def test_a_callback_may_hook_into_the_modules(tiny_argv: Argv, monkeypatch: pyte
     assert modes.count(True) == 6  # steps
 
 
+def leave_eval_mode(_: Callback, run: TrainingRun, *losses: object) -> None:
+    run.state.model.eval()
+
+
 def leave_gradients(_: Callback, run: TrainingRun, *losses: object) -> None:
     for parameter in run.state.model.parameters():
         parameter.grad = torch.ones_like(parameter)
 
 
 @pytest.mark.parametrize("hook", ["on_start", "on_step", "on_eval"])
-@pytest.mark.parametrize("leave", [lambda _, run, *losses: run.state.model.eval(), leave_gradients], ids=["eval", "grad"])
+@pytest.mark.parametrize("leave", [leave_eval_mode, leave_gradients])
 def test_the_mode_and_the_gradients_that_a_hook_leaves_do_not_change_training(
     leave: Callable[..., None], hook: str, tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -565,7 +569,7 @@ def test_a_module_that_was_edited_since_an_earlier_run_is_imported_again(
 def test_a_module_whose_edit_has_a_mistake_is_not_used_as_it_was_before(
     module: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
-    """The second attempt took the old code, and recorded the new file; and a class that was gone could still be used."""
+    """The second attempt took the old code, and recorded the new file; a class that was gone could still be used."""
     source = "from workbench import Callback\nclass {}(Callback):\n    pass\n"
 
     def load(name: str) -> object:
