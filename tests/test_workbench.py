@@ -191,11 +191,11 @@ def float64() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     "setting",
-    [torch.no_grad, torch.inference_mode, float64, lambda: torch.device("meta")],
-    ids=["no_grad", "inference_mode", "float64", "device"],
+    [torch.no_grad, torch.inference_mode, float64, lambda: torch.device("meta"), lambda: torch.autocast("cpu")],
+    ids=["no_grad", "inference_mode", "float64", "device", "autocast"],
 )
 def test_what_a_notebook_has_set_for_torch_changes_no_number(setting: Callable[[], Any]) -> None:
-    """float64 gave other losses under the same record; the others ended the run as failed."""
+    """float64 and autocast gave other losses under the same record; the others ended the run as failed."""
     settings = {"max_iters": 3, "eval_interval": 1, "sample_tokens": 5, "quiet": True}
     expected = Run(train(**settings).run_dir)
     with setting():

@@ -68,6 +68,14 @@ def test_a_model_that_diverged_is_an_error(generator: Generator, options: Sampli
         generator.generate("ab", Request(5, options))
 
 
+def test_a_model_in_training_mode_is_an_error(generator: Generator) -> None:
+    """It was an assertion without words."""
+    generator.model.train()
+    for use in (lambda: generator.generate("ab"), lambda: next(generator.stream("ab")), lambda: generator.score("abc")):
+        with pytest.raises(UserError, match="in training mode"):
+            use()
+
+
 def test_no_sequence_at_a_time_is_an_error(generator: Generator) -> None:
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         generator.generate_batch(["ab"], batch_size=0)

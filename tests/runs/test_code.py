@@ -604,3 +604,13 @@ def test_the_source_of_a_callback_is_kept_without_its_secrets(tmp_path: Path, mo
     __import__("my_reporter")
     source = CodeReader(tmp_path, callbacks=["my_reporter"]).git_facts().callbacks["my_reporter"]
     assert source == b"TOKEN = '***'\nx = 1\n"
+
+
+def test_a_callback_that_no_file_has_is_said_not_to_be_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A class of a notebook's cell trained, and nothing said that the run has no code of it."""
+    monkeypatch.setitem(sys.modules, "of_a_cell", types.ModuleType("of_a_cell"))
+    facts = CodeReader(tmp_path, callbacks=["of_a_cell"]).git_facts()
+    assert facts.left_out == ["of_a_cell (of a callback: no file has its code)"]
+    assert facts.callbacks == {}

@@ -21,6 +21,7 @@ import train
 import utils.training.step
 from benchmarks.run_equality import differences
 from utils.checkpoints.folder import list_checkpoints
+from utils.errors import UserError
 from utils.runs import metrics
 from utils.runs.log import read_metrics, read_records
 from utils.runs.metrics import Metric, register_metric
@@ -299,6 +300,41 @@ def test_a_callback_may_hook_into_the_modules(tiny_argv: Argv, monkeypatch: pyte
     assert modes.count(True) == 6  # steps
 
 
+def leave_eval_mode(_: Callback, run: TrainingRun, *losses: object) -> None:
+    run.state.model.eval()
+
+
+def leave_gradients(_: Callback, run: TrainingRun, *losses: object) -> None:
+    for parameter in run.state.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+@pytest.mark.parametrize("hook", ["on_start", "on_step", "on_eval"])
+@pytest.mark.parametrize("leave", [leave_eval_mode, leave_gradients])
+def test_the_mode_and_the_gradients_that_a_hook_leaves_do_not_change_training(
+    leave: Callable[..., None], hook: str, tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It went on without dropout, or added the gradients to those of the next batch; on a GPU it did not add them."""
+    losses = []
+    for number, act in enumerate((lambda *_: None, leave)):
+        monkeypatch.setattr(Recorder, hook, act)
+        folder = tmp_path / str(number)
+        assert train.main(tiny_argv(*flags("Recorder"), "--dropout", "0.5", "--runs-dir", str(folder))) == 0
+        losses.append(read_metrics(next(folder.iterdir()) / "logs", "train/loss"))
+    assert losses[0] == losses[1]
+
+
+def test_what_a_hook_writes_into_the_losses_is_not_recorded(
+    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As callbacks of other trainers do; it stood in run.json and in the result."""
+    monkeypatch.setattr(Recorder, "on_eval", lambda _, run, losses: losses.update({"val/loss": 0.0, "val/mine": 1.0}))
+    assert train.main(tiny_argv(*flags("Recorder"))) == 0
+    summary = read_record(only_run())["summary"]
+    assert "val/mine" not in summary
+    assert summary["val/loss"] == read_metrics(only_run() / "logs", "val/loss")[-1][1]
+
+
 def test_without_callbacks_a_step_does_nothing() -> None:
     run = SimpleNamespace()
     Callbacks([], run).on_step(3, torch.tensor(2.0))  # type: ignore[arg-type]
@@ -386,7 +422,7 @@ def test_the_others_are_reported_once_that_the_run_ended(
 
 
 def test_all_are_reported_although_several_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = TrainingRun(tmp_path, SimpleNamespace(step=7), None, None)  # type: ignore[arg-type]
+    run = TrainingRun(tmp_path, SimpleNamespace(step=7, model=torch.nn.Identity()), None, None)  # type: ignore[arg-type]
     callbacks = Callbacks([Failing(), Recorder(), Failing(), Recorder()], run)
     callbacks.on_start()
     Recorder.calls.clear()
@@ -528,6 +564,29 @@ def test_a_module_that_was_edited_since_an_earlier_run_is_imported_again(
         module("edited", source.format(version))
         versions.append(load_callbacks(["edited:Mine"], tmp_path / "runs", tmp_path)["edited:Mine"].version)  # type: ignore[attr-defined]
     assert versions == [1, 1, 22]
+
+
+def test_a_module_whose_edit_has_a_mistake_is_not_used_as_it_was_before(
+    module: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """The second attempt took the old code, and recorded the new file; a class that was gone could still be used."""
+    source = "from workbench import Callback\nclass {}(Callback):\n    pass\n"
+
+    def load(name: str) -> object:
+        return load_callbacks([f"mistaken:{name}"], tmp_path / "runs", tmp_path)
+
+    module("mistaken", source.format("Mine"))
+    load("Mine")
+    module("mistaken", "import no_such_module\n" + source.format("Mine"))
+    for _ in range(2):
+        with pytest.raises(UserError, match="no_such_module"):
+            load("Mine")
+    module("mistaken", source.format("Mine"))
+    load("Mine")
+    module("mistaken", source.format("Renamed"))
+    with pytest.raises(UserError, match="no attribute 'Mine'"):
+        load("Mine")
+    load("Renamed")
 
 
 def test_a_callback_of_the_script_itself_is_used_as_it_was_imported(

@@ -146,6 +146,19 @@ def test_a_moved_project_resumes_forks_and_reproduces_what_it_had(project: Path,
     run(new, "experiments.py", "reproduce", "child")
 
 
+def test_the_command_for_curves_names_the_folder_that_a_run_was_moved_to(
+    tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It named the folder of other runs, which was still there."""
+    assert train.main(tiny_argv(*STOPPED)) == 0
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    run = only_run().rename(folder / "moved")
+    capsys.readouterr()
+    assert train.main(["--resume", str(run)]) == 0
+    assert f"--logdir {folder}\n" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------- copies
 
 

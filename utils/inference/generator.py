@@ -261,8 +261,8 @@ class Generator:
             batch_size: by default 16, or 1 with a draft.
 
         Raises:
-            UserError: part of a prompt has no token, batch_size is below 1, or above 1 with a draft, or the model's
-                logits are NaN.
+            UserError: part of a prompt has no token, batch_size is below 1, or above 1 with a draft, the model is in
+                training mode, or its logits are NaN.
         """
         return list(self.completions(prompts, request, batch_size))
 
@@ -318,8 +318,15 @@ class Generator:
 
         Raises:
             TokenizerError: part of the text has no token.
+            UserError: the model is in training mode.
         """
+        self._check_mode()
         return score(self._scoring_model(), self.tokenizer, text, document_token(self.tokenizer, self.training))
+
+    def _check_mode(self) -> None:
+        """Raises UserError if the model is in training mode: dropout would change its numbers, and draw random ones."""
+        if self.model.training:
+            raise UserError("the model is in training mode: call model.eval() first")
 
     def _sequences(self, prompts: Sequence[str], request: Request, first: int) -> list[_Sequence]:
         return [
@@ -329,6 +336,7 @@ class Generator:
 
     def _blocks(self, sequences: Sequence[_Sequence], request: Request) -> Iterator[Block]:
         """Yield the new tokens of the sequences."""
+        self._check_mode()
         begin = document_token(self.tokenizer, self.training)
         prompts = [start_tokens(self.tokenizer, sequence.prompt, begin) for sequence in sequences]
         seeds = [sequence.seed for sequence in sequences]

@@ -176,13 +176,17 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
 def torch_defaults() -> Iterator[None]:
     """A context with torch's own defaults, whatever a notebook has set: gradients, and new tensors float32 on the CPU.
 
-    The previous settings are restored on exit.
+    No autocast of the caller is in force. The previous settings are restored on exit.
     """
     dtype, is_cpu = torch.get_default_dtype(), torch.get_default_device().type == "cpu"
     device = contextlib.nullcontext() if is_cpu else torch.device("cpu")  # setting a default slows down every call
     torch.set_default_dtype(torch.float32)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), device:
+        with contextlib.ExitStack() as stack:
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            for default in (torch.inference_mode(False), torch.enable_grad(), device):
+                stack.enter_context(default)
             yield
     finally:
         torch.set_default_dtype(dtype)

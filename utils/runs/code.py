@@ -156,7 +156,9 @@ class CodeReader:
         named: Collection[str] = (),
     ) -> None:
         self.root, self.named = root, named
-        self.callbacks = {name: path for name in callbacks if (path := source_of(name)) is not None}
+        sources = {name: source_of(name) for name in callbacks}
+        self.callbacks = {name: path for name, path in sources.items() if path is not None}
+        self.without_source = sources.keys() - self.callbacks.keys()
         self.excluded = tuple(real_path(path) for path in excluded)
 
     def git_facts(self) -> GitFacts:
@@ -168,6 +170,7 @@ class CodeReader:
         for name, path in self.callbacks.items():
             with contextlib.suppress(OSError):
                 facts.callbacks[name] = without_secrets(path.read_bytes())
+        facts.left_out += [f"{name} (of a callback: no file has its code)" for name in sorted(self.without_source)]
         if INSTALLED:  # a repository around the current folder contains another project's code
             facts.problem = (
                 f"the code is the installed package lm-workbench {package_versions().get('lm-workbench', '')}"

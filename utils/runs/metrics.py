@@ -79,7 +79,8 @@ def register_metric(metric: Metric) -> Metric:
     if metric.direction not in get_args(Direction):
         raise ValueError(f"metric {metric.name}: direction {metric.direction!r} is not one of {get_args(Direction)}")
     if _REGISTRY.setdefault(metric.name, metric) != metric:
-        raise ValueError(f"metric {metric.name} is registered already, as {_REGISTRY[metric.name]}")
+        known = f"metric {metric.name} is registered already, as {_REGISTRY[metric.name]}"
+        raise ValueError(f"{known}; choose another name, or restart Python if you have changed this one")
     return metric
 
 

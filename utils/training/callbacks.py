@@ -116,6 +116,7 @@ class Callbacks:
         for callback in self._callbacks:
             self._started.append(callback)
             callback.on_start(self._run)
+        self._clean_up()
 
     def on_step(self, step: int, loss: torch.Tensor) -> None:
         """Call on_step of each callback; update `step` is done."""
@@ -124,11 +125,20 @@ class Callbacks:
         self._run.loss, self._run._step = loss, step
         for callback in self._callbacks:
             callback.on_step(self._run)
+        self._clean_up()
 
     def on_eval(self, losses: Mapping[str, float]) -> None:
         self._run._step = self._run.state.step
         for callback in self._callbacks:
             callback.on_eval(self._run, losses)
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Restore training mode and drop gradients, since a callback may have left eval mode or run a backward pass."""
+        model = self._run.state.model
+        model.zero_grad(set_to_none=True)
+        if not model.training:
+            model.train()
 
     def on_end(self, status: str) -> None:
         """Call on_end once for each callback that was started; after one raises, the others get the status failed."""
@@ -187,7 +197,13 @@ def _up_to_date(name: str) -> ModuleType:
     """
     module = importlib.import_module(name)
     if is_edited(name) and name != "__main__":  # a script cannot be imported again, which the record of the code notes
-        importlib.reload(module)
+        for own in [key for key, value in vars(module).items() if getattr(value, "__module__", None) == name]:
+            delattr(module, own)  # reload would keep what the file no longer has
+        try:
+            importlib.reload(module)
+        except BaseException:
+            sys.modules.pop(name, None)  # otherwise the next attempt would take it for up to date
+            raise
         is_edited(name)  # notes the reloaded file, so that it no longer counts as edited
     return module
 

@@ -124,7 +124,7 @@ def print_result(result: TrainResult, run: Run, setup: Setup, terminal: Terminal
     terminal.print("", fact_lines(rows))
     if result.warning:
         terminal.warn(result.warning)
-    runs_dir = shlex.quote(relative_name(setup.runs_dir, here))
+    runs_dir = shlex.quote(relative_name(run.path.parent, here))
     commands = [("curves", f"{_program('tensorboard')} --logdir {runs_dir}")]
     if run.record["views"].get("aim", {}).get("state", "off") != "off":
         commands.append(("compare runs", f"{_program('aim')} up{_aim_repo_flag(setup)}"))
