@@ -42,7 +42,7 @@ def greedy_without_cache(model: LanguageModel, prompt: list[int], count: int) ->
 
 @pytest.mark.parametrize("settings", [{}, {"position": "rope", "n_kv_head": 2, "norm": "rmsnorm", "mlp": "swiglu"}])
 @pytest.mark.parametrize("length", [1, 3, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK])
-def test_greedy_equals_recomputing_everything(settings: dict[str, Any], length: int) -> None:
+def test_greedy_tokens_equal_those_of_full_passes(settings: dict[str, Any], length: int) -> None:
     model = lively_model(**settings)
     prompt = torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
     expected = greedy_without_cache(model, prompt, 3 * BLOCK)
@@ -51,7 +51,7 @@ def test_greedy_equals_recomputing_everything(settings: dict[str, Any], length: 
 
 
 @pytest.mark.parametrize("count", [0, 1, BLOCK, 2 * BLOCK])
-def test_as_many_tokens_come_as_are_asked_for(model: LanguageModel, count: int) -> None:
+def test_as_many_tokens_are_generated_as_asked_for(model: LanguageModel, count: int) -> None:
     tokens = list(generate_tokens(model, [1], count, SamplingOptions(), seed=0))
     assert len(tokens) == count
     assert all(0 <= token < VOCAB for token in tokens)
@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others(model: Lang
     assert one != other
 
 
-def test_sampling_goes_on_past_block_size_as_recomputing_does(model: LanguageModel) -> None:
+def test_sampled_tokens_equal_those_of_full_passes_beyond_block_size(model: LanguageModel) -> None:
     options = SamplingOptions(temperature=1.5, top_k=5, top_p=0.9)
     stream = RandomStreams([11], torch.device("cpu"))
     tokens = [4]
@@ -90,7 +90,7 @@ def test_the_global_random_state_is_left_alone(model: LanguageModel, options: Sa
     assert list(generate_tokens(model, [1], 20, options, seed=1)) == first
 
 
-def test_gradients_are_on_again_between_tokens(model: LanguageModel) -> None:
+def test_gradients_are_enabled_again_between_tokens(model: LanguageModel) -> None:
     for _ in generate_tokens(model, [1], 3, GREEDY, seed=0):
         assert torch.is_grad_enabled()
 
@@ -100,7 +100,7 @@ def test_gradients_are_on_again_between_tokens(model: LanguageModel) -> None:
 
 @pytest.mark.parametrize("block_size", [1, 2, 7, 8])
 @torch.no_grad()
-def test_with_learned_positions_a_full_context_becomes_its_newer_half(block_size: int) -> None:
+def test_with_learned_positions_a_full_context_is_cut_to_its_newer_half(block_size: int) -> None:
     model = lively_model(position="learned", block_size=block_size)
     tokens, context, expected = [3, 1], [3, 1][-block_size:], []
     for _ in range(4 * block_size):
@@ -112,7 +112,7 @@ def test_with_learned_positions_a_full_context_becomes_its_newer_half(block_size
 
 
 @torch.no_grad()
-def test_within_the_context_both_windows_give_the_same() -> None:
+def test_within_the_context_both_windows_give_the_same_tokens() -> None:
     for settings in ({}, {"position": "learned"}):
         model = lively_model(**settings)
         sliding, exact = (
@@ -171,7 +171,7 @@ def test_the_context_of_a_step_is_the_sum_over_its_sequences() -> None:
     assert [step.context for step in steps] == [2 + BLOCK, 3 + BLOCK // 2 + 1, 4 + BLOCK // 2 + 2, 5 + BLOCK // 2 + 3]
 
 
-def test_logits_are_the_models_own() -> None:
+def test_logits_are_those_of_the_model_before_any_filter() -> None:
     model = lively_model()
     options = SamplingOptions(1.0, top_k=1, banned=(3,))
     (step,) = generate(model, [[1, 2]], 1, options, [0])
@@ -179,7 +179,9 @@ def test_logits_are_the_models_own() -> None:
         torch.testing.assert_close(step.logits, model(torch.tensor([[1, 2]]))[0][:, -1], atol=1e-5, rtol=0)
 
 
-def test_nothing_is_asked_of_the_device_between_tokens(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_number_is_read_from_the_device_between_tokens(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a wait for the device")
 
@@ -198,6 +200,6 @@ def test_an_empty_prompt_starts_from_a_line_break_or_the_first_token() -> None:
     assert start_tokens(char_tokenizer("ab\n"), "ba") == [1, 0]
 
 
-def test_a_prompt_of_unknown_characters_is_an_error() -> None:
+def test_a_prompt_with_an_unknown_character_is_refused_with_its_position() -> None:
     with pytest.raises(TokenizerError, match=r"'x'.* at position 1 "):
         start_tokens(char_tokenizer("ab"), "ax")

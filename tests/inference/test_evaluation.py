@@ -23,7 +23,7 @@ VOCAB, BLOCK = 13, 8
 
 @pytest.fixture
 def model() -> LanguageModel:
-    """With dropout, so that a loss in training mode would differ."""
+    """A model with dropout, so that its loss in training mode would differ."""
     torch.manual_seed(0)
     config = ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=BLOCK, dropout=0.3)
     return lively(LanguageModel(config, VOCAB)).train()
@@ -37,7 +37,7 @@ def sampler() -> BatchSampler:
 
 
 def window_loss(model: LanguageModel, tokens: np.ndarray) -> torch.Tensor:
-    """Losses (T,) of one window of T + 1 tokens, in eval mode."""
+    """The losses (T,) of one window of T + 1 tokens, in eval mode."""
     was_training = model.training
     model.eval()
     ids = torch.tensor(tokens.astype(np.int64))
@@ -76,7 +76,7 @@ def test_the_estimate_can_be_stopped_between_batches(model: LanguageModel, sampl
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_estimate_leaves_mode_gradients_and_random_state_alone(
+def test_the_estimate_does_not_change_mode_gradients_and_random_state(
     model: LanguageModel, sampler: BatchSampler, training: bool
 ) -> None:
     model.train(training)
@@ -94,19 +94,19 @@ def test_the_estimate_is_the_same_every_time(model: LanguageModel, sampler: Batc
     assert first == second
 
 
-def test_the_estimate_runs_in_the_precision_that_is_asked_for(model: LanguageModel, sampler: BatchSampler) -> None:
+def test_the_estimate_runs_in_the_requested_precision(model: LanguageModel, sampler: BatchSampler) -> None:
     full = estimate_loss(BatchLoss(model, contextlib.nullcontext), sampler, 2, 1)
     half = estimate_loss(BatchLoss(model, lambda: torch.autocast("cpu", torch.bfloat16)), sampler, 2, 1)
     assert half != full
     assert half == pytest.approx(full, rel=0.02)
 
 
-def test_a_recorded_loss_is_the_loss(
+def test_a_recorded_loss_equals_the_eager_one(
     model: LanguageModel, sampler: BatchSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, recorded = BatchLoss(model, contextlib.nullcontext), BatchLoss(model, contextlib.nullcontext)
     monkeypatch.setattr(recorded, "_graphs", Graphs(torch.device("cpu")))
-    for micro_steps in (1, 5, 1):  # batches of another shape
+    for micro_steps in (1, 5, 1):  # batches of different shapes
         expected = estimate_loss(plain, sampler, 3, micro_steps)
         assert estimate_loss(recorded, sampler, 3, micro_steps) == expected
     with torch.no_grad():
@@ -114,11 +114,11 @@ def test_a_recorded_loss_is_the_loss(
     assert estimate_loss(recorded, sampler, 3, 1) == estimate_loss(plain, sampler, 3, 1) != expected
 
 
-def test_a_recorded_loss_is_that_of_weights_which_were_put_in_the_place_of_others(
+def test_a_loss_is_recorded_again_after_weights_were_replaced(
     model: LanguageModel, sampler: BatchSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def capture_graph(work: Callable[[], None], _device: torch.device) -> Callable[[], None]:
-        """What a CUDA graph does: it reads the memory that the weights were in."""
+        """Like a CUDA graph, read the memory in which the weights were during the capture."""
         memory = [weight.data for weight in model.parameters()]
 
         def repeat() -> None:
@@ -157,7 +157,7 @@ def test_evaluating_restores_the_mode_after_an_exception(model: LanguageModel) -
 
 @pytest.mark.parametrize("length", [2, 5, 9, 10, 17, 50, 81])  # 9, 17, 81: no partial window
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_split_loss_is_that_of_windows_side_by_side(model: LanguageModel, length: int, batch_size: int) -> None:
+def test_split_loss_is_the_mean_over_adjacent_windows(model: LanguageModel, length: int, batch_size: int) -> None:
     tokens = np.random.default_rng(length).integers(VOCAB, size=length).astype(np.uint16)
     windows = [tokens[start : start + BLOCK + 1] for start in range(0, length - 1, BLOCK)]
     losses = torch.cat([window_loss(model, window) for window in windows])

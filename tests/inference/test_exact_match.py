@@ -1,4 +1,4 @@
-"""Answers with one right text: the most likely tokens, in batches with a cache, are those of the loop of generate."""
+"""Answers with one right text: greedy answers, computed in batches with a cache, equal those of generate_tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def questions(vocab_size: int) -> list[Question]:
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
 @pytest.mark.parametrize("at_once", [1, 4, 100])
-def test_answers_are_those_of_greedy_generation(position: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_equal_those_of_greedy_generation(position: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH_SIZE", at_once)
     model, counts = tiny_model(position=position), []
     asked = questions(model.vocab_size)

@@ -1,4 +1,4 @@
-"""The export: a round trip keeps every bit, and whatever is wrong with a file is one clear error."""
+"""The export: a round trip keeps every bit, and anything wrong with a file is reported in one clear line."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ def make_model(variant: str = "gpt2", seed: int = 0) -> LanguageModel:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A good export."""
+    """A valid export."""
     save_export(tmp_path / "export", make_model(), TOKENIZER, {"run": "a", "val/loss": 1.5})
     return tmp_path / "export"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_loading_gives_the_same_logits_to_the_bit(variant: str, tmp_path: Path) -> None:
+def test_a_loaded_model_has_the_same_logits_bit_for_bit(variant: str, tmp_path: Path) -> None:
     model = make_model(variant)
     save_export(tmp_path / "artifacts" / "export", model, TOKENIZER, {"run": "a", "step": 3, "val/loss": 1.5})
-    assert model.training  # as it was before
+    assert model.training  # as before
     loaded = load_export(tmp_path / "artifacts" / "export", CPU)
     idx = torch.randint(TOKENIZER.vocab_size, (3, 12))
     with torch.no_grad():
@@ -65,7 +65,7 @@ def test_the_export_is_three_files(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o002, 0o664), (0o022, 0o644), (0o077, 0o600)])
-def test_the_files_have_the_mode_that_the_umask_leaves(tmp_path: Path, mask: int, mode: int) -> None:
+def test_the_files_have_the_permissions_that_the_umask_allows(tmp_path: Path, mask: int, mode: int) -> None:
     before = os.umask(mask)
     try:
         save_export(tmp_path / "export", make_model(), TOKENIZER, {"run": "a"})
@@ -83,7 +83,7 @@ def test_the_tied_weight_is_stored_once(folder: Path) -> None:
 
 
 def test_a_loaded_model_may_be_trained_and_its_file_replaced(folder: Path) -> None:
-    """The weights are the file in memory: it does not change with them, and they do not change with a new one."""
+    """The weights are the file, mapped into memory; neither changes with the other."""
     before, model = (folder / "model.safetensors").read_bytes(), load_export(folder, CPU).model
     first = model.token_embedding.weight.detach().clone()
     with torch.no_grad():
@@ -93,8 +93,8 @@ def test_a_loaded_model_may_be_trained_and_its_file_replaced(folder: Path) -> No
     assert torch.equal(model.token_embedding.weight, first + 1)
 
 
-def test_the_weights_of_an_older_export_lie_where_the_kernels_want_them(folder: Path) -> None:
-    """Written by the library, behind a header of any length."""
+def test_the_weights_of_an_older_export_are_aligned_for_the_kernels(folder: Path) -> None:
+    """Older exports were written by safetensors, with a header of any length."""
     path = folder / "model.safetensors"
     for length in range(1, 9):
         save_file(load_file(path), path, metadata={"format": "pt", "note": "x" * 8 * length})
@@ -136,7 +136,7 @@ def lose_a_bit(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str,
     ],
     ids=["weights", "config", "logits"],
 )
-def test_a_failing_save_leaves_the_older_export(
+def test_a_failed_save_leaves_the_older_export(
     folder: Path,
     name: str,
     replacement: Callable[..., None],
@@ -150,8 +150,8 @@ def test_a_failing_save_leaves_the_older_export(
     assert [path.name for path in folder.parent.iterdir()] == ["export"]
 
 
-def test_a_failing_last_rename_leaves_the_older_export(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the process is killed just before the new export is put in place."""
+def test_a_failed_last_rename_leaves_the_older_export(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the process were killed just before the new export is put in place."""
     monkeypatch.setattr(Path, "rename", fail_on_write)
     monkeypatch.setattr(Path, "replace", fail_on_write)
     with pytest.raises(OSError, match="No space"):
@@ -163,7 +163,7 @@ def test_a_failing_last_rename_leaves_the_older_export(folder: Path, monkeypatch
 
 
 def error_of(folder: Path) -> str:
-    """The message of load_export's error: one line."""
+    """The message of the error of load_export, which is one line."""
     with pytest.raises(UserError) as caught:
         load_export(folder, CPU)
     assert "\n" not in str(caught.value)
@@ -201,14 +201,14 @@ def test_a_truncated_file_is_named(folder: Path, name: str, share: float) -> Non
     ],
     ids=str,
 )
-def test_facts_of_another_type_are_named(folder: Path, change: dict[str, Any]) -> None:
+def test_a_file_with_facts_of_the_wrong_type_is_named(folder: Path, change: dict[str, Any]) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert str(path) in error_of(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_endless_nesting_is_named(folder: Path, name: str) -> None:
+def test_a_file_with_endless_nesting_is_named(folder: Path, name: str) -> None:
     (folder / name).write_text("[" * 100_000)
     assert str(folder / name) in error_of(folder)
 
@@ -292,7 +292,7 @@ def test_a_damaged_setting_in_config_json_is_an_error_that_names_the_file(
 
 
 @pytest.mark.parametrize("key", ["format_version", "model", "vocab_size", "weights_crc32", "training"])
-def test_a_key_that_config_json_lacks_is_named(folder: Path, key: str) -> None:
+def test_a_key_missing_from_config_json_is_named(folder: Path, key: str) -> None:
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     del config[key]
@@ -316,7 +316,7 @@ def test_the_tokenizer_of_another_run_is_refused(folder: Path) -> None:
     assert f"the tokenizer has 2 tokens, the model {TOKENIZER.vocab_size}" in message
 
 
-def test_a_model_beyond_all_memory_is_refused_before_it_is_made(folder: Path) -> None:
+def test_a_model_too_large_for_memory_is_refused_before_it_is_built(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10**12}))
     with pytest.raises(UserError, match=r"token_embedding\.weight has shape"):

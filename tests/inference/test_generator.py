@@ -1,4 +1,4 @@
-"""Generator: completions, batches, streams, questions, and what they cost."""
+"""Generator: completions, batches, streams, questions, and statistics of their speed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_run_is_found_by_name(tmp_path: Path) -> None:
         Generator.from_run("third", tmp_path / "runs")
 
 
-def test_weights_may_be_smaller(tmp_path: Path) -> None:
+def test_weights_can_be_loaded_in_bfloat16(tmp_path: Path) -> None:
     save_tiny_run(tmp_path, "a")
     model = Generator.from_run("a", tmp_path, weights="bfloat16").model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -61,27 +61,26 @@ def test_on_a_gpu_weights_are_bfloat16_and_scores_float32(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("options", [GREEDY, HOT])
-def test_a_model_that_diverged_is_an_error(generator: Generator, options: SamplingOptions) -> None:
+def test_a_diverged_model_is_refused(generator: Generator, options: SamplingOptions) -> None:
     with torch.no_grad():
         generator.model.final_norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="logits are NaN"):
         generator.generate("ab", Request(5, options))
 
 
-def test_a_model_in_training_mode_is_an_error(generator: Generator) -> None:
-    """It was an assertion without words."""
+def test_a_model_in_training_mode_is_refused(generator: Generator) -> None:
     generator.model.train()
     for use in (lambda: generator.generate("ab"), lambda: next(generator.stream("ab")), lambda: generator.score("abc")):
         with pytest.raises(UserError, match="in training mode"):
             use()
 
 
-def test_no_sequence_at_a_time_is_an_error(generator: Generator) -> None:
+def test_a_batch_size_of_zero_is_refused(generator: Generator) -> None:
     with pytest.raises(UserError, match="batch_size must be at least 1"):
         generator.generate_batch(["ab"], batch_size=0)
 
 
-def test_a_completion_is_the_tokens_of_the_engine(generator: Generator) -> None:
+def test_a_completion_has_the_tokens_of_generate_tokens(generator: Generator) -> None:
     completion = generator.generate("ab", Request(20, HOT, seed=3))
     tokens = list(generate_tokens(generator.model, TOKENIZER.encode("ab"), 20, HOT, seed=3))
     assert completion.tokens == tokens
@@ -106,7 +105,7 @@ def test_the_stream_is_the_text_of_the_completion(generator: Generator) -> None:
     assert "".join(parts) == generator.generate("ab", request).text
 
 
-def test_sequence_i_of_a_call_draws_from_seed_plus_i_in_whatever_batch(generator: Generator) -> None:
+def test_sequence_i_of_a_call_draws_from_seed_plus_i_in_any_batch(generator: Generator) -> None:
     generator.model.double()
     prompts = ["ab", "", "the quick brown fox jumps", "z", "ab"]
     request = Request(25, HOT, seed=7)
@@ -119,7 +118,7 @@ def test_sequence_i_of_a_call_draws_from_seed_plus_i_in_whatever_batch(generator
     assert len({completion.text for completion in alone}) == len(prompts)
 
 
-def test_a_completion_ends_at_a_stop_string_across_tokens(generator: Generator) -> None:
+def test_a_completion_ends_at_a_stop_string_of_several_tokens(generator: Generator) -> None:
     whole = generator.generate("ab", Request(40, HOT)).text
     stop = whole[10:13]
     place = whole.find(stop)
@@ -161,7 +160,7 @@ def test_a_model_of_whole_documents_ends_its_text_at_end_of_text(packing: str) -
         assert "".join(of_documents.stream("ab", request)) == of_documents.generate("ab", request).text
 
 
-def test_what_may_begin_a_stop_string_is_text_if_end_of_text_follows() -> None:
+def test_the_beginning_of_a_stop_string_is_text_if_end_of_text_follows() -> None:
     tokenizer = char_tokenizer(["\0", *TOKENIZER.decode(range(TOKENIZER.vocab_size))])
     of_documents = Generator(tiny_model(tokenizer), tokenizer, training={"packing": "documents"})
     whole = of_documents.generate("ab", Request(40, HOT))
@@ -189,16 +188,16 @@ def test_an_empty_prompt_starts_from_a_line_break(generator: Generator) -> None:
         ({"seed": 2**63}, "seed must be"),
     ],
 )
-def test_a_request_out_of_bounds_is_an_error(settings: dict[str, Any], expected: str) -> None:
+def test_a_request_out_of_bounds_is_refused(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(UserError, match=expected):
         Request(**settings)
 
 
-def test_the_largest_seed_has_samples_too(generator: Generator) -> None:
+def test_the_largest_seed_works_for_several_sequences(generator: Generator) -> None:
     assert generator.generate_batch(["a", "a"], Request(1, seed=2**63 - 1))[1].seed == 2**63
 
 
-def test_a_character_without_a_token_is_an_error(generator: Generator) -> None:
+def test_a_character_without_a_token_is_refused(generator: Generator) -> None:
     with pytest.raises(TokenizerError, match="'€'"):
         generator.generate_batch(["a", "€"])
 
@@ -218,7 +217,7 @@ def by_blocks(generator: Generator) -> Generator:
     return blocks
 
 
-def test_blocks_give_the_completions_of_single_steps(generator: Generator, by_blocks: Generator) -> None:
+def test_decoding_in_blocks_gives_the_completions_of_single_steps(generator: Generator, by_blocks: Generator) -> None:
     prompts = ["ab", "", "the quick brown fox jumps", "z", "ab"]
     whole = generator.generate("ab", Request(60, HOT)).text
     for stops in ((), (whole[10:13],), (whole[15:17], whole[3:5])):
@@ -231,12 +230,12 @@ def test_blocks_give_the_completions_of_single_steps(generator: Generator, by_bl
         assert "".join(by_blocks.stream("ab", request)) == generator.generate("ab", request).text
 
 
-def test_a_stream_of_blocks_comes_in_few_pieces(by_blocks: Generator) -> None:
+def test_a_stream_in_blocks_comes_in_few_pieces(by_blocks: Generator) -> None:
     parts = list(by_blocks.stream("ab", Request(1 + 3 * TOKENS_A_BLOCK, HOT)))
     assert [len(part) for part in parts] == [1, *[TOKENS_A_BLOCK] * 3]
 
 
-def test_tokens_of_blocks_are_counted_as_those_of_steps(generator: Generator, by_blocks: Generator) -> None:
+def test_tokens_of_blocks_are_counted_like_those_of_steps(generator: Generator, by_blocks: Generator) -> None:
     for each in (generator, by_blocks):
         each.generate_batch(["abc", "a" * 30], Request(20, HOT))
     for name in ("prompt_tokens", "steps", "decoded", "attended", "proposed"):
@@ -245,16 +244,16 @@ def test_tokens_of_blocks_are_counted_as_those_of_steps(generator: Generator, by
     whole = by_blocks.generate("ab", Request(60, HOT))
     by_blocks.stats = GenerationStats()
     completion = by_blocks.generate("ab", Request(60, HOT, stops=[whole.text[19:21]]))
-    assert by_blocks.stats.decoded == len(completion.tokens) - 1  # what came after the stop is dropped
+    assert by_blocks.stats.decoded == len(completion.tokens) - 1  # tokens after the stop are dropped
     assert by_blocks.stats.steps == math.ceil(by_blocks.stats.decoded / TOKENS_A_BLOCK) * TOKENS_A_BLOCK
 
 
-def test_an_exact_window_is_not_static(by_blocks: Generator, generator: Generator) -> None:
+def test_an_exact_window_is_not_decoded_in_blocks(by_blocks: Generator, generator: Generator) -> None:
     request = Request(2 * BLOCK_SIZE, HOT, window="exact")
     assert by_blocks.generate("ab", request).tokens == generator.generate("ab", request).tokens
 
 
-def test_a_model_that_diverged_is_an_error_in_blocks_too(by_blocks: Generator) -> None:
+def test_a_diverged_model_is_also_refused_in_blocks(by_blocks: Generator) -> None:
     with torch.no_grad():
         by_blocks.model.final_norm.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="logits are NaN"):
@@ -277,7 +276,7 @@ def test_a_question_is_put_into_the_template_and_the_answer_ends_at_the_stop() -
     assert generator.qa_request(request).stops == ("zzzz", "b")
 
 
-def test_without_a_stop_an_answer_goes_on(generator: Generator) -> None:
+def test_without_a_stop_string_an_answer_continues(generator: Generator) -> None:
     generator.settings = InferenceConfig(qa_template="{question}", qa_stop="")
     assert generator.generate_qa("ab", Request(30, HOT)) == generator.generate("ab", Request(30, HOT))
 
@@ -293,7 +292,7 @@ def test_a_template_that_the_model_cannot_read_is_named(generator: Generator) ->
 # ------------------------------------------------------------------------------ speed
 
 
-def test_tokens_are_counted_as_the_model_saw_them(generator: Generator) -> None:
+def test_the_statistics_count_the_tokens_that_the_model_saw(generator: Generator) -> None:
     generator.generate_batch(["abc", "a" * 30], Request(20, HOT))
     stats = generator.stats
     assert (stats.prompt_tokens, stats.steps, stats.decoded) == (3 + BLOCK_SIZE, 19, 2 * 19)
@@ -303,7 +302,7 @@ def test_tokens_are_counted_as_the_model_saw_them(generator: Generator) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"position": "learned", "tie_embeddings": False, "ngram_rows": (7, 9)}])
-def test_bytes_read_are_those_of_each_step(settings: dict[str, Any]) -> None:
+def test_bytes_read_are_summed_over_the_steps(settings: dict[str, Any]) -> None:
     model = tiny_model(**settings)
     stats = GenerationStats()
     for context in (4, 5, 6):
@@ -315,7 +314,7 @@ def test_bytes_read_are_those_of_each_step(settings: dict[str, Any]) -> None:
 def test_bytes_of_the_weights_are_counted_in_their_precision() -> None:
     model = tiny_model()
     parameters = model.num_parameters()
-    assert weight_bytes(model) == 4 * parameters  # the embedding is the head as well
+    assert weight_bytes(model) == 4 * parameters  # the embedding is also the head
     assert weight_bytes(with_weights(model, "bfloat16")) == 2 * parameters
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name]
     head = model.token_embedding.weight
@@ -340,7 +339,7 @@ def test_speeds_are_reported(generator: Generator, monkeypatch: pytest.MonkeyPat
     assert "memory" not in dict(stats.rows(generator.model, cached=False))
 
 
-def test_the_defaults_in_code_are_those_of_the_settings() -> None:
+def test_the_defaults_in_code_equal_those_of_the_settings() -> None:
     assert Request() == Request.configured(InferenceConfig())
 
 

@@ -1,4 +1,4 @@
-"""What --show-info says of an export."""
+"""The screen that --show-info prints about an export."""
 
 from __future__ import annotations
 
@@ -144,6 +144,6 @@ def test_a_damaged_run_json_is_reported_and_hides_nothing_else(run: Path) -> Non
     assert "shakespeare" in text
 
 
-def test_an_export_that_says_nothing_of_its_training_is_shown(tmp_path: Path) -> None:
+def test_an_export_without_facts_of_its_training_is_shown(tmp_path: Path) -> None:
     save_export(tmp_path / "export", make_model(), TOKENIZER, {})
     assert "Parameters" in screen(tmp_path / "export")

@@ -35,7 +35,7 @@ def one(made: Completion, name: str = "baseline", val_loss: float | None = 1.5) 
 
 
 def luminance(color: str) -> float:
-    """Of #rrggbb [WCAG 2.1, relative luminance]."""
+    """The relative luminance of #rrggbb [WCAG 2.1]."""
     channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
@@ -49,7 +49,7 @@ def contrast(first: str, second: str) -> float:
 @pytest.mark.parametrize(
     ("probability", "place"), [(1e-9, 0), (0.0099, 0), (0.03, 1), (0.1, 2), (0.3, 3), (0.6, 4), (0.95, 5), (1.0, 5)]
 )
-def test_a_probability_has_its_colour(probability: float, place: int) -> None:
+def test_each_range_of_probabilities_has_its_colour(probability: float, place: int) -> None:
     assert level(math.log(probability)) == place
     assert len(LEGEND) == len(BOUNDS) + 1
 
@@ -102,7 +102,7 @@ def test_the_tokens_of_a_stop_string_are_struck_out() -> None:
         ([b"a", b"\xe6\x97"], "a�", ["a", "�"]),
     ],
 )
-def test_a_character_of_several_tokens_is_shown_where_it_is_whole(
+def test_a_character_of_several_tokens_is_shown_at_the_token_that_completes_it(
     pieces: list[bytes], text: str, shown: list[str]
 ) -> None:
     made = Completion("ab", text, list(range(len(pieces))), [-1.0] * len(pieces), "stop", 7)
@@ -111,13 +111,13 @@ def test_a_character_of_several_tokens_is_shown_where_it_is_whole(
     assert [f"{stop.strip()} {text}" if stop else text for _, stop, _, text in found] == shown
 
 
-def test_the_tip_of_a_token_that_is_part_of_a_character_has_its_bytes() -> None:
+def test_the_tooltip_of_a_token_that_is_part_of_a_character_shows_its_bytes() -> None:
     tokenizer: Any = Pieces([b"\xc3", b"\x9f"])
     text = page(RunCompletions("baseline", 1.5, [Completion("", "ß", [0, 1], [-1.0, -1.0], "length", 7)], tokenizer))
     assert [tip.split()[0] for _, _, tip, _ in TOKEN.findall(text)] == [r"bytes:\xc3", r"bytes:\x9f"]
 
 
-def test_runs_stand_side_by_side_for_each_prompt_with_their_losses() -> None:
+def test_runs_are_side_by_side_for_each_prompt_with_their_losses() -> None:
     runs = [
         RunCompletions(name, loss, [completion("a", [-1.0], "ab"), completion("b", [-3.0], "")], TOKENIZER)
         for name, loss in (("first", 1.25), ("second", None))
@@ -163,5 +163,5 @@ def test_columns_scroll_on_a_phone_and_the_page_does_not(browser: Browser, tmp_p
     assert shown.evaluate("document.documentElement.scrollWidth") == 375
     wide, seen = shown.evaluate("(e => [e.scrollWidth, e.clientWidth])(document.querySelectorAll('.scroll')[1])")
     assert wide > 2 * seen
-    assert shown.locator("pre").first.inner_text().endswith("b\n")  # what is copied has no signs in it
+    assert shown.locator("pre").first.inner_text().endswith("b\n")  # copied text has no visible signs for white space
     assert complaints == []

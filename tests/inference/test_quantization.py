@@ -1,4 +1,4 @@
-"""Smaller weights: how far they are from the float32 ones, and that all variants of the model take them."""
+"""Smaller weights: how far they are from float32, and that all variants of the model work with them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_weight_is_rounded_to_the_nearest_of_255_steps() -> None:
 
 
 @torch.no_grad()
-def test_float32_is_the_model_itself_with_matrices_by_columns() -> None:
+def test_float32_is_the_model_itself_with_matrices_stored_by_columns() -> None:
     model = model_of("gpt2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert with_weights(model, "float32") is model
@@ -54,7 +54,7 @@ def test_float32_is_the_model_itself_with_matrices_by_columns() -> None:
         assert torch.equal(tensor, before[name])
 
 
-def test_smaller_weights_lie_by_rows_again() -> None:
+def test_smaller_weights_are_stored_by_rows() -> None:
     model = with_weights(model_of("llama"), "float32")
     for weights in ("bfloat16", "int8"):
         assert all(tensor.is_contiguous() for tensor in with_weights(model, weights).state_dict().values())
@@ -77,7 +77,7 @@ def test_smaller_weights_give_nearly_the_same_logits(variant: str, weights: Weig
     assert len(tokens) == 40
 
 
-def test_the_weights_read_for_each_token_are_small() -> None:
+def test_all_weights_that_are_read_for_each_token_are_smaller() -> None:
     model = model_of("gpt2")
     int8, bfloat16 = with_weights(model, "int8"), with_weights(model, "bfloat16")
     assert not any(isinstance(module, Linear) for module in int8.modules())
@@ -89,7 +89,7 @@ def test_rotary_factors_keep_their_precision() -> None:
     assert with_weights(model_of("llama"), "bfloat16").cos.dtype == torch.float32
 
 
-def test_without_torchs_kernel_int8_layers_use_public_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_private_kernel_int8_layers_use_public_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = Int8Linear(torch.randn(8, 32), None)
     x = torch.randn(2, 32).bfloat16()
@@ -98,7 +98,7 @@ def test_without_torchs_kernel_int8_layers_use_public_operators(monkeypatch: pyt
     torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.1)
 
 
-def test_automatic_weights_are_bfloat16_where_a_gpu_multiplies_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_automatic_weights_are_bfloat16_on_a_gpu_with_units_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for has_units, expected in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(quantization, "has_bf16_units", lambda _, has=has_units: has)

@@ -40,7 +40,7 @@ def kept(logits: torch.Tensor = LOGITS, **settings: Any) -> set[int]:
     filtered = filter_logits(logits, SamplingOptions(temperature=1.0, **settings))
     chosen = filtered[0] > -INF
     shift = filtered[0][chosen] - logits[0][chosen]
-    torch.testing.assert_close(shift, shift[:1].expand_as(shift))  # the odds of what is kept are not changed
+    torch.testing.assert_close(shift, shift[:1].expand_as(shift))  # the odds among the kept tokens do not change
     return set(chosen.nonzero().flatten().tolist())
 
 
@@ -48,12 +48,12 @@ def kept(logits: torch.Tensor = LOGITS, **settings: Any) -> set[int]:
     ("top_k", "tokens"),
     [(None, {0, 1, 2, 3, 4}), (1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (5, {0, 1, 2, 3, 4}), (100, {0, 1, 2, 3, 4})],
 )
-def test_top_k_keeps_the_most_likely(top_k: int | None, tokens: set[int]) -> None:
+def test_top_k_keeps_the_most_likely_tokens(top_k: int | None, tokens: set[int]) -> None:
     assert kept(top_k=top_k) == tokens
 
 
 def test_top_k_keeps_all_that_tie_with_the_last_kept() -> None:
-    assert kept(top_k=4) == {0, 1, 2, 3, 4}  # tokens 2 and 4 are equally likely: dropping one would be arbitrary
+    assert kept(top_k=4) == {0, 1, 2, 3, 4}  # tokens 2 and 4 are equally likely, so dropping one would be arbitrary
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_top_p_is_applied_to_the_tokens_that_top_k_keeps() -> None:
     assert kept(top_k=2, top_p=0.7) == {1, 3}
 
 
-def test_rows_are_filtered_on_their_own() -> None:
+def test_each_row_has_its_own_filter() -> None:
     logits = torch.stack((LOGITS[0], LOGITS[0].flip(0)))
     options_of_two = (SamplingOptions(1.0, top_k=2), SamplingOptions(1.0, top_p=0.7), SamplingOptions(1.0, min_p=0.4))
     for options in options_of_two:
@@ -114,11 +114,11 @@ def test_three_ways_to_the_most_likely_token(options: SamplingOptions) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-300])
-def test_a_tiny_temperature_is_as_good_as_greedy(temperature: float) -> None:
+def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     assert sample(LOGITS.repeat(20, 1), SamplingOptions(temperature), uniform(20)).tolist() == [1] * 20
 
 
-def test_from_a_millionth_on_a_temperature_draws_among_ties() -> None:
+def test_ties_are_drawn_at_random_from_a_temperature_of_a_millionth_on() -> None:
     ties, numbers = torch.zeros(64, 2), uniform(64)
     assert set(sample(ties, SamplingOptions(1e-6), numbers).tolist()) == {0, 1}
     assert set(sample(ties, SamplingOptions(0.99e-6), numbers).tolist()) == {0}
@@ -128,22 +128,22 @@ def test_large_logits_over_a_small_temperature_do_not_overflow() -> None:
     logits = torch.tensor([[1e37, 3e37, 2e37, 0.0]])
     assert filter_logits(logits, SamplingOptions(1e-3)).isfinite().tolist() == [[False, True, False, False]]
     assert sample(logits, SamplingOptions(1e-3), uniform(1)).tolist() == [1]
-    far_apart = torch.tensor([[3e37, 2e37], [2.0, 1.0]])  # each row has a largest logit of its own
+    far_apart = torch.tensor([[3e37, 2e37], [2.0, 1.0]])  # each row has its own largest logit
     assert filter_logits(far_apart, SamplingOptions(1.0))[1].tolist() == [0.0, -1.0]
 
 
-def test_top_p_1_keeps_what_rounding_leaves_no_probability() -> None:
-    logits = torch.tensor([[0.0, *[-17.0] * 50_000, -40.0]])  # the sum before the last is 1, rounded
+def test_top_p_1_keeps_tokens_whose_probability_is_rounded_to_nothing() -> None:
+    logits = torch.tensor([[0.0, *[-17.0] * 50_000, -40.0]])  # without the last token the rounded sum is 1
     assert filter_logits(logits, SamplingOptions(1.0, top_p=1.0)).isfinite().all()
 
 
-def test_a_token_that_begins_where_top_p_is_reached_is_left_out() -> None:
+def test_a_token_after_top_p_is_reached_exactly_is_left_out() -> None:
     for options, count in ((SamplingOptions(1.0, top_p=0.5), 2), (SamplingOptions(1.0, top_p=0.25), 1)):
         assert (filter_logits(torch.zeros(1, 4), options) > -INF).sum() == count  # a quarter each, exactly
 
 
 def test_draws_are_exact_to_double_precision() -> None:
-    """Random numbers a billionth beside the borders of tokens: in single precision a border lies farther off."""
+    """Random numbers a billionth from the borders of tokens; in single precision borders are less exact than that."""
     logits = torch.randn(1, 1000, generator=torch.Generator().manual_seed(1))
     weights = [math.exp(logit) for logit in (logits - logits.max())[0].tolist()]
     total = math.fsum(weights)
@@ -154,8 +154,8 @@ def test_draws_are_exact_to_double_precision() -> None:
         assert tokens == [i + (shift > 0) for i in range(0, 999, 9)]
 
 
-def test_the_largest_random_number_draws_nothing_that_is_banned() -> None:
-    """Rounded probabilities may add up to less than it; without care it would give the last token."""
+def test_the_largest_random_number_draws_no_banned_token() -> None:
+    """Rounded probabilities may add up to less than it, in which case the last token could be drawn by mistake."""
     logits = torch.randn(2000, 50, generator=torch.Generator().manual_seed(2))
     largest = torch.full((2000,), 1 - 2**-53, dtype=torch.float64)
     tokens = sample(logits, SamplingOptions(1.0, banned=(48, 49)), largest)
@@ -178,7 +178,7 @@ def test_the_largest_random_number_draws_nothing_that_is_banned() -> None:
         (SamplingOptions(1.0, top_k=4, top_p=0.8, min_p=0.3), [0, 2, 0, 1, 0]),
     ],
 )
-def test_sampled_frequencies_are_those_of_the_filtered_softmax(options: SamplingOptions, expected: list[int]) -> None:
+def test_sampled_frequencies_match_the_filtered_softmax(options: SamplingOptions, expected: list[int]) -> None:
     draws = 20_000
     tokens = sample(LOGITS.repeat(draws, 1), options, uniform(draws))
     assert tokens.shape == (draws,)
@@ -186,7 +186,7 @@ def test_sampled_frequencies_are_those_of_the_filtered_softmax(options: Sampling
 
 
 def assert_drawn_from(odds: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Pearson's chi-square test, refused at 0.1 %; what has no odds must not be drawn at all."""
+    """Pearson's chi-square test at the level of 0.1 %. Tokens with odds 0 must not be drawn at all."""
     counts = torch.bincount(tokens, minlength=len(odds)).double()
     assert (counts[odds == 0] == 0).all()
     means = (odds / odds.sum() * len(tokens))[odds > 0]
@@ -205,7 +205,7 @@ def test_a_repetition_penalty_makes_seen_tokens_less_likely() -> None:
     assert sample(logits, greedy, uniform(1), seen).tolist() == [2]
 
 
-def test_greedy_draws_nothing_that_is_banned() -> None:
+def test_greedy_draws_no_banned_token() -> None:
     assert sample(LOGITS, SamplingOptions(0, banned=(1, 3)), uniform(1)).tolist() == [0]
 
 
@@ -225,7 +225,7 @@ def test_a_stream_does_not_depend_on_the_others() -> None:
         assert alone.draw()[0] == third.draw()[2]
 
 
-def test_a_stream_is_that_of_torch_in_double_precision() -> None:
+def test_a_stream_equals_that_of_torch_in_double_precision() -> None:
     streams = RandomStreams([7], CPU)
     drawn = [streams.draw() for _ in range(AHEAD + 1)]
     generator = torch.Generator().manual_seed(7)
@@ -235,7 +235,7 @@ def test_a_stream_is_that_of_torch_in_double_precision() -> None:
 
 
 @pytest.mark.parametrize(("device", "numbers"), [("cpu", "cpu"), ("mps", "cpu"), ("meta", "meta")])
-def test_numbers_are_on_the_device_if_it_has_double_precision(device: str, numbers: str) -> None:
+def test_random_numbers_are_on_the_device_if_it_has_double_precision(device: str, numbers: str) -> None:
     assert RandomStreams([7], torch.device(device)).draw().device.type == numbers
 
 
@@ -278,7 +278,7 @@ BOUNDS = {
     ],
     ids=str,
 )
-def test_an_option_out_of_bounds_is_an_error_that_names_it(settings: dict[str, Any]) -> None:
+def test_an_option_out_of_bounds_is_refused_by_name(settings: dict[str, Any]) -> None:
     ((name, value),) = settings.items()
     with pytest.raises(SamplingError) as caught:
         SamplingOptions(**settings)
@@ -305,15 +305,15 @@ def test_options_at_their_bounds_are_accepted(settings: dict[str, Any]) -> None:
     assert 0 <= int(token) < 5
 
 
-def test_the_configured_options_are_the_settings_of_inference() -> None:
+def test_configured_options_follow_the_settings_of_inference() -> None:
     settings = InferenceConfig(temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, repetition_penalty=1.5)
     assert SamplingOptions.configured(settings) == SamplingOptions(0.5, 7, 0.9, 0.1, 1.5)
     assert SamplingOptions.configured(InferenceConfig()) == SamplingOptions()
 
 
-def test_every_row_is_filtered_as_if_it_were_alone() -> None:
+def test_every_row_is_filtered_as_if_alone() -> None:
     logits = 3 * torch.randn(6, 30, generator=torch.Generator().manual_seed(3))
-    logits[1] -= 1e4  # levels of their own
+    logits[1] -= 1e4  # far below the other rows
     seen = torch.rand(6, 30, generator=torch.Generator().manual_seed(4)) < 0.5
     for settings in ({}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 9, "top_p": 0.9, "min_p": 0.05}):
         options = SamplingOptions(0.7, repetition_penalty=1.5, banned=(2, 7), **settings)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The score of a text: each token once, with the context that the windows promise."""
+"""The score of a text: each token is scored once, with the context of its window."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make_model(variant: str, block_size: int, tokenizer: Tokenizer | None = None) -> LanguageModel:
-    """Weights large enough that a token's chance depends on the whole context."""
+    """Weights large enough that the probability of a token depends on the whole context."""
     torch.manual_seed(0)
     tiny = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size}
     return lively(LanguageModel(ModelConfig(**tiny | VARIANTS[variant]), (tokenizer or TOKENIZER).vocab_size))
@@ -41,7 +41,7 @@ def random_text(length: int) -> str:
 
 @torch.no_grad()
 def loss_by_hand(model: LanguageModel, text: str) -> float:
-    """Token after token, from what its window holds before it."""
+    """The mean loss, computed token by token from the preceding tokens of its window."""
     ids, T = TOKENIZER.encode(text), model.config.block_size
     half = max(T // 2, 1)
     losses = []
@@ -62,7 +62,7 @@ def shown(part: RenderableType) -> str:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("block_size", [1, 2, 3, 7, 8])
-def test_the_loss_is_that_of_each_token_from_its_window(variant: str, block_size: int) -> None:
+def test_the_loss_is_the_mean_over_tokens_given_their_window(variant: str, block_size: int) -> None:
     model = make_model(variant, block_size)
     for length in (2, 3, block_size, block_size + 1, block_size + 2, 3 * block_size, 37):
         if length >= 2:
@@ -72,23 +72,23 @@ def test_the_loss_is_that_of_each_token_from_its_window(variant: str, block_size
 
 
 @pytest.mark.parametrize("tokens_at_once", [1, 16, 24])
-def test_how_many_windows_pass_at_once_changes_nothing(tokens_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_windows_per_pass_changes_nothing(tokens_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, text = make_model("rope", 8), random_text(83)
     at_once = score(model, TOKENIZER, text)
     monkeypatch.setattr(scoring, "TOKENS_AT_ONCE", tokens_at_once)
     assert score(model, TOKENIZER, text).loss == pytest.approx(at_once.loss, abs=1e-6)
 
 
-def test_a_uniform_model_needs_the_bits_of_its_vocabulary() -> None:
+def test_a_uniform_model_needs_log2_of_its_vocabulary_in_bits() -> None:
     model = make_model("learned", 8)
     with torch.no_grad():
-        model.token_embedding.weight.zero_()  # the head, too
+        model.token_embedding.weight.zero_()  # also the head
     found = score(model, TOKENIZER, "abcdefg" * 5)
     assert found.perplexity == pytest.approx(TOKENIZER.vocab_size)
     assert found.bits_per_byte == pytest.approx(math.log2(TOKENIZER.vocab_size))
 
 
-def test_bytes_are_those_of_the_predicted_characters() -> None:
+def test_bytes_are_counted_for_the_predicted_characters() -> None:
     assert score(make_model("learned", 8), TOKENIZER, "😀aü").bytes == 3
     unknown = char_tokenizer(TOKENIZER.decode(range(TOKENIZER.vocab_size)), unknown_token="\ufffd")
     assert score(make_model("learned", 8, unknown), unknown, "éaü").bytes == 3
@@ -96,13 +96,13 @@ def test_bytes_are_those_of_the_predicted_characters() -> None:
     assert found.bits_per_byte == pytest.approx(2 / 3)
 
 
-def test_a_loss_beyond_all_numbers_has_an_infinite_perplexity() -> None:
+def test_a_loss_too_large_for_exp_has_an_infinite_perplexity() -> None:
     assert perplexity(1000.0) == math.inf
     assert math.isnan(perplexity(math.nan))
 
 
 @pytest.mark.parametrize(("weights", "tolerance"), [("bfloat16", 0.05), ("int8", 0.05)])
-def test_smaller_weights_score_almost_the_same(weights: Weights, tolerance: float) -> None:
+def test_smaller_weights_give_nearly_the_same_score(weights: Weights, tolerance: float) -> None:
     model, text = make_model("rope", 16), random_text(200)
     reference, small = score(model, TOKENIZER, text), score(with_weights(model, weights), TOKENIZER, text)
     assert small.loss == pytest.approx(reference.loss, abs=tolerance)
@@ -110,12 +110,12 @@ def test_smaller_weights_score_almost_the_same(weights: Weights, tolerance: floa
 
 
 @pytest.mark.parametrize("text", ["", "a"])
-def test_a_text_without_anything_to_predict_is_an_error(text: str) -> None:
+def test_a_text_without_anything_to_predict_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=f"a text of {len(text)} tokens has nothing to predict: expected at least 2"):
         score(make_model("learned", 8), TOKENIZER, text)
 
 
-def test_an_unknown_character_is_an_error_with_its_place() -> None:
+def test_an_unknown_character_is_refused_with_its_position() -> None:
     with pytest.raises(TokenizerError, match=r"'x'.* at position 2 "):
         score(make_model("learned", 8), TOKENIZER, "abx")
 

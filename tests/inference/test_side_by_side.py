@@ -39,7 +39,7 @@ def test_the_mean_is_over_all_tokens() -> None:
     assert math.isnan(mean_logprob([]))
 
 
-def test_runs_stand_next_to_each_other_where_there_is_room() -> None:
+def test_runs_are_side_by_side_if_there_is_room() -> None:
     text = shown(two_runs(), 2 * NARROWEST + 3)
     assert re.search(r"baseline  val loss 1\.5000 +\[bold\]", text)
     assert re.search(r"a bab +a bba", text)
@@ -49,24 +49,24 @@ def test_runs_stand_next_to_each_other_where_there_is_room() -> None:
     )
 
 
-def test_the_texts_begin_on_one_line_however_long_the_names_are() -> None:
+def test_the_texts_begin_on_the_same_line_even_if_names_are_long() -> None:
     first, second = two_runs()
     lines = shown([first._replace(name="a long name " * 5), second], 80).splitlines()
     assert any(re.search(r"a bab +a bba", line) for line in lines)
 
 
-def test_runs_stand_one_below_the_other_where_there_is_none() -> None:
+def test_runs_are_one_below_the_other_if_there_is_no_room() -> None:
     lines = shown(two_runs(), 2 * NARROWEST + 2).splitlines()
     assert lines.index("baseline  val loss 1.5000") < lines.index("[bold]")
     assert "a bab" in lines
 
 
-def test_each_prompt_has_its_part() -> None:
+def test_each_prompt_has_its_heading() -> None:
     text = shown(two_runs(), 100)
     assert text.index("'a b'  seed 7") < text.index("'b'  seed 7")
 
 
-def test_the_tokens_come_with_their_logprobs_if_asked_for() -> None:
+def test_tokens_are_listed_with_their_logprobs_on_request() -> None:
     assert "-1.5000" not in shown(two_runs(), 100)
     lines = shown(two_runs()[:1], 100, logprobs=True).splitlines()
     rows = [line.split() for line in lines]

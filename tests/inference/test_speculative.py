@@ -1,4 +1,4 @@
-"""Speculative decoding: the text that the model gives alone, in fewer passes."""
+"""Speculative decoding: the text that the model alone would generate, in fewer passes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def generated(
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("draft", ["ngram", "itself", "rope", "learned"])
-def test_greedy_tokens_are_those_without_a_draft(settings: str, draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_tokens_equal_those_without_a_draft(settings: str, draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(static, "SMALLEST_BUCKET", 2)
     model = lively_model(**SETTINGS[settings]).double()
     drafts = {"ngram": None, "itself": model}
@@ -59,8 +59,8 @@ def test_greedy_tokens_are_those_without_a_draft(settings: str, draft: str, monk
     "options", [SamplingOptions(1.0), SamplingOptions(0.7, top_k=4, repetition_penalty=1.5)], ids=["plain", "filtered"]
 )
 @torch.no_grad()
-def test_the_distribution_is_that_of_the_model_alone(draft: str, options: SamplingOptions) -> None:
-    """Of three tokens after a prompt, over many seeds, against the exact probabilities."""
+def test_the_distribution_equals_that_of_the_model_alone(draft: str, options: SamplingOptions) -> None:
+    """Three tokens after a prompt, over many seeds, are compared with the exact probabilities."""
     vocab, runs, prompt = 4, 300, [0, 1, 0, 1]
     torch.manual_seed(3)
     models = []
@@ -88,8 +88,8 @@ def test_the_distribution_is_that_of_the_model_alone(draft: str, options: Sampli
     assert len(pairs) > 8
 
 
-def test_what_is_drawn_after_a_rejection_makes_up_for_it() -> None:
-    """All random numbers on a grid: the first token has the model's distribution exactly, whatever the draft's is."""
+def test_draws_after_a_rejection_correct_the_distribution() -> None:
+    """Over a grid of all random numbers, the first token has the distribution of the model, not of the draft."""
     p = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1]], dtype=torch.float64)
     q = torch.tensor([[0.2, 0.2, 0.6]], dtype=torch.float64)
     grid = (torch.arange(20, dtype=torch.float64) + 0.5) / 20
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others() -> None:
 # ------------------------------------------------------------------------------ fewer passes
 
 
-def test_a_draft_that_is_the_model_itself_is_always_right() -> None:
+def test_all_tokens_are_accepted_if_the_draft_is_the_model_itself() -> None:
     model = lively_model(block_size=64).double()
     for options in (GREEDY, SamplingOptions(1.0)):
         blocks = list(Speculators(model, 4).generate(model, [1], 31, options, 0))
@@ -145,7 +145,7 @@ def test_the_last_occurrence_of_the_longest_n_gram_is_continued() -> None:
     assert proposal([1, 2, 3, 4, 5, 9, 1, 2, 7, 8, 6, 1, 2]) == [7, 8, 6]
     assert proposal([1, 2, 3, 4, 5, 9, 1, 2, 7, 8, 6, 1, 2, 3]) == [4, 5, 9]  # 1 2 3 is longer than 2 3 and later 1 2
     draft.start(GREEDY)
-    assert proposal([7, 8, 7, 8, 7, 8]) == [7, 8, 7]  # the text goes on repeating itself
+    assert proposal([7, 8, 7, 8, 7, 8]) == [7, 8, 7]  # the text continues to repeat itself
     draft.start(GREEDY)
     assert proposal([1, 2, 3]) is None  # another text
 
@@ -165,7 +165,7 @@ def test_a_text_that_repeats_itself_takes_few_passes() -> None:
 # ------------------------------------------------------------------------------ in a generator
 
 
-def test_a_generator_reports_what_the_draft_did() -> None:
+def test_a_generator_reports_the_tokens_accepted_from_the_draft() -> None:
     helper = Generator(tiny_model(), TOKENIZER, "small")
     generator = Generator(tiny_model(), TOKENIZER, "large", draft=helper, draft_tokens=3)
     completion = generator.generate("ab", Request(13, GREEDY))
@@ -178,7 +178,7 @@ def test_a_generator_reports_what_the_draft_did() -> None:
     assert "draft" not in dict(helper.stats.rows(helper.model))
 
 
-def test_stop_strings_end_a_text_within_a_pass() -> None:
+def test_a_stop_string_ends_a_text_in_the_middle_of_a_pass() -> None:
     model = tiny_model()
     plain, fast = Generator(model, TOKENIZER), Generator(model, TOKENIZER, draft=Generator(model, TOKENIZER))
     whole = plain.generate("ab", Request(40, GREEDY)).text
@@ -187,26 +187,25 @@ def test_stop_strings_end_a_text_within_a_pass() -> None:
     assert (found.text, found.tokens, found.finish) == (expected.text, expected.tokens, "stop")
 
 
-def test_several_sequences_come_one_by_one() -> None:
+def test_several_sequences_are_generated_one_by_one() -> None:
     generator = Generator(tiny_model(), TOKENIZER, draft="ngram")
     completions = generator.generate_batch(["ab", "c", ""], Request(10, GREEDY))
-    assert [c.tokens for c in completions] == [
-        c.tokens for c in Generator(tiny_model(), TOKENIZER).generate_batch(["ab", "c", ""], Request(10, GREEDY))
-    ]
+    expected = Generator(tiny_model(), TOKENIZER).generate_batch(["ab", "c", ""], Request(10, GREEDY))
+    assert [c.tokens for c in completions] == [c.tokens for c in expected]
     with pytest.raises(UserError, match="one sequence at a time: batch_size must be 1, not 4"):
         generator.generate_batch(["ab", "c"], batch_size=4)
     with pytest.raises(UserError, match="a draft needs window sliding, not exact"):
         generator.generate("ab", Request(10, window="exact"))
 
 
-def test_a_draft_with_another_tokenizer_is_an_error_that_names_both() -> None:
+def test_a_draft_with_another_tokenizer_is_refused_with_both_names() -> None:
     other = char_tokenizer("abc")
     helper = Generator(tiny_model(other), other, "small")
     with pytest.raises(UserError, match=r"small cannot draft for large: .* \(char, 3 tokens, not char, \d+ tokens\)"):
         Generator(tiny_model(), TOKENIZER, "large", draft=helper)
 
 
-def test_more_draft_tokens_than_a_context_holds_are_an_error() -> None:
+def test_more_draft_tokens_than_a_context_holds_are_refused() -> None:
     helper, large = Generator(tiny_model(block_size=4), TOKENIZER, "small"), tiny_model()
     with pytest.raises(UserError, match="draft-tokens must be at most 2, not 3: the draft sees only 4 tokens"):
         Generator(large, TOKENIZER, "large", draft=helper, draft_tokens=3)
@@ -229,7 +228,7 @@ def test_a_draft_is_found_like_a_run(tmp_path: Path) -> None:
         Generator.from_run("large", tmp_path, draft="tiny")
 
 
-def test_defaults_are_the_same_everywhere() -> None:
+def test_the_default_of_draft_tokens_is_the_same_in_the_script_and_in_code() -> None:
     import inference
 
     parser = inference.Parser()

@@ -1,4 +1,4 @@
-"""Static decoding: the tokens of the loop, from tensors alone."""
+"""Static decoding: the same tokens as the loop of generate_blocks, without reading numbers on the host."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ EACH_OPTION = [
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several buckets within the tiny context."""
+    """Makes several buckets fit into the tiny context."""
     monkeypatch.setattr(static, "SMALLEST_BUCKET", 2)
 
 
 def both_ways(
     model: LanguageModel, prompts: Sequence[list[int]], count: int, options: SamplingOptions, decoders: StaticDecoders
 ) -> list[tuple[list[list[int]], list[list[float]], int]]:
-    """The tokens, log-probabilities and contexts of the loop, and those of the static decoder."""
+    """Tokens, log-probabilities and total context, of the loop and of the static decoder."""
     seeds, results = range(7, 7 + len(prompts)), []
     for blocks in (
         generate_blocks(model, prompts, count, options, seeds),
@@ -65,24 +65,24 @@ def assert_same(*arguments: Any) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("options", [GREEDY, ALL_OPTIONS], ids=["greedy", "all options"])
-def test_the_tokens_are_those_of_the_loop_past_the_window(settings: str, options: SamplingOptions) -> None:
+def test_the_tokens_equal_those_of_the_loop_past_the_window(settings: str, options: SamplingOptions) -> None:
     model, decoders = lively_model(**SETTINGS[settings]).double(), StaticDecoders()
     for prompts in (PROMPTS, [[1, 2]], PROMPTS):
         assert_same(model, prompts, 3 * BLOCK + 1, options, decoders)
 
 
 @pytest.mark.parametrize("options", EACH_OPTION, ids=str)
-def test_each_option_acts(options: SamplingOptions) -> None:
+def test_each_option_has_the_same_effect_as_in_the_loop(options: SamplingOptions) -> None:
     assert_same(lively_model(position="rope").double(), PROMPTS[:3], 2 * BLOCK, options, StaticDecoders())
 
 
 @pytest.mark.parametrize("count", [1, 2, TOKENS_A_BLOCK, TOKENS_A_BLOCK + 1, TOKENS_A_BLOCK + 2, AHEAD + 3])
-def test_as_many_tokens_come_as_are_asked_for(count: int) -> None:
+def test_as_many_tokens_are_generated_as_asked_for(count: int) -> None:
     assert_same(lively_model(position="rope").double(), PROMPTS[:2], count, SamplingOptions(1.0), StaticDecoders())
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 7])
-def test_odd_windows_slide(block_size: int) -> None:
+def test_windows_of_odd_sizes_slide_as_in_the_loop(block_size: int) -> None:
     for position in ("rope", "learned"):
         model = lively_model(position=position, block_size=block_size).double()
         assert_same(model, [[3, 1], [2]], 20, SamplingOptions(1.0), StaticDecoders())
@@ -93,7 +93,7 @@ def test_the_first_token_comes_alone_and_the_rest_in_blocks() -> None:
     assert [len(block.tokens[0]) for block in blocks] == [1, TOKENS_A_BLOCK, TOKENS_A_BLOCK, 2]
 
 
-def test_a_decoder_serves_texts_of_its_batch_size_until_the_weights_move(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_decoder_is_reused_for_its_batch_size_until_weights_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
     class Counted(static.StaticDecoder):
@@ -107,7 +107,7 @@ def test_a_decoder_serves_texts_of_its_batch_size_until_the_weights_move(monkeyp
         list(decoders.generate(model, [[1]] * size, 3, GREEDY, range(size)))
     assert made == [1, 2]
     with torch.no_grad():
-        model.final_norm.weight.mul_(-1)  # in place: seen without another decoder
+        model.final_norm.weight.mul_(-1)  # a change in place needs no new decoder
     assert_same(model, [[1]], 5, GREEDY, decoders)
     assert made == [1, 2]
     model.final_norm.weight = torch.nn.Parameter(-model.final_norm.weight)
@@ -116,10 +116,10 @@ def test_a_decoder_serves_texts_of_its_batch_size_until_the_weights_move(monkeyp
     for size in range(3, 3 + graphs.MOST_IDLE):
         list(decoders.generate(model, [[1]] * size, 1, GREEDY, range(size)))
     list(decoders.generate(model, [[1]], 1, GREEDY, [0]))
-    assert made[-1] == 1  # it was forgotten
+    assert made[-1] == 1  # its decoder was dropped
 
 
-def test_two_texts_at_a_time_do_not_meet() -> None:
+def test_two_interleaved_texts_do_not_affect_each_other() -> None:
     model, decoders = lively_model(position="rope"), StaticDecoders()
     options = SamplingOptions(1.0)
 
@@ -131,7 +131,7 @@ def test_two_texts_at_a_time_do_not_meet() -> None:
     assert [list(side) for side in zip(*turns, strict=True)] == alone
 
 
-def test_a_text_that_is_left_early_does_not_spoil_the_next() -> None:
+def test_a_text_that_is_abandoned_does_not_affect_the_next() -> None:
     model, decoders = lively_model(position="learned").double(), StaticDecoders()
     blocks = decoders.generate(model, [[1, 2]], 50, ALL_OPTIONS, [3])
     next(blocks)
@@ -140,7 +140,7 @@ def test_a_text_that_is_left_early_does_not_spoil_the_next() -> None:
     assert_same(model, [[1, 2]], 20, ALL_OPTIONS, decoders)
 
 
-def test_nothing_is_asked_of_the_device_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_number_is_read_from_the_device_within_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a wait for the device")
 
@@ -177,7 +177,7 @@ def test_no_operator_of_a_graph_reads_the_device_or_copies_from_the_host(
     with torch.inference_mode():
         decoder = static.StaticDecoder(lively_model(**SETTINGS[settings]), 2)
         decoder.start([[1], [2, 3]], options, [1, 2])
-        for _ in range(BLOCK + 1):  # what is prepared once, and beyond the context
+        for _ in range(BLOCK + 1):  # including one-time preparations and steps beyond the context
             decoder.draw()
             decoder.decode()
         with Operators() as operators:
@@ -187,7 +187,7 @@ def test_no_operator_of_a_graph_reads_the_device_or_copies_from_the_host(
     assert not operators.names & {"_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "lift_fresh"}
 
 
-def test_what_cannot_be_recorded_runs_as_it_is_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_cannot_be_recorded_runs_eagerly_after_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -198,7 +198,7 @@ def test_what_cannot_be_recorded_runs_as_it_is_with_one_warning(monkeypatch: pyt
     assert len(caught) == 1
 
 
-def test_what_is_recorded_ran_before_and_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_graph_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     recorded = []
 
     def note(work: Any, device: torch.device) -> Any:
@@ -209,7 +209,7 @@ def test_what_is_recorded_ran_before_and_is_recorded_once(monkeypatch: pytest.Mo
     model, decoders = lively_model(position="rope"), StaticDecoders()
     for _ in range(2):
         list(decoders.generate(model, [[1]], 3 * BLOCK, GREEDY, [0]))
-    assert len(recorded) == 1 + 4  # the drawing, buckets 2, 4, 8, and past the context
+    assert len(recorded) == 1 + 4  # sampling, buckets 2, 4 and 8, and past the context
     list(decoders.generate(model, [[1]], 3 * BLOCK, SamplingOptions(1.0), [0]))
     assert len(recorded) == 1 + 4 + 1
 
@@ -223,7 +223,7 @@ def test_attention_covers_a_power_of_two_of_slots(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("options", [GREEDY, ALL_OPTIONS], ids=["greedy", "all options"])
-def test_graphs_give_the_tokens_of_the_loop(settings: str, options: SamplingOptions) -> None:
+def test_cuda_graphs_give_the_tokens_of_the_loop(settings: str, options: SamplingOptions) -> None:
     model, decoders = lively_model(**SETTINGS[settings]).double().cuda(), StaticDecoders()
-    for prompts in (PROMPTS, PROMPTS):  # recorded in the first text, launched from the first token on in the second
+    for prompts in (PROMPTS, PROMPTS):  # recorded during the first call, replayed from the first token on in the second
         assert_same(model, prompts, 3 * BLOCK + 1, options, decoders)

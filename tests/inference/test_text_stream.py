@@ -1,4 +1,4 @@
-"""Text as it comes: whole characters, and nothing of a stop string."""
+"""Streamed text has whole characters only, and no part of a stop string."""
 
 from __future__ import annotations
 
@@ -8,20 +8,11 @@ from typing import Any
 
 import pytest
 
+from tests.inference.test_token_text import Pieces
 from tests.tiny_export import char_tokenizer
 from utils.inference.text_stream import MOST_PENDING, TextStream
 
 CHARACTERS = char_tokenizer("abcdefgh\n\ufffd")
-
-
-class Pieces:
-    """A tokenizer whose tokens are any bytes."""
-
-    def __init__(self, pieces: Sequence[bytes]) -> None:
-        self.pieces = pieces
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return b"".join(self.pieces[i] for i in ids).decode("utf-8", errors="replace")
 
 
 def stream_of(tokenizer: Any, stops: Sequence[str] = ()) -> TextStream:
@@ -29,7 +20,7 @@ def stream_of(tokenizer: Any, stops: Sequence[str] = ()) -> TextStream:
 
 
 def texts(pieces: Sequence[bytes], stops: Sequence[str] = ()) -> list[str]:
-    """What each of these tokens adds, and the rest."""
+    """The text that each token adds, and the rest at the end."""
     stream = stream_of(Pieces(pieces), stops)
     return [*(stream.add(i) for i in range(len(pieces))), stream.rest()]
 
@@ -37,7 +28,7 @@ def texts(pieces: Sequence[bytes], stops: Sequence[str] = ()) -> list[str]:
 # ------------------------------------------------------------------------------ characters
 
 
-def test_a_character_is_text_once_its_last_byte_is_there() -> None:
+def test_a_character_is_returned_with_its_last_byte() -> None:
     assert texts([bytes([byte]) for byte in "aü😀b".encode()]) == ["a", "", "ü", "", "", "", "😀", "b", ""]
 
 
@@ -53,7 +44,7 @@ def test_characters_that_span_tokens_are_whole() -> None:
     assert "".join(texts(pieces)) == data.decode()
 
 
-def test_bytes_that_are_no_character_do_not_hide_the_next_one() -> None:
+def test_an_invalid_byte_does_not_hide_the_next_character() -> None:
     assert texts([b"\xff", b"\xf0", b"\x9f", b"\x98", b"\x80", b"!"]) == ["", "\ufffd", "", "", "😀", "!", ""]
 
 
@@ -71,7 +62,7 @@ def test_a_stream_without_a_whole_character_is_not_held_back_forever() -> None:
 def test_the_pieces_make_up_the_text_for_any_tokens(seed: int) -> None:
     generator = random.Random(seed)
     data = "".join(generator.choices("aé€😀", k=50)).encode()
-    if seed % 2:  # and some that are no text
+    if seed % 2:  # with some bytes that are not text
         data = bytes(byte if generator.random() > 0.1 else generator.randrange(256) for byte in data)
     pieces = []
     while sum(map(len, pieces)) < len(data):
@@ -80,11 +71,10 @@ def test_the_pieces_make_up_the_text_for_any_tokens(seed: int) -> None:
     assert "".join(texts(pieces)) == data.decode("utf-8", errors="replace")
 
 
-def test_a_vocabulary_may_have_the_replacement_character() -> None:
+def test_a_vocabulary_may_contain_the_replacement_character() -> None:
     stream = stream_of(CHARACTERS)
-    assert "".join([*(stream.add(token) for token in CHARACTERS.encode("a\ufffd\ufffdb")), stream.rest()]) == (
-        "a\ufffd\ufffdb"
-    )
+    parts = [stream.add(token) for token in CHARACTERS.encode("a\ufffd\ufffdb")]
+    assert "".join([*parts, stream.rest()]) == "a\ufffd\ufffdb"
 
 
 # ------------------------------------------------------------------------------ stop strings
@@ -108,7 +98,7 @@ def test_text_held_back_at_the_end_is_returned() -> None:
     assert run("abc", ["cd"]) == (["a", "b", "", "c"], False)
 
 
-def test_a_stop_string_may_begin_within_another_beginning() -> None:
+def test_a_stop_string_may_begin_inside_an_unfinished_one() -> None:
     assert run("ababac", ["abac"]) == (["", "", "", "ab", "", "", ""], True)
 
 
@@ -117,21 +107,21 @@ def test_the_first_of_several_stop_strings_counts() -> None:
     assert ("".join(parts), stopped) == ("ab", True)
 
 
-def test_a_stop_string_within_one_token() -> None:
+def test_a_stop_string_inside_a_token_ends_the_text() -> None:
     assert texts([b"one\ntwo", b"three"], ["\n"]) == ["one", "", ""]
 
 
-def test_a_stop_string_across_tokens_and_within_a_character() -> None:
+def test_a_stop_string_that_begins_inside_a_token_ends_the_text() -> None:
     assert texts([b"a\xc3", b"\xbcb", b"c"], ["üb"]) == ["a", "", "", ""]
 
 
-def test_without_stop_strings_nothing_waits() -> None:
+def test_without_stop_strings_no_text_is_held_back() -> None:
     assert run("abc", []) == (["a", "b", "c", ""], False)
     assert run("abc", [""]) == (["a", "b", "c", ""], False)
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_the_text_is_cut_where_a_search_in_all_of_it_would_cut(seed: int) -> None:
+def test_the_text_is_cut_where_a_search_in_the_whole_text_would_cut(seed: int) -> None:
     generator = random.Random(seed)
     text = "".join(generator.choices("ab", k=60))
     stops = ["".join(generator.choices("ab", k=generator.randint(1, 7))) for _ in range(3)]
@@ -140,7 +130,7 @@ def test_the_text_is_cut_where_a_search_in_all_of_it_would_cut(seed: int) -> Non
     if not ends:
         assert ("".join(parts), stopped) == (text, False)
         return
-    seen = text[: min(ends)]  # one token later the model is not asked any more
+    seen = text[: min(ends)]  # no token is requested after the first stop string
     assert ("".join(parts), stopped) == (seen[: min(seen.find(stop) for stop in stops if stop in seen)], True)
 
 
@@ -148,7 +138,7 @@ def test_the_text_is_cut_where_a_search_in_all_of_it_would_cut(seed: int) -> Non
 
 
 @pytest.mark.parametrize("stops", [(), ("b",), ("ab", "cdc"), ("\ufffd",), ("hhh\n",)], ids=str)
-def test_a_block_is_its_tokens_one_by_one(stops: Sequence[str]) -> None:
+def test_a_block_gives_the_text_of_its_tokens_one_by_one(stops: Sequence[str]) -> None:
     generator = random.Random(1)
     pieces = [*b"abcdefgh\n", *"üß€😀".encode(), 0xFF]
     tokenizer = Pieces([bytes([piece]) for piece in pieces])

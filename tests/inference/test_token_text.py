@@ -1,4 +1,4 @@
-"""Single tokens where a character may take several of them."""
+"""The text of single tokens if a character may consist of several."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Pieces:
 
 
 def characters(*pieces: bytes) -> list[str]:
-    """What each token completes, after what it shows to be unfinished, and the rest."""
+    """For each token, `invalid bytes before it|characters it completes`, and the rest at the end."""
     tokenizer: Any = Pieces(pieces)
-    of_tokens = TokenCharacters(tokenizer)
-    return [*("|".join(of_tokens.add(token)) for token in range(len(pieces))), of_tokens.rest()]
+    completed = TokenCharacters(tokenizer)
+    return [*("|".join(completed.add(token)) for token in range(len(pieces))), completed.rest()]
 
 
 @pytest.mark.parametrize(
@@ -45,11 +45,11 @@ def test_a_character_belongs_to_the_token_that_completes_it() -> None:
     assert characters(b"\xf0", b"\x9f\x98", b"\x80\xc3", b"\xa9") == ["|", "|", "|😀", "|é", ""]
 
 
-def test_unfinished_bytes_belong_to_the_tokens_before() -> None:
+def test_unfinished_bytes_are_reported_by_the_next_token() -> None:
     assert characters(b"a", b"\xc3", b"b", b"\xff", b"\xe6\x97") == ["|a", "|", "\ufffd|b", "|\ufffd", "|", "\ufffd"]
 
 
-def test_together_they_are_the_text_of_the_tokens() -> None:
+def test_all_parts_together_are_the_text() -> None:
     draw = random.Random(1)
     for _ in range(300):
         data = draw.choice(["aü€😀b", "日本語 Straße"]).encode() + draw.randbytes(8)

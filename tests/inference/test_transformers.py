@@ -1,4 +1,4 @@
-"""Our models against those of transformers with the same weights (make test-slow: it installs transformers)."""
+"""Our models compared with those of transformers with the same weights (make test-slow installs transformers)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def models(request: pytest.FixtureRequest) -> tuple[Any, LanguageModel]:
 
 
 @torch.no_grad()
-def test_logits_are_theirs_at_every_position(models: tuple[Any, LanguageModel]) -> None:
+def test_logits_equal_those_of_transformers_at_every_position(models: tuple[Any, LanguageModel]) -> None:
     theirs, ours = models
     idx = torch.randint(VOCAB, (3, BLOCK), generator=torch.Generator().manual_seed(0))
     expected = theirs(idx).logits
@@ -55,7 +55,7 @@ def test_logits_are_theirs_at_every_position(models: tuple[Any, LanguageModel]) 
 
 
 @torch.no_grad()
-def test_prompts_of_different_length_continue_as_theirs(models: tuple[Any, LanguageModel]) -> None:
+def test_prompts_of_different_lengths_have_the_logits_of_transformers(models: tuple[Any, LanguageModel]) -> None:
     theirs, ours = models
     steps = list(generate(ours, PROMPTS, BLOCK - 20, SamplingOptions(temperature=0), range(3)))
     for row, prompt in enumerate(PROMPTS):
@@ -66,7 +66,7 @@ def test_prompts_of_different_length_continue_as_theirs(models: tuple[Any, Langu
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
-def test_greedy_text_is_theirs(models: tuple[Any, LanguageModel], prompt: list[int]) -> None:
+def test_greedy_text_equals_that_of_transformers(models: tuple[Any, LanguageModel], prompt: list[int]) -> None:
     theirs, ours = models
     count, idx = BLOCK - len(prompt), torch.tensor([prompt])
     theirs.generation_config.eos_token_id = None  # no token ends a text or stands for padding

@@ -1,4 +1,4 @@
-"""The attention kernel that is used, and why no other: on the CPU, which has FlashAttention but not with dropout."""
+"""The choice of an attention kernel and its reasons, on the CPU, which has FlashAttention except with dropout."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from utils.machine.attention_kernels import attention_order, fused_attention
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-def test_a_trial_finds_the_kernel_and_the_reasons_against_those_before_it() -> None:
+def test_the_kernel_is_found_with_the_reasons_against_preferred_ones() -> None:
     name, reasons = fused_attention(CPU, torch.float32, 4, 2, 8, 16, dropout=0.0)
     assert name == "flash"
     assert reasons.startswith("cudnn: ")
 
 
-def test_without_a_kernel_the_reason_is_torchs() -> None:
+def test_without_a_kernel_the_reason_comes_from_torch() -> None:
     before = torch.get_rng_state()
     name, reasons = fused_attention(CPU, torch.float32, 4, 4, 8, 16, dropout=0.1)
     assert name == ""
@@ -29,7 +29,7 @@ def test_without_a_kernel_the_reason_is_torchs() -> None:
     ("capability", "cudnn", "changed"),
     [((9, 0), 91900, True), ((9, 0), 91500, False), ((9, 0), None, False), ((8, 0), 91900, False)],
 )
-def test_only_hopper_with_a_new_cudnn_has_an_order_of_its_own(
+def test_only_hopper_with_a_new_cudnn_changes_the_order(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cudnn: int | None, changed: bool
 ) -> None:
     entered = []

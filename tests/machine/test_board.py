@@ -1,4 +1,4 @@
-"""What a rank that does not notice the end of the others is ended for, and when."""
+"""When a rank that does not notice the end of the others is ended, and why."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from utils.machine.board import Board
     ("rank", "failure", "ended"),
     [
         (0, {"message": "rank 0 did not get as far as the others", "late": [0]}, True),
-        (0, {"message": "rank 1: ValueError: boom"}, False),  # it may be at work, and notices later
+        (0, {"message": "rank 1: ValueError: boom"}, False),  # it may be busy, and will notice later
         (1, {"message": "rank 1 did not get as far as the others", "late": [1]}, False),  # rank 0 closes the run first
     ],
 )
-def test_rank_0_is_ended_at_once_where_the_others_have_waited_for_it(
+def test_rank_0_is_ended_at_once_if_the_others_have_waited_for_it(
     rank: int, failure: dict[str, Any], ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole of a hang must take less than 30 s, of which the others have waited for 20."""
+    """A hang must end within 30 s, of which the others have waited for 20."""
     left = threading.Event()
 
     def leave(status: int) -> None:

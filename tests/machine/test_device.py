@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def ampere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes torch report this many CUDA devices, and MPS."""
+    """Makes torch report this many CUDA devices, and MPS or not."""
 
     def pretend(cuda: int = 0, mps: bool = False, bf16: bool = True) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda > 0)
@@ -57,7 +57,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         (1, True, ["mps", "cuda", "cpu"]),
     ],
 )
-def test_auto_is_mps_then_cuda_then_cpu(machine: Callable[..., None], cuda: int, mps: bool, names: list[str]) -> None:
+def test_auto_prefers_mps_then_cuda_then_cpu(
+    machine: Callable[..., None], cuda: int, mps: bool, names: list[str]
+) -> None:
     machine(cuda, mps)
     assert available_devices() == names
     assert choose_device("auto") == torch.device(names[0])
@@ -131,22 +133,6 @@ def test_autocast_computes_products_in_that_precision(dtype: torch.dtype) -> Non
     assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-@pytest.fixture
-def restored() -> Iterator[None]:
-    """Restores the settings of this process after the test."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    benchmark = torch.backends.cudnn.benchmark
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    with torch.random.fork_rng():
-        yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = benchmark
-    torch.set_float32_matmul_precision(precision)
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_determinism_is_set_and_restored(deterministic: bool) -> None:
     before = torch.are_deterministic_algorithms_enabled()
@@ -156,7 +142,6 @@ def test_determinism_is_set_and_restored(deterministic: bool) -> None:
     assert torch.are_deterministic_algorithms_enabled() is before
 
 
-@pytest.mark.usefixtures("restored")
 @pytest.mark.parametrize(("tf32", "precision"), [(True, "tf32"), (False, "ieee")])
 def test_float32_products_on_cuda_have_the_requested_precision(tf32: bool, precision: str) -> None:
     products = torch.backends.cuda.matmul
@@ -165,7 +150,7 @@ def test_float32_products_on_cuda_have_the_requested_precision(tf32: bool, preci
         assert float32_precisions() == before
     with torch_settings(TrainConfig(tf32=tf32), CUDA):
         assert products.fp32_precision == precision
-        assert products.allow_tf32 is tf32  # the older interface raises where it disagrees, and torch.compile reads it
+        assert products.allow_tf32 is tf32  # torch.compile reads the older interface, which raises if the two disagree
         assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
     assert float32_precisions() == before
 
@@ -179,7 +164,6 @@ def float32_precisions() -> tuple[str, str, str]:
     )
 
 
-@pytest.mark.usefixtures("restored")
 def test_a_precision_that_only_the_newer_interface_set_is_restored() -> None:
     products = torch.backends.cuda.matmul
     before, products.fp32_precision = products.fp32_precision, "tf32"  # now torch.get_float32_matmul_precision raises
@@ -231,7 +215,7 @@ def test_facts_name_the_device_and_the_threads() -> None:
     ("cpuinfo", "has"),
     [("flags\t: fpu avx512f avx512_bf16 sse", True), ("Features\t: fp asimd bf16", True), ("flags\t: fpu avx2", False)],
 )
-def test_the_flags_of_a_processor_say_whether_it_has_units_for_bfloat16(
+def test_units_for_bfloat16_are_recognised_by_the_flags_of_the_processor(
     cpuinfo: str, has: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = dict(line.split("\t: ") for line in [cpuinfo])
@@ -251,10 +235,10 @@ def test_the_flags_of_a_processor_say_whether_it_has_units_for_bfloat16(
         ("GenuineIntel", "6", "143", "Sapphire Rapids (family 6, model 143)"),
         ("GenuineIntel", "6", "250", "family 6, model 250"),
         ("AuthenticAMD", "99", "1", "family 99, model 1"),
-        ("", "", "", ""),  # no x86, or no Linux
+        ("", "", "", ""),  # not x86, or not Linux
     ],
 )
-def test_the_generation_of_a_cpu_follows_from_its_family_and_model(
+def test_the_generation_of_a_cpu_is_derived_from_its_family_and_model(
     vendor: str, family: str, model: str, shown: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields = {"vendor_id": vendor, "cpu family": family, "model": model}
@@ -277,7 +261,7 @@ def test_a_field_of_the_processor_is_found_by_its_whole_name(monkeypatch: pytest
         (CUDA, (9, 0), torch.float32, "not float32"),
     ],
 )
-def test_fp8_is_refused_where_there_are_no_units_for_it(
+def test_fp8_is_refused_on_a_device_or_precision_that_does_not_support_it(
     machine: Callable[..., None],
     monkeypatch: pytest.MonkeyPatch,
     device: torch.device,
@@ -292,7 +276,9 @@ def test_fp8_is_refused_where_there_are_no_units_for_it(
 
 
 @pytest.mark.parametrize("capability", [(8, 9), (9, 0), (10, 0)])
-def test_fp8_is_accepted_where_there_are(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+def test_fp8_is_accepted_from_compute_capability_8_9_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
     check_fp8(CUDA, torch.bfloat16)
     check_fp8(CUDA, torch.float16)

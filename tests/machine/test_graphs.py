@@ -1,4 +1,4 @@
-"""Recorded kernels: the function itself where there is no CUDA, and the same numbers where there is."""
+"""Captured graphs: without CUDA the function itself, with CUDA the same numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from utils.machine.graphs import capture_graph
 
 
-def test_without_cuda_the_function_stays_as_it_is() -> None:
+def test_without_cuda_the_function_is_returned() -> None:
     def work() -> int:
         return 3
 
@@ -17,7 +17,7 @@ def test_without_cuda_the_function_stays_as_it_is() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("index", range(max(torch.cuda.device_count(), 1)))
-def test_recording_computes_nothing_and_each_launch_repeats_the_work(index: int) -> None:
+def test_a_capture_computes_nothing_and_each_replay_repeats_the_work(index: int) -> None:
     device = torch.device("cuda", index)
     total = torch.zeros(3, device=device)
     repeat = capture_graph(lambda: total.add_(1), device)
@@ -29,7 +29,7 @@ def test_recording_computes_nothing_and_each_launch_repeats_the_work(index: int)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_after_a_recording_that_failed_the_device_can_be_used_as_before() -> None:
+def test_after_a_failed_capture_the_device_works_as_before() -> None:
     device = torch.device("cuda", 0)
     total, before = torch.zeros(3, device=device), torch.cuda.current_stream(device)
     earlier = capture_graph(lambda: total.add_(1), device)

@@ -11,7 +11,7 @@ from utils.errors import RankError
 from utils.machine.meeting import meet
 
 
-def test_ranks_of_a_start_agree_whatever_those_before_them_left_behind() -> None:
+def test_ranks_agree_whatever_an_earlier_start_left_behind() -> None:
     store = dist.HashStore()
     with ThreadPoolExecutor(3) as pool:
         for number, world_size in enumerate((3, 2, 3), 1):
@@ -23,6 +23,6 @@ def test_ranks_of_a_start_agree_whatever_those_before_them_left_behind() -> None
 @pytest.mark.parametrize(
     ("rank", "message"), [(0, "rank 1 did not start within 0 s"), (1, "rank 1 is alone: rank 0 did not start")]
 )
-def test_a_rank_that_does_not_come_is_named(rank: int, message: str) -> None:
+def test_a_missing_rank_is_named(rank: int, message: str) -> None:
     with pytest.raises(RankError, match=message):
         meet(dist.HashStore(), rank, 2, 0.1)

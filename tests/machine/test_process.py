@@ -35,7 +35,7 @@ def run(code: str, **environment: str) -> str:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_freed_memory_is_reused_without_page_faults() -> None:
-    """A tenth of the page faults; all of them if the user has set a limit for freed memory."""
+    """Ten allocations cause the page faults of one, unless the user has set a limit for freed memory."""
     assert int(run(ALLOCATE_AND_FREE)) < 2 * PAGES
     assert int(run(ALLOCATE_AND_FREE, MALLOC_TRIM_THRESHOLD_="131072")) > 8 * PAGES
 
@@ -44,7 +44,7 @@ def test_freed_memory_is_reused_without_page_faults() -> None:
     ("environment", "expected"),
     [({}, "6000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
 )
-def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(environment: dict[str, str], expected: str) -> None:
+def test_idle_threads_sleep_soon_unless_the_user_decides_otherwise(environment: dict[str, str], expected: str) -> None:
     code = (
         "import os; from utils.machine.process import tune_process as t; t(); print(os.environ.get('GOMP_SPINCOUNT'))"
     )
@@ -54,7 +54,9 @@ def test_idle_threads_sleep_soon_unless_the_user_says_otherwise(environment: dic
 @pytest.mark.parametrize(
     ("environment", "expected"), [({}, ":4096:8"), ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, ":16:8")]
 )
-def test_cublas_has_a_fixed_workspace_before_its_first_product(environment: dict[str, str], expected: str) -> None:
+def test_cublas_gets_a_fixed_workspace_unless_the_user_decides_otherwise(
+    environment: dict[str, str], expected: str
+) -> None:
     code = "import os; from utils.machine.process import tune_process as t; t(); print(os.environ[{!r}])"
     assert run(code.format("CUBLAS_WORKSPACE_CONFIG"), **environment) == expected
 
@@ -65,13 +67,15 @@ def test_objects_are_hidden_from_the_garbage_collector_only_inside_the_block() -
     assert gc.get_freeze_count() == 0
 
 
-@pytest.mark.parametrize("library", ["json", "duckdb", "triton._C.libtriton"])  # the last two report leaks at the end
-def test_a_script_hides_its_imports_and_nothing_that_comes_later(library: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("library", ["json", "duckdb", "triton._C.libtriton"])  # the last two report leaks at exit
+def test_a_script_hides_its_imports_but_no_later_objects_from_the_garbage_collector(
+    library: str, tmp_path: Path
+) -> None:
     code = (
         "import gc, sys; from utils.machine.process import begin_script; begin_script()\n"
         "print(gc.get_freeze_count() > 1000)\n"
         f"import {library}\n"
-        "class Callback: file = open(sys.argv[1], 'w')\n"  # in a cycle, as every class is
+        "class Callback: file = open(sys.argv[1], 'w')\n"  # part of a reference cycle, like every class
         "Callback.file.write('kept')"
     )
     command = [sys.executable, "-c", code, tmp_path / "a.txt"]

@@ -1,4 +1,4 @@
-"""The first signal is a request, the second interrupts at once, previous handlers are restored; the time limit."""
+"""Signals: the first is a request, the second interrupts at once, and the handlers are restored; and the time limit."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_the_second_signal_interrupts_at_once(second: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("first", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
-def test_sighup_is_never_impatience(first: signal.Signals) -> None:
-    """A terminal that is closed sends it twice: by its shell and by the kernel."""
+def test_a_second_sighup_does_not_interrupt(first: signal.Signals) -> None:
+    """A terminal that is closed sends it twice, from its shell and from the kernel."""
     with stop_on_signals() as stop:
         os.kill(os.getpid(), first)
         os.kill(os.getpid(), signal.SIGHUP)
@@ -43,7 +43,7 @@ def test_sighup_is_never_impatience(first: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_previous_handlers_are_restored_however_it_ends(error: type[BaseException] | None) -> None:
+def test_previous_handlers_are_restored_however_the_block_ends(error: type[BaseException] | None) -> None:
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     try:
         with stop_on_signals():
@@ -97,7 +97,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_the_deadline_is_near_when_another_step_and_the_reserve_do_not_fit(clock: list[float]) -> None:
+def test_the_deadline_is_near_if_another_step_and_the_reserve_do_not_fit(clock: list[float]) -> None:
     deadline = Deadline(minutes=1.0)
     clock[0] += 10  # a slow start is not a step
     deadline.step_done()
@@ -107,7 +107,7 @@ def test_the_deadline_is_near_when_another_step_and_the_reserve_do_not_fit(clock
     assert not deadline.is_near(reserve=9)
     assert deadline.is_near(reserve=11)
     assert deadline.seconds_left == 30
-    clock[0] += 5  # a shorter step: the longest one counts
+    clock[0] += 5  # a shorter step; the longest one counts
     deadline.step_done()
     assert not deadline.is_near(reserve=4)
     assert deadline.is_near(reserve=6)
@@ -118,12 +118,12 @@ def test_asking_whether_the_deadline_is_near_changes_no_later_answer(clock: list
     deadline.step_done()
     clock[0] += 10
     assert not deadline.is_near(reserve=0)
-    clock[0] += 10  # what the loop does now takes 20 s already, and may do so again: 20 s are left after that
+    clock[0] += 10  # this step has taken 20 s, and the next may too; 20 s are left after that
     assert not deadline.is_near(reserve=19)
     assert deadline.is_near(reserve=21)
 
 
-def test_time_in_which_the_process_was_stopped_is_no_step(clock: list[float]) -> None:
+def test_time_while_the_process_was_suspended_does_not_count_as_a_step(clock: list[float]) -> None:
     deadline, calls = Deadline(minutes=2.0), []
     with stop_on_signals() as stop:
         stop.on_continue += [deadline.continued, lambda: calls.append(1)]
@@ -131,7 +131,7 @@ def test_time_in_which_the_process_was_stopped_is_no_step(clock: list[float]) ->
         deadline.step_done()
         clock[0] += 1
         deadline.step_done()
-        clock[0] += 45  # of SIGSTOP, in the middle of a step
+        clock[0] += 45  # suspended in the middle of a step
         os.kill(os.getpid(), signal.SIGCONT)
         assert not deadline.is_near(reserve=70)
         clock[0] += 2
@@ -140,7 +140,7 @@ def test_time_in_which_the_process_was_stopped_is_no_step(clock: list[float]) ->
     assert deadline.is_near(reserve=71)
     assert len(calls) == 2
     assert not stop
-    os.kill(os.getpid(), signal.SIGCONT)  # not handled any more
+    os.kill(os.getpid(), signal.SIGCONT)  # no longer handled
     assert len(calls) == 2
 
 

@@ -1,4 +1,4 @@
-"""System metrics: plausible, at their interval, logged in the order of steps, and ignored by comparisons of runs."""
+"""System metrics are plausible, sampled at their interval, logged in step order, and ignored when runs are compared."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from equal_runs import assert_equal_runs
 
 import train
-from benchmarks.run_equality import differences
 from utils.machine import usage
 from utils.machine.usage import GIB, MIB, SystemSampler
 from utils.runs.log import read_records
@@ -39,11 +39,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(usage, "time", clock)
     return clock
-
-
-def tagged(runs_dir: Path, tag: str) -> Path:
-    (path,) = runs_dir.glob(f"*_{tag}")
-    return path
 
 
 def test_a_sample_agrees_with_the_system(tmp_path: Path) -> None:
@@ -79,7 +74,7 @@ def test_with_interval_0_no_sample_is_ever_due(clock: Clock, tmp_path: Path) -> 
     assert not sampler.due()
 
 
-def test_what_the_machine_cannot_measure_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_that_cannot_be_measured_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = SystemSampler(CPU, tmp_path / "away", 10.0)
 
     def gone() -> float:
@@ -110,7 +105,8 @@ def test_with_interval_0_no_sample_is_logged(tiny_argv: Argv, only_run: Callable
 def test_runs_that_differ_only_in_samples_are_equal(tiny_argv: Argv, runs_dir: Path) -> None:
     assert train.main(tiny_argv(*ALWAYS, "--flush-interval", "2", "--run-tag", "with")) == 0
     assert train.main(tiny_argv("--system-interval", "0", "--run-tag", "without")) == 0
-    assert not any(differences(tagged(runs_dir, "with"), tagged(runs_dir, "without")).values())
+    (sampled,), (unsampled,) = runs_dir.glob("*_with"), runs_dir.glob("*_without")
+    assert_equal_runs(sampled, unsampled)
 
 
 def test_a_gpu_reports_its_memory_and_utilisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +116,9 @@ def test_a_gpu_reports_its_memory_and_utilisation(tmp_path: Path, monkeypatch: p
     assert (values["system/gpu_memory"], values["system/gpu_utilization"]) == (3.0, 87.0)
 
 
-def test_a_gpu_whose_driver_does_not_report_its_utilisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_utilisation_of_a_gpu_is_left_out_if_the_driver_does_not_report_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unknown(device: torch.device) -> int:
         raise RuntimeError("NVML is not there")
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing gives the same bits, runs each block twice, and keeps less for the backward pass."""
+"""Activation checkpointing gives the same bits, and keeps fewer activations for the backward pass."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def loss_and_gradients(*, checkpointing: bool, compiled: bool = False, **setting
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_the_bits_are_the_same_also_with_dropout(dropout: float, position: str) -> None:
+def test_loss_gradients_and_random_state_are_the_same_bits(dropout: float, position: str) -> None:
     ours = loss_and_gradients(checkpointing=True, dropout=dropout, position=position)
     theirs = loss_and_gradients(checkpointing=False, dropout=dropout, position=position)
     assert len(ours) == len(theirs)
@@ -35,14 +35,14 @@ def test_the_bits_are_the_same_also_with_dropout(dropout: float, position: str) 
 
 
 @pytest.mark.slow
-def test_it_can_be_compiled() -> None:
+def test_activation_checkpointing_can_be_compiled() -> None:
     torch.testing.assert_close(
         loss_and_gradients(checkpointing=True, compiled=True), loss_and_gradients(checkpointing=False)
     )
 
 
 def kept(model: LanguageModel) -> int:
-    """The number of elements that the forward pass keeps for the backward pass, parameters aside."""
+    """The number of elements that the forward pass keeps for the backward pass, not counting parameters."""
     tensors: dict[int, int] = {}
     own = {parameter.data_ptr() for parameter in model.parameters()}
 
@@ -57,7 +57,7 @@ def kept(model: LanguageModel) -> int:
     return sum(tensors.values())
 
 
-def test_less_is_kept_and_nothing_changes_without_gradients() -> None:
+def test_fewer_activations_are_kept_and_nothing_changes_without_gradients() -> None:
     model = LanguageModel(ModelConfig.model_validate(SETTINGS), vocab_size=50)
     names, before = list(model.state_dict()), kept(model)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Attention over short sequences has the values and gradients of torch's operator."""
+"""Attention over short sequences has the values and gradients of PyTorch's operator."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def by_torch(*q_k_v: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("length", [2, 3, 64, SHORT_TOKENS])
 @pytest.mark.parametrize("batch", [1, 4])
-def test_short_attention_and_its_gradients_are_those_of_torch(batch: int, length: int) -> None:
+def test_short_attention_and_its_gradients_equal_torch(batch: int, length: int) -> None:
     inputs = q_k_v(batch, length)
     upstream = torch.randn(batch, length, 24)
     ours, theirs = ShortAttention.apply(*inputs), by_torch(*inputs)
@@ -74,9 +74,9 @@ def test_second_derivatives_are_refused() -> None:
         torch.autograd.grad(causal_attention(q, k, v).sum(), q, create_graph=True)
 
 
-def test_earlier_generation_and_fake_tensors_do_not_disturb_training() -> None:
+def test_training_works_after_generation_and_fake_tensors() -> None:
     causal_mask.cache_clear()
-    with FakeTensorMode():  # of the search for a batch size
+    with FakeTensorMode():  # as in the search for a batch size
         assert isinstance(causal_attention(*q_k_v(1, 5)), FakeTensor)
     with torch.inference_mode():
         causal_attention(*q_k_v(1, 5))

@@ -1,4 +1,4 @@
-"""The counted operations against those that torch sees."""
+"""The estimated operations, compared with those that torch counts."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("config", SHAPES)
-def test_a_forward_pass_is_what_torch_counts(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "ONEDNN", None)  # whose operator the counter does not know
+def test_the_estimate_of_a_forward_pass_equals_the_count_of_torch(
+    config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "ONEDNN", None)  # the counter does not know its operator
     model, idx = LanguageModel(config, vocab_size=11), torch.zeros(3, config.block_size, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model(idx)
@@ -46,7 +48,7 @@ def test_training_costs_three_forward_passes_over_the_lower_triangle() -> None:
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 8, 9])
-def test_with_a_window_the_first_tokens_meet_fewer_keys_than_it_has(window: int) -> None:
+def test_a_sliding_window_saves_the_keys_outside_it(window: int) -> None:
     T, H, D = 8, 2, 16
     settings = {"n_layer": 3, "n_head": H, "n_embd": H * D, "block_size": T, "full_attention_layers": 1}
     full, windowed = (
@@ -59,7 +61,7 @@ def test_with_a_window_the_first_tokens_meet_fewer_keys_than_it_has(window: int)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_of_a_prompt_the_last_token_alone_meets_the_head(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_computes_logits_for_the_last_token_only(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "ONEDNN", None)
     config = SHAPES[0].model_copy(update={"tie_embeddings": tied})
     model, T = LanguageModel(config, vocab_size=1000), 7
@@ -74,7 +76,7 @@ def test_of_a_prompt_the_last_token_alone_meets_the_head(tied: bool, monkeypatch
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_outline_has_the_shapes_of_the_model_but_no_numbers(variant: dict[str, Any]) -> None:
+def test_an_outline_has_the_shapes_of_the_model_but_no_storage(variant: dict[str, Any]) -> None:
     config = ModelConfig(n_layer=3, n_head=2, n_embd=12, block_size=7, **variant)
     model, random_state = LanguageModel(config, vocab_size=11), torch.get_rng_state()
     shapes = outline(config, vocab_size=11)
@@ -90,7 +92,7 @@ def test_an_outline_does_not_import_the_compiler() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)
 
 
-def test_layers_that_declare_nothing_count_as_their_matrices() -> None:
+def test_layers_of_unknown_classes_count_as_their_matrices() -> None:
     model = LanguageModel(SHAPES[0], 11)
     F, C, L = 4 * 32, 32, 2
     before = forward_flops(model, 1, 0)

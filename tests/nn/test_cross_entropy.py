@@ -31,7 +31,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, t
 
 
 def example(rows: int, channels: int, vocab_size: int, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, ...]:
-    """hidden (rows, channels), weight (vocab_size, channels) and targets (rows,), the first of them without a loss."""
+    """hidden (rows, channels), weight (vocab_size, channels) and targets (rows,), of which the first is ignored."""
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (
         torch.randn(size, channels, generator=generator, dtype=torch.float64) for size in (rows, vocab_size)
@@ -58,9 +58,7 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("rows", [5, 12, 23, 100])  # 23 rows: chunks of 5 leave 3, and 12 leave 11
 @pytest.mark.parametrize("vocab_size", [128, 77, 300])
-def test_loss_and_gradients_are_those_of_torch(
-    dtype: torch.dtype, softcap: float | None, rows: int, vocab_size: int
-) -> None:
+def test_loss_and_gradients_equal_torch(dtype: torch.dtype, softcap: float | None, rows: int, vocab_size: int) -> None:
     hidden, weight, targets = example(23, 16, vocab_size, dtype)
     loss = chunked_cross_entropy(hidden, weight, targets, rows, softcap)
     gradients = torch.autograd.grad(loss * 3, (hidden, weight))
@@ -80,7 +78,7 @@ def test_gradients_are_the_derivatives_of_the_loss(softcap: float | None) -> Non
     assert torch.autograd.gradcheck(lambda h, w: chunked_cross_entropy(h, w, targets, 3, softcap), (hidden, weight))
 
 
-def test_autocast_gives_the_gradients_of_float32_parameters_in_float32() -> None:
+def test_under_autocast_float32_parameters_have_float32_gradients() -> None:
     hidden, weight, targets = example(64, 32, 200, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = chunked_cross_entropy(hidden, weight, targets, 16)
@@ -92,7 +90,7 @@ def test_autocast_gives_the_gradients_of_float32_parameters_in_float32() -> None
 
 
 def test_tiny_gradients_survive_float16() -> None:
-    """Divided by the number of rows before the loss scale, they would round to zero."""
+    """They would round to zero if they were divided by the number of rows before the loss is scaled."""
     hidden, weight, targets = example(16, 32, 200, torch.float16)
     copies = 4096
     loss = chunked_cross_entropy(hidden.repeat(copies, 1) / 64, weight, targets.repeat(copies), 1 << 14)
@@ -110,7 +108,7 @@ def test_without_gradients_the_loss_is_the_same() -> None:
     assert torch.equal(loss, chunked_cross_entropy(hidden, weight, targets, 5).detach())
 
 
-def test_without_gradients_the_precision_is_that_of_autocast_too() -> None:
+def test_without_gradients_the_loss_is_also_the_same_under_autocast() -> None:
     hidden, weight, targets = example(64, 32, 200, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         loss = chunked_cross_entropy(hidden, weight, targets, 16).detach()
@@ -118,7 +116,7 @@ def test_without_gradients_the_precision_is_that_of_autocast_too() -> None:
             assert torch.equal(chunked_cross_entropy(hidden, weight, targets, 16), loss)
 
 
-def test_a_frozen_weight_or_input_gets_no_gradient() -> None:
+def test_a_frozen_weight_or_input_does_not_change_the_other_gradient() -> None:
     hidden, weight, targets = example(8, 4, 9)
     chunked_cross_entropy(hidden, weight.detach(), targets, 3).backward()
     expected = hidden.grad
@@ -131,7 +129,7 @@ def test_a_frozen_weight_or_input_gets_no_gradient() -> None:
     assert weight.grad is not None
 
 
-def test_it_has_no_second_derivative() -> None:
+def test_second_derivatives_are_refused() -> None:
     hidden, weight, targets = example(8, 4, 9)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(chunked_cross_entropy(hidden, weight, targets, 3), hidden, create_graph=True)
@@ -162,7 +160,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(softcap: float | None) -> No
     assert largest.elements == 512 * 256
 
 
-def test_all_of_it_can_be_compiled() -> None:
+def test_the_chunked_loss_can_be_compiled() -> None:
     hidden, weight, targets = example(23, 16, 77, torch.float32)
     compiled = torch.compile(chunked_cross_entropy, backend="aot_eager")
     loss = compiled(hidden, weight, targets, 5)
@@ -172,7 +170,7 @@ def test_all_of_it_can_be_compiled() -> None:
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, (hidden, weight)))
 
 
-def test_a_small_vocabulary_has_no_chunks() -> None:
+def test_only_a_large_vocabulary_on_a_gpu_is_chunked() -> None:
     gpu = torch.device("cuda")
     assert rows_at_once(gpu, 1 << 20, SMALL_VOCABULARY - 1) == 0
     assert rows_at_once(gpu, 8, SMALL_VOCABULARY) == 8
@@ -188,14 +186,14 @@ KERNEL = "utils.nn.cross_entropy_kernel"
 
 @pytest.fixture
 def no_kernel_yet() -> Iterator[None]:
-    """What was found out about the kernel is forgotten before and after the test."""
+    """Forgets whether the kernel works, before and after the test."""
     kernel_on.cache_clear()
     yield
     kernel_on.cache_clear()
 
 
 @pytest.mark.usefixtures("no_kernel_yet")
-def test_a_gpu_has_the_kernel_except_in_float64_and_where_torch_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_uses_the_kernel_except_in_float64_and_under_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, KERNEL, SimpleNamespace(losses_and_gradient=reversed_losses))
     monkeypatch.setattr(torch, "zeros", lambda *size, device, dtype=None: torch.ones(size, dtype=dtype))
     gpu = torch.device("cuda")
@@ -208,8 +206,8 @@ def test_a_gpu_has_the_kernel_except_in_float64_and_where_torch_compiles(monkeyp
 
 
 @pytest.mark.usefixtures("no_kernel_yet")
-def test_the_trial_of_the_kernel_compiles_the_code_that_the_loss_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = set()  # the width, the stride and the cap, which are compiled in or decide what is
+def test_the_trial_of_the_kernel_compiles_what_the_loss_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()  # width, stride, types and cap, which decide what is compiled
 
     def kernel(logits: torch.Tensor, targets: torch.Tensor, softcap: float | None) -> torch.Tensor:
         seen.add((logits.size(1), logits.stride(), logits.dtype, targets.dtype, softcap))
@@ -237,17 +235,17 @@ def test_without_triton_torch_computes_the_loss(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("no_kernel_yet")
-def test_where_triton_cannot_compile_torch_computes_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_triton_cannot_compile_torch_computes_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> torch.Tensor:
         raise RuntimeError("Failed to find C compiler.")
 
     monkeypatch.setitem(sys.modules, KERNEL, SimpleNamespace(losses_and_gradient=fails))
     with pytest.warns(RuntimeWarning, match="RuntimeError: Failed to find C compiler"):
         assert kernel_on(torch.device("cpu"), torch.float32, 200, None) is None
-    assert kernel_on(torch.device("cpu"), torch.float32, 200, None) is None  # says so once
+    assert kernel_on(torch.device("cpu"), torch.float32, 200, None) is None  # warns only once
 
 
-def test_the_fastest_is_what_the_loss_is_computed_with(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loss_is_computed_with_the_fastest_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, targets = example(23, 16, 77, torch.float32)
     expected = chunked_cross_entropy(hidden, weight, targets, 5)
     monkeypatch.setattr("utils.nn.cross_entropy.fastest_loss_kernel", lambda *_: reversed_losses)
@@ -274,7 +272,7 @@ def gradients_of(model: LanguageModel, loss: torch.Tensor) -> dict[str, torch.Te
 
 @pytest.fixture
 def chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on CUDA with a large vocabulary."""
+    """Chunks of ten rows, as on CUDA with a large vocabulary."""
     monkeypatch.setattr(model_module, "rows_at_once", lambda _device, _rows, _vocab_size: 10)
 
 
@@ -282,7 +280,7 @@ SETTINGS = [{}, {"tie_embeddings": False}, {"logit_softcap": 4.0}, {"tie_embeddi
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_on_the_cpu_the_loss_of_the_model_is_bit_for_bit_that_of_forward(settings: dict[str, Any]) -> None:
+def test_on_the_cpu_the_loss_of_the_model_equals_that_of_forward_bit_for_bit(settings: dict[str, Any]) -> None:
     model = tiny_model(**settings)
     loss, expected = model.loss(*batch()), model(*batch())[1]
     assert expected is not None
@@ -302,7 +300,7 @@ def test_in_chunks_the_model_has_the_same_loss_and_gradients(settings: dict[str,
 
 
 @pytest.mark.usefixtures("chunks")
-def test_a_head_or_a_forward_of_the_user_is_called() -> None:
+def test_a_custom_head_or_forward_or_hook_is_called() -> None:
     class Halved(LanguageModel):
         def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
             return super().head_logits(hidden) / 2

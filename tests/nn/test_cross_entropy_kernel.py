@@ -1,4 +1,4 @@
-"""It does what `losses_and_gradient` does: on a GPU, or on a CPU in Triton's interpreter (tests/conftest.py)."""
+"""The kernel equals `losses_and_gradient`, on a GPU or, in Triton's interpreter (tests/conftest.py), on the CPU."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}  # of a gradient: half its last bit at 1
 UNTOUCHED = 7.0
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes columns that are masked
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter also computes masked columns
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 64 columns: the vocabularies of these tests have several."""
+    """Blocks of 64 columns, so that the vocabularies of these tests have several."""
     monkeypatch.setattr(kernel, "GROUPS", 8)
     monkeypatch.setattr(kernel, "WARPS", 1)
 
 
 def example(vocab_size: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (7, columns), of which those beyond `vocab_size` are UNTOUCHED, and targets (7,), one without a loss."""
+    """Logits (7, columns), of which those beyond `vocab_size` are UNTOUCHED, and targets (7,), one of them ignored."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.full((7, columns), UNTOUCHED)
     logits[:, :vocab_size] = 8 * torch.randn(7, vocab_size, generator=generator)
@@ -42,7 +42,7 @@ def example(vocab_size: int, columns: int, dtype: torch.dtype) -> tuple[torch.Te
     [(128, 128), (64, 128), (5, 8), (77, 77), (200, 256), (203, 256)],
     ids=["whole blocks", "one block", "less than a group", "odd", "part of a block", "part of a group"],
 )
-def test_losses_and_gradient_are_those_of_torch_in_float64(
+def test_losses_and_gradient_equal_torch_in_float64(
     dtype: torch.dtype, softcap: float | None, vocab_size: int, columns: int
 ) -> None:
     logits, targets = example(vocab_size, columns, dtype)
@@ -68,8 +68,8 @@ def test_a_logit_of_minus_infinity_has_no_probability() -> None:
     torch.testing.assert_close(logits.double(), exact, rtol=0, atol=1e-6)
 
 
-def test_what_is_not_a_number_stays_visible() -> None:
-    """A logit, or a target that is no column: it would be read from other memory."""
+def test_a_nan_logit_or_an_invalid_target_gives_a_nan_loss() -> None:
+    """An invalid target would otherwise be read from other memory."""
     logits, targets = example(77, 80, torch.float32)
     logits[0, 5], targets[2], targets[3], targets[6] = torch.nan, 77, -1, 1 << 40
     losses = kernel.losses_and_gradient(logits[:, :77], targets, None)
@@ -78,7 +78,7 @@ def test_what_is_not_a_number_stays_visible() -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [128, 77])
-def test_in_chunks_it_gives_the_loss_and_the_gradients(vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_chunked_loss_with_the_kernel_equals_that_without(vocab_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(size, 16, generator=generator).to(DEVICE) for size in (23, vocab_size))
     hidden.requires_grad_()

@@ -1,4 +1,4 @@
-"""Documents side by side in a row: the numbers of each are those that it has alone."""
+"""Several documents in a row: each has the loss and gradients that it has alone."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.nn.cross_entropy import ChunkedCrossEntropy, chunked_cross_entropy, p
 from utils.nn.documents import DocumentMask
 from utils.nn.targets import IGNORED
 
-START, T, VOCAB = 3, 12, 20  # the token that begins a document
+START, T, VOCAB = 3, 12, 20  # START is the token that begins a document
 LENGTHS = [[5, 4, 2], [12], [3, 8], [1, 1, 9]]  # of the documents in each row; the rest is padding
 KINDS: list[dict[str, Any]] = [
     {},
@@ -35,7 +35,7 @@ def model_of(kind: dict[str, Any], document_token: int | None = START) -> Langua
 
 
 def documents() -> list[list[torch.Tensor]]:
-    """The documents of each row, (n + 1,): the last token is that of the next document."""
+    """The documents of each row, each (n + 1,); its last token is the first of the next document."""
     generator = torch.Generator().manual_seed(1)
     words = [[torch.randint(4, VOCAB, (n + 1,), generator=generator) for n in row] for row in LENGTHS]
     for document in (document for row in words for document in row):
@@ -44,7 +44,7 @@ def documents() -> list[list[torch.Tensor]]:
 
 
 def rows() -> tuple[torch.Tensor, torch.Tensor]:
-    """All of them as one batch; padding is the token that begins a document, and has no target."""
+    """All documents as one batch, padded with START, which has no target."""
     inputs, targets = torch.full((len(LENGTHS), T), START), torch.full((len(LENGTHS), T), IGNORED)
     for row, parts in enumerate(documents()):
         inputs[row, : sum(LENGTHS[row])] = torch.cat([part[:-1] for part in parts])
@@ -58,7 +58,7 @@ def gradients(model: LanguageModel, loss: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("by_products", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradient_are_those_of_each_document_alone(
+def test_loss_and_gradients_equal_those_of_each_document_alone(
     kind: dict[str, Any], by_products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not by_products:
@@ -74,7 +74,7 @@ def test_loss_and_gradient_are_those_of_each_document_alone(
     torch.testing.assert_close(model(*rows())[1], expected)
 
 
-def test_the_short_kernel_takes_the_mask_as_the_other_does() -> None:
+def test_short_attention_applies_the_mask_like_torch() -> None:
     mask = DocumentMask(rows()[0], START, torch.float32).mask
     q, k, v = (torch.randn(len(LENGTHS), T, 2, 8, requires_grad=True) for _ in range(3))
     found = attention.causal_attention(q, k, v, mask=mask)
@@ -90,7 +90,7 @@ def test_the_short_kernel_takes_the_mask_as_the_other_does() -> None:
     )
 
 
-def test_a_row_that_begins_within_a_document_has_positions_from_its_start() -> None:
+def test_a_row_that_begins_inside_a_document_counts_positions_from_its_own_start() -> None:
     idx = torch.tensor([[5, 6, START, 7, START, START]])
     found = DocumentMask(idx, START, torch.float32)
     assert found.positions.tolist() == [[0, 1, 0, 1, 0, 0]]
@@ -106,7 +106,7 @@ def test_a_row_that_begins_within_a_document_has_positions_from_its_start() -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_decoding_with_a_cache_is_unaffected(kind: dict[str, Any]) -> None:
+def test_decoding_with_a_cache_ignores_document_tokens(kind: dict[str, Any]) -> None:
     from utils.inference.decode import new_cache
 
     idx = rows()[0][:1, :5]
@@ -130,7 +130,7 @@ def test_the_chunked_loss_counts_only_targets() -> None:
     torch.testing.assert_close(of_chunked, torch.autograd.grad(plain, (hidden, weight)), rtol=1e-5, atol=1e-6)
 
 
-def test_without_a_target_nothing_is_learned() -> None:
+def test_without_targets_loss_and_gradients_are_zero() -> None:
     hidden, weight = torch.randn(8, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
     loss = ChunkedCrossEntropy.apply(hidden, weight, torch.full((8,), IGNORED), 4, None, False)
     assert loss.item() == 0

@@ -1,4 +1,4 @@
-"""Linear layers in FP8: their error is that of the formats, and they keep everything else as it is."""
+"""Linear layers in FP8 have the error of the formats, and change nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.nn.linear import Linear
 
 
 def multiplies_in_8_bits() -> bool:
-    """Whether this release of torch has the product for CPUs."""
+    """Whether this release of torch has the 8-bit product for CPUs."""
     a, one = torch.ones(16, 16).to(VALUES), torch.ones(())
     try:
         assert SCALED_MM is not None
@@ -39,14 +39,14 @@ def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [VALUES, GRADIENTS])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-def test_the_largest_number_of_a_tensor_becomes_that_of_the_format(dtype: torch.dtype, size: float) -> None:
+def test_a_tensor_is_scaled_to_the_largest_number_of_the_format(dtype: torch.dtype, size: float) -> None:
     (x,) = tensors((64, 48), dtype=torch.float32)
     x8, scale = rounded(x * size, dtype)
     assert x8.float().abs().max() == torch.finfo(dtype).max
     assert error(x8.float() * scale, x * size) < torch.finfo(dtype).eps / 2
 
 
-def test_zeros_stay_zeros_and_what_is_not_finite_stays_so() -> None:
+def test_zeros_stay_zero_and_nonfinite_values_stay_nonfinite() -> None:
     x8, scale = rounded(torch.zeros(4, 4), VALUES)
     assert torch.equal(x8.float() * scale, torch.zeros(4, 4))
     for bad in (torch.inf, torch.nan):
@@ -69,7 +69,7 @@ def test_a_product_and_its_gradients_have_the_error_of_the_formats(has_bias: boo
         assert error(mine, reference) < 0.1
 
 
-def test_under_autocast_parameters_have_gradients_in_their_own_precision() -> None:
+def test_under_autocast_gradients_have_the_precision_of_their_tensors() -> None:
     x, weight = tensors((16, 64), (32, 64), dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         y = float8_linear(x, weight)
@@ -78,7 +78,7 @@ def test_under_autocast_parameters_have_gradients_in_their_own_precision() -> No
     assert of_x.dtype == of_weight.dtype == torch.float32
 
 
-def test_without_gradients_or_with_too_few_rows_it_is_an_ordinary_product() -> None:
+def test_without_gradients_or_with_too_few_rows_the_product_is_the_usual_one() -> None:
     x, weight = tensors((15, 64), (32, 64))
     assert torch.equal(float8_linear(x, weight), F.linear(x, weight))
     x, weight = tensors((16, 64), (32, 64))
@@ -86,7 +86,7 @@ def test_without_gradients_or_with_too_few_rows_it_is_an_ordinary_product() -> N
         assert torch.equal(float8_linear(x, weight), F.linear(x, weight))
 
 
-def test_the_compiler_traces_it() -> None:
+def test_fp8_products_can_be_compiled() -> None:
     x, weight, upstream = tensors((16, 64), (32, 64), (16, 32))
     compiled = torch.compile(float8_linear, backend="aot_eager", fullgraph=True)
     ours, eager = compiled(x, weight), float8_linear(x, weight)
@@ -110,7 +110,7 @@ def test_logits_in_8_bits_have_the_error_of_the_format() -> None:
 
 
 class Own(nn.Linear):
-    """A layer of the user's."""
+    """A layer class of the user, which stays in its own precision."""
 
 
 def test_a_model_in_fp8_has_the_same_parameters_and_learns() -> None:
@@ -128,9 +128,8 @@ def test_a_model_in_fp8_has_the_same_parameters_and_learns() -> None:
         name for name, layer in model.named_modules() if isinstance(layer, Linear) and "multiply" in vars(layer)
     }
     products = ("attention.qkv", "attention.proj", "mlp.up", "mlp.proj")
-    assert in_8_bits == {f"blocks.{layer}.{name}" for layer in (0, 1) for name in products} - {
-        "blocks.1.attention.proj"
-    }
+    all_products = {f"blocks.{layer}.{name}" for layer in (0, 1) for name in products}
+    assert in_8_bits == all_products - {"blocks.1.attention.proj"}
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.loss(idx[:, :-1], idx[:, 1:])
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-2)

@@ -1,4 +1,4 @@
-"""GPT-2's GELU by a sigmoid has the values and derivatives of torch's operator."""
+"""GPT-2's GELU computed with a sigmoid has the values and derivatives of PyTorch's operator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def small_tensors_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gelu, "FEW_ELEMENTS", 0)
 
 
-def test_value_and_derivative_are_those_of_torch() -> None:
+def test_values_and_derivatives_equal_torch() -> None:
     x = torch.cat((torch.linspace(-12, 12, 4001), torch.tensor([-1e4, -40.0, -0.0, 40.0, 1e4])))
     mine, reference = x.clone().requires_grad_(), x.double().requires_grad_()
     ours, theirs = gelu_tanh(mine), F.gelu(reference, approximate="tanh")
@@ -32,7 +32,7 @@ def test_nan_stays_nan() -> None:
     assert gelu_tanh(torch.tensor([float("nan")])).isnan().all()
 
 
-def test_without_gradients_nothing_is_kept_and_the_numbers_are_the_same() -> None:
+def test_without_gradients_the_values_are_the_same() -> None:
     x = torch.randn(100, generator=torch.Generator().manual_seed(0))
     with_gradients = gelu_tanh(x.clone().requires_grad_())
     assert torch.equal(gelu_tanh(x), with_gradients.detach())

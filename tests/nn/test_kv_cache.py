@@ -1,4 +1,4 @@
-"""KVCache: what forgetting and replacing leave (tests/inference/test_decode.py decodes with it)."""
+"""KVCache: forgetting and overwriting tokens (tests/inference/test_decode.py decodes with it)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.inference.decode import make_room, new_cache
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
 @torch.inference_mode()
-def test_what_is_forgotten_leaves_no_trace(position: str) -> None:
+def test_forgotten_tokens_leave_no_trace(position: str) -> None:
     model = lively_model(position=position).double()
     cache = new_cache(model, 2)
     model.hidden(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), cache)
@@ -23,7 +23,7 @@ def test_what_is_forgotten_leaves_no_trace(position: str) -> None:
 
 
 @torch.inference_mode()
-def test_what_overwrote_older_tokens_cannot_be_forgotten() -> None:
+def test_tokens_that_overwrote_older_ones_cannot_be_forgotten() -> None:
     model = lively_model(position="rope")
     cache = new_cache(model, 1)
     model.hidden(torch.zeros(1, BLOCK, dtype=torch.int64), cache)
@@ -34,7 +34,7 @@ def test_what_overwrote_older_tokens_cannot_be_forgotten() -> None:
 
 @pytest.mark.parametrize("full", [[0, 2], [0, 1, 2]])
 @torch.inference_mode()
-def test_full_windows_become_their_newer_halves_in_one_pass(full: list[int]) -> None:
+def test_make_room_keeps_the_newer_half_of_full_contexts(full: list[int]) -> None:
     model = lively_model(position="learned").double()
     idx = torch.arange(3 * BLOCK).view(3, BLOCK) % 17
     lengths = [BLOCK if row in full else 5 for row in range(3)]

@@ -1,4 +1,4 @@
-"""Plain objects in place of modules: the same numbers from the same tensors."""
+"""Lean models, plain objects in place of modules, compute the same numbers from the same tensors."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from utils.nn.lean import lean
 
 @every_variant
 @torch.no_grad()
-def test_the_logits_are_those_of_the_model(variant: str) -> None:
+def test_the_logits_equal_those_of_the_model(variant: str) -> None:
     model, idx = lively_model(config_of(variant)), random_tokens(3, 9)
     assert torch.equal(lean(model)(idx)[0], model(idx)[0])
     int8 = with_weights(model, "int8")
     assert torch.equal(lean(int8)(idx)[0], int8(idx)[0])
 
 
-def test_weights_are_shared_and_changes_in_place_are_seen() -> None:
+def test_weights_are_shared_so_changes_in_place_are_seen() -> None:
     model, idx = lively_model(config_of("gpt2")), random_tokens(1, 9)
     plain = lean(model)
     with torch.no_grad():
@@ -33,7 +33,7 @@ def test_weights_are_shared_and_changes_in_place_are_seen() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_dropout_is_that_of_the_mode_that_the_model_is_in(training: bool) -> None:
+def test_dropout_follows_the_mode_of_the_model(training: bool) -> None:
     model = LanguageModel(config_of("gpt2", dropout=0.5), 17).train(training)
     plain, idx = lean(model), random_tokens(1, 9)
     torch.manual_seed(5)
@@ -44,7 +44,7 @@ def test_dropout_is_that_of_the_mode_that_the_model_is_in(training: bool) -> Non
 
 
 @every_variant
-def test_gradients_are_those_of_the_model(variant: str) -> None:
+def test_the_gradients_equal_those_of_the_model(variant: str) -> None:
     model, idx = lively_model(config_of(variant)).train(), random_tokens(3, 9)
     expected, found = (
         torch.autograd.grad(forward(idx, idx)[1], list(model.parameters())) for forward in (model, lean(model))
@@ -53,7 +53,7 @@ def test_gradients_are_those_of_the_model(variant: str) -> None:
 
 
 @every_variant
-def test_of_our_models_no_module_is_left(variant: str) -> None:
+def test_no_module_is_left_in_a_lean_model(variant: str) -> None:
     def modules_in(value: object) -> list[nn.Module]:
         if isinstance(value, nn.Module):
             return [value]
@@ -95,14 +95,14 @@ class Louder(MLP):
     [Louder(config_of("gpt2")), nn.Sequential(nn.Linear(16, 3), nn.Dropout(0.5), nn.Linear(3, 16)), nn.Linear(16, 16)],
     ids=lambda other: type(other).__name__,
 )
-def test_a_module_of_an_unknown_class_is_called_as_a_module(other: nn.Module) -> None:
+def test_a_part_of_an_unknown_class_stays_a_module(other: nn.Module) -> None:
     model, idx = lively_model(config_of("gpt2")), random_tokens(1, 9)
     model.blocks[1].mlp = other.eval()
     assert lean(model).blocks[1].mlp is other
     assert torch.equal(lean(model)(idx)[0], model(idx)[0])
 
 
-def test_a_subclass_of_the_model_stays_as_it_is() -> None:
+def test_a_subclass_of_the_model_is_returned_unchanged() -> None:
     class Mine(LanguageModel):
         pass
 

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN have the values and gradients of torch's operator."""
+"""Linear layers computed by oneDNN have the values and gradients of PyTorch's operator."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_this_build_of_torch_has_onednn() -> None:
 @pytest.mark.parametrize("shape", [(4, 9, 8), (5, 8), (1, 1, 8), (8,)])
 @pytest.mark.parametrize("outputs", [3, 8, 24])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_product_and_its_gradients_are_those_of_torch(shape: tuple[int, ...], outputs: int, has_bias: bool) -> None:
+def test_a_product_and_its_gradients_equal_torch(shape: tuple[int, ...], outputs: int, has_bias: bool) -> None:
     x, weight, bias, upstream = tensors(shape, (outputs, 8), (outputs,), (*shape[:-1], outputs))
     inputs = [x, weight, bias] if has_bias else [x, weight]
     ours, theirs = linear(*inputs), F.linear(*inputs)
@@ -47,7 +47,7 @@ def test_an_empty_input_gives_an_empty_output(shape: tuple[int, ...]) -> None:
     assert linear(torch.zeros(shape), weight).shape == (*shape[:-1], 3)
 
 
-def test_shapes_that_do_not_fit_raise_torchs_error() -> None:
+def test_mismatched_shapes_raise_the_error_of_torch() -> None:
     x, weight = tensors((4, 7), (3, 8))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         linear(x, weight)
@@ -88,7 +88,7 @@ def test_other_precisions_and_autocast_are_left_to_torch(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(("name", "value"), [("ONEDNN", None), ("ONEDNN_IS_FASTER", False)])
-def test_without_onednn_or_where_it_is_slower_torch_computes(
+def test_without_onednn_or_if_it_is_slower_torch_computes(
     name: str, value: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x, weight, bias = tensors((4, 8), (3, 8), (3,))

@@ -1,4 +1,4 @@
-"""Adapters: at step 0 the model is its base, only they are trained, and merged they give the same logits."""
+"""Adapters: at first the model equals its base, only adapters are trained, and merged weights give the same logits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHAPES = pytest.mark.parametrize("shape", [GPT2, {**LLAMA, "tie_embeddings": Fal
 
 
 def adapted(shape: dict[str, Any], trained: bool = False, **settings: Any) -> LanguageModel:
-    """A small model with adapters; `trained`: their B is not zero."""
+    """A small model with adapters; their B matrices are zero unless `trained`."""
     torch.manual_seed(0)
     config = ModelConfig(n_layer=2, n_head=4, n_embd=32, block_size=16, **shape)
     model = LanguageModel(config, 50)
@@ -48,7 +48,7 @@ def tokens() -> torch.Tensor:
 
 
 @SHAPES
-def test_at_first_the_model_is_its_base(shape: dict[str, Any]) -> None:
+def test_at_first_the_model_equals_its_base(shape: dict[str, Any]) -> None:
     model, idx = adapted(shape, lora_dropout=0.5), tokens()
     base = LanguageModel(model.config, 50)
     base.load_state_dict({name: weight for name, weight in model.state_dict().items() if "lora" not in name})
@@ -85,7 +85,9 @@ def test_merged_weights_are_a_plain_model_with_the_same_logits(shape: dict[str, 
 
 
 @pytest.mark.parametrize(("shape", "rows"), [(GPT2, [96]), (LLAMA, [32, 16, 16])])
-def test_q_k_and_v_share_an_adapter_where_gpt2_has_one_matrix(shape: dict[str, Any], rows: list[int]) -> None:
+def test_q_k_and_v_share_an_adapter_only_if_they_are_one_matrix_as_in_gpt2(
+    shape: dict[str, Any], rows: list[int]
+) -> None:
     model = adapted(shape, trained=True, lora_targets=("qkv",), lora_alpha=6.0)
     layer, x = adapted_layers(model)["blocks.0.attention.qkv"], torch.randn(5, 32)
     assert layer.lora_a.shape == (3 * len(rows), 32)
@@ -101,7 +103,7 @@ def test_q_k_and_v_share_an_adapter_where_gpt2_has_one_matrix(shape: dict[str, A
     assert blocks == [[3] * len(rows), rows] * 2
 
 
-def test_b_is_zero_and_a_is_drawn_as_by_peft() -> None:
+def test_b_is_zero_and_a_is_initialised_as_in_peft() -> None:
     layer = adapted_layers(adapted(LLAMA))["blocks.1.mlp.proj"]
     assert not layer.lora_b.any()
     bound = 1 / math.sqrt(layer.weight.size(1))  # kaiming_uniform_ with a = sqrt(5)
@@ -139,7 +141,7 @@ def test_a_target_that_the_model_does_not_have_is_refused_by_name(target: str) -
     assert ("did you mean proj?" in str(it.value)) == (target == "rpoj")
 
 
-def test_a_plain_linear_layer_of_torch_gets_an_adapter_too() -> None:
+def test_a_linear_layer_of_torch_also_gets_an_adapter() -> None:
     model = torch.nn.ModuleDict({"blocks": torch.nn.Sequential(torch.nn.Linear(4, 6))})
     add_adapters(model, ModelConfig(), OptimizerConfig(lora_rank=1))
     (layer,) = adapted_layers(model).values()
@@ -152,8 +154,8 @@ def test_settings_survive_json() -> None:
     assert OptimizerConfig.model_validate(adapter_settings(settings)) == settings
 
 
-def test_a_frozen_matrix_costs_two_thirds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "ONEDNN", None)  # whose operator the counter does not know
+def test_a_frozen_matrix_costs_two_thirds_of_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "ONEDNN", None)  # the counter does not know its operator
     model = adapted(GPT2)
     block = model.blocks[0]
     x = torch.randn(2, 16, 32, requires_grad=True)
@@ -168,7 +170,7 @@ def test_a_frozen_matrix_costs_two_thirds(monkeypatch: pytest.MonkeyPatch) -> No
     assert training_flops(model, 2, 16) == training_flops(plain, 2, 16) + 2 * 32 * (3 * whole - frozen)
 
 
-def test_frozen_weights_multiply_in_8_bits_where_training_does() -> None:
+def test_frozen_weights_also_multiply_in_fp8() -> None:
     model = adapted(GPT2)
     use_float8(model.blocks)
     assert all(layer.multiply is float8_linear for layer in adapted_layers(model).values())

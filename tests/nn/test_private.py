@@ -1,4 +1,4 @@
-"""Private operators of torch, and what computes where a release does not have them."""
+"""Private operators of torch, and what is computed instead if a release does not have them."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def test_an_operator_that_torch_does_not_have_is_none(path: str) -> None:
     assert private_operator(path) is None
 
 
-def test_this_release_of_torch_has_them_all() -> None:
+def test_this_release_of_torch_has_all_private_operators() -> None:
     assert [name for module, name in OPERATORS if getattr(module, name) is None] == []
 
 
-def test_without_private_operators_torchs_public_ones_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step of a whole model: logits, gradients and weights are nearly the same, and no path of ours was taken."""
+def test_without_private_operators_the_public_ones_of_torch_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses, gradients and weights of a model are nearly the same, and none of our own functions is called."""
     results = []
     for available in (True, False):
         model = lively_model(config_of("gelu tanh", n_embd=64, block_size=64)).train()
@@ -60,7 +60,7 @@ def test_without_private_operators_torchs_public_ones_compute(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("name", ["ONEDNN", "SOFTMAX_BACKWARD", "SIGMOID_BACKWARD"])
-def test_without_its_operator_a_layer_is_exactly_torchs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_its_operator_a_layer_equals_torch_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for module, operator in OPERATORS:
         if operator == name:
             monkeypatch.setattr(module, name, None)

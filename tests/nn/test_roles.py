@@ -1,4 +1,4 @@
-"""Roles of parameters: declared by layers, and what follows from them."""
+"""Roles of parameters, declared by layers, which decide initialisation and parameter groups."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ def test_every_parameter_of_our_layers_has_a_role(variant: str) -> None:
     assert set(declared_roles(model)) == set(model.parameters())
 
 
-def test_a_layer_of_ours_is_a_matrix_with_a_bias_until_it_is_declared_something_else() -> None:
+def test_a_linear_layer_is_a_matrix_with_a_bias_unless_declared_otherwise() -> None:
     layer = Linear(3, 2)
     assert declared_roles(layer) == {layer.weight: MATRIX, layer.bias: BIAS}
     assert declare(layer, weight=RESIDUAL) is layer
     assert declared_roles(layer) == {layer.weight: RESIDUAL, layer.bias: BIAS}
 
 
-def test_a_bias_that_is_not_there_has_no_role() -> None:
+def test_a_missing_bias_has_no_role() -> None:
     layer = Linear(3, 2, bias=False)
     assert declared_roles(layer) == {layer.weight: MATRIX}
 
 
-def test_a_parameter_that_a_module_does_not_know_cannot_be_declared() -> None:
+def test_a_parameter_that_a_module_does_not_have_cannot_be_declared() -> None:
     with pytest.raises(AssertionError, match="Embedding has no such parameter"):
         declare(nn.Embedding(3, 2), bias=BIAS)
 
@@ -47,7 +47,7 @@ def test_a_shared_parameter_has_the_role_that_is_declared_first() -> None:
     assert declared_roles(nn.Sequential(table, head)) == {table.weight: EMBEDDING}
 
 
-def test_a_copy_of_a_layer_has_its_roles_and_another_layer_has_not() -> None:
+def test_a_copy_of_a_layer_keeps_its_roles() -> None:
     layer = declare(Linear(3, 2), weight=RESIDUAL)
     other = copy.deepcopy(layer)
     declare(layer, weight=HEAD)
@@ -55,7 +55,7 @@ def test_a_copy_of_a_layer_has_its_roles_and_another_layer_has_not() -> None:
     assert declared_roles(nn.Linear(3, 2)) == {}
 
 
-def test_what_declares_no_role_keeps_its_own_initialisation_and_all_else_is_initialised_once(
+def test_parameters_with_a_role_are_initialised_once_and_others_keep_their_own_values(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = LanguageModel(config_of("gpt2"), 11)
@@ -73,7 +73,7 @@ def test_what_declares_no_role_keeps_its_own_initialisation_and_all_else_is_init
     assert all(torch.equal(before[name], model.get_parameter(name)) for name in own)
 
 
-def test_what_declares_no_role_is_grouped_by_its_shape() -> None:
+def test_parameters_without_a_role_are_grouped_by_their_shape() -> None:
     model = LanguageModel(config_of("untied"), 11)
     model.embedding_like_name = nn.Linear(5, 4)
     model.head_norm = nn.ParameterList([torch.zeros(2, 3, 4), torch.zeros(())])

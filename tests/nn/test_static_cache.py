@@ -1,4 +1,4 @@
-"""StaticCache: passes without a number of the host, compared with the whole sequence at once."""
+"""StaticCache: passes that read no number on the host, compared with one pass over the whole sequence."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_sequences_may_differ_in_length() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.inference_mode()
-def test_what_is_forgotten_leaves_no_trace(variant: str) -> None:
+def test_forgotten_tokens_leave_no_trace(variant: str) -> None:
     model = lively_model(**VARIANTS[variant]).double()
     cache = StaticCache(model.config, 1, BLOCK, torch.device("cpu"), torch.float64)
     model.hidden(torch.tensor([[1, 2, 3]]), cache)

@@ -1,4 +1,4 @@
-"""AdamW: bit for bit torch's own fused one, and the same numbers without the fused kernel."""
+"""AdamW equals PyTorch's fused AdamW bit for bit, and has the same numbers without the fused kernel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def train(optimizer_class: Any, steps: int = 4, **settings: Any) -> tuple[list[t
     return [parameter.detach() for parameter in params], optimizer
 
 
-def test_updates_and_state_are_those_of_torch_bit_for_bit() -> None:
+def test_updates_and_state_equal_those_of_torch_bit_for_bit() -> None:
     ours, mine = train(AdamW)
     theirs, reference = train(torch.optim.AdamW, fused=True)
     assert all(map(torch.equal, ours, theirs))
@@ -36,7 +36,9 @@ def test_updates_and_state_are_those_of_torch_bit_for_bit() -> None:
         assert all(torch.equal(state[key], expected[key]) for key in expected)
 
 
-def test_without_the_fused_kernel_torchs_function_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_fused_kernel_the_public_function_of_torch_computes_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fused, _ = train(AdamW)
     monkeypatch.setattr(adamw, "FUSED_ADAMW", None)
     public, optimizer = train(AdamW)
@@ -68,7 +70,7 @@ def test_gradients_are_never_filled_with_zeros() -> None:
         optimizer.zero_grad(set_to_none=False)
 
 
-def test_weight_decay_waits_for_finite_gradients() -> None:
+def test_weight_decay_is_skipped_if_gradients_are_not_finite() -> None:
     group = {"lr": 0.5, "weight_decay": 0.1}
     assert decay_factor(group, None) == 0.95
     assert decay_factor(group, torch.tensor(True)).item() == pytest.approx(0.95)
@@ -88,8 +90,8 @@ def test_with_finite_gradients_found_inf_changes_nothing(fused: bool, monkeypatc
 
 
 @pytest.mark.parametrize("finite", [None, True, False])
-def test_a_weight_decay_on_the_device_decays_as_a_number_does(finite: bool | None) -> None:
-    """As in a recorded step: the kernel takes a number only, so the parameters are multiplied before it."""
+def test_a_weight_decay_on_the_device_decays_like_a_number(finite: bool | None) -> None:
+    """Recorded steps have one. The kernel takes only a number, so the parameters are multiplied before it."""
     start, gradient = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.25])
     found_inf = None if finite is None else torch.tensor(0.0 if finite else 1.0)
     results = []
@@ -108,21 +110,21 @@ def test_a_weight_decay_on_the_device_decays_as_a_number_does(finite: bool | Non
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that says that it is on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     is_cuda = True  # type: ignore[assignment]
 
 
-def test_scheduled_settings_are_read_from_the_device_and_all_others_from_the_group(
+def test_scheduled_settings_are_read_from_the_device_and_others_from_the_group(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     params = [torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(3))]
-    of_group = {"lr": 0.5, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
-    optimizer = AdamW([{"params": [p], **of_group} for p in params])
+    settings = {"lr": 0.5, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
+    optimizer = AdamW([{"params": [p], **settings} for p in params])
     assert [*optimizer.settings()] == optimizer.param_groups  # on a CPU there is nothing to publish
 
-    optimizer = AdamW([{"params": [p], **of_group} for p in params])
+    optimizer = AdamW([{"params": [p], **settings} for p in params])
     optimizer.scheduled = ("lr", "weight_decay", "momentum")
     optimizer.param_groups[0]["params"] = [params[0].detach().as_subclass(OnDevice)]
     first, second = optimizer.settings()
@@ -136,13 +138,13 @@ def test_scheduled_settings_are_read_from_the_device_and_all_others_from_the_gro
     assert optimizer.param_groups[0]["lr"] == 0.25
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     optimizer.param_groups[0]["lr"] = 0.125
-    assert next(optimizer.settings())["lr"].item() == 0.25  # while it is recorded, nothing is copied
+    assert next(optimizer.settings())["lr"].item() == 0.25  # nothing is copied during the capture
     optimizer.publish()
     assert first["lr"].item() == 0.125
 
 
-def test_neither_an_optimizer_nor_its_saved_state_needs_the_compiler() -> None:
-    """torch's own classes import it in both: a second at each start and each resume."""
+def test_neither_an_optimizer_nor_its_saved_state_imports_the_compiler() -> None:
+    """The classes of torch import it in both cases, which takes a second at each start and each resume."""
     code = (
         "import sys, torch; from utils.optim.adamw import AdamW\n"
         "weight = torch.nn.Parameter(torch.ones(2, 2)); weight.grad = torch.ones(2, 2)\n"

@@ -45,8 +45,8 @@ def test_schedules_at_points_worked_out_by_hand(schedule: str, points: dict[int,
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_the_warmup_ends_one_step_before_its_number_of_steps(schedule: str) -> None:
-    """Bit for bit: the rate of the next step is the schedule's, rounded, and not the peak."""
+def test_the_schedule_starts_right_after_warmup_iters_steps(schedule: str) -> None:
+    """Bit for bit: the next rate is computed by the schedule, with its rounding, and is not the exact peak."""
     settings = {"schedule": schedule, "learning_rate": 0.9, "min_lr": 0.3}
     assert rate(3, **settings) == 0.9 * 4 / 5
     assert rate(4, **settings) == 0.3 + (0.9 - 0.3) != 0.9
@@ -59,7 +59,7 @@ def test_the_decay_ends_at_min_lr_and_stays_there(schedule: str, step: int) -> N
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_lr_decay_iters_is_where_the_decay_ends(schedule: str) -> None:
+def test_the_decay_ends_at_lr_decay_iters(schedule: str) -> None:
     assert rate(8, schedule=schedule, lr_decay_iters=12) == pytest.approx(0.55)
     assert rate(12, schedule=schedule, lr_decay_iters=12) == pytest.approx(0.1)
     assert rate(19, schedule=schedule, lr_decay_iters=12) == pytest.approx(0.1)
@@ -83,7 +83,7 @@ def test_without_any_warmup_the_first_rate_is_the_peak() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
-def test_the_rate_never_rises_after_the_warmup_nor_leaves_its_bounds(schedule: str) -> None:
+def test_the_rate_never_rises_after_the_warmup_and_stays_in_its_bounds(schedule: str) -> None:
     rates = [rate(step, 200, schedule=schedule) for step in range(250)]
     assert all(later <= earlier for earlier, later in itertools.pairwise(rates[4:]))
     assert all(0.1 - 1e-12 <= value <= 1.0 for value in rates)
@@ -158,7 +158,7 @@ def test_schedules_are_applied_to_all_groups() -> None:
     assert [number for point in seen for number in point] == pytest.approx([n for point in points for n in point])
 
 
-def test_momentum_never_falls_in_its_warm_up() -> None:
+def test_momentum_never_falls_during_its_warmup() -> None:
     config = OptimizerConfig(momentum=0.6, momentum_warmup_iters=4)
     assert [momentum_at(step, config) for step in range(6)] == pytest.approx([0.6] * 6)
 
@@ -189,15 +189,9 @@ def test_adamw_follows_its_formula() -> None:
             torch.testing.assert_close(p.detach().double(), expected[name], atol=1e-6, rtol=1e-6)
 
 
-def test_set_learning_rate_sets_it_in_every_group() -> None:
-    optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig())
-    set_learning_rate(optimizer, 0.123)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.123, 0.123]
-
-
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_loaded_state_lies_on_the_device_of_the_parameters(name: str) -> None:
-    """Steps too: fused AdamW wants them there."""
+def test_a_loaded_state_is_on_the_device_of_the_parameters(name: str) -> None:
+    """This includes the step counts, because fused AdamW needs them there."""
     config = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4)
     models = [LanguageModel(config, 7) for _ in range(2)]
     optimizers = [build_optimizer(model, OptimizerConfig(optimizer_name=name)) for model in models]
@@ -212,7 +206,7 @@ def test_a_loaded_state_lies_on_the_device_of_the_parameters(name: str) -> None:
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
-def test_which_settings_of_a_group_change_from_step_to_step() -> None:
+def test_scheduled_settings_are_those_that_change_from_step_to_step() -> None:
     def scheduled(**settings: Any) -> tuple[str, ...]:
         return scheduled_settings(OptimizerConfig(**settings))
 
@@ -232,6 +226,6 @@ def test_the_weight_decay_stays_zero_after_the_end() -> None:
     assert [weight_decay_at(step, config, 10) for step in (5, 10, 11, 30)] == pytest.approx([0.05, 0, 0, 0])
 
 
-def test_the_momentum_is_exact_once_its_warm_up_has_ended() -> None:
+def test_the_momentum_is_exact_after_its_warmup() -> None:
     config = OptimizerConfig(momentum=0.95, momentum_warmup_iters=10)
     assert [momentum_at(step, config) for step in (10, 11)] == [0.95, 0.95]

@@ -1,4 +1,4 @@
-"""Muon: orthogonal updates, against torch's own, and AdamW for the other groups."""
+"""Muon: orthogonal updates, compared with PyTorch's Muon, and AdamW for the other groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def matrices(n: int, rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 16, 64), (1, 1, 5)])
 def test_newton_schulz_brings_all_singular_values_near_one(shape: tuple[int, int, int]) -> None:
-    """Even of a badly conditioned matrix: singular values from 1 to 0.1 of the largest."""
+    """Even for a badly conditioned matrix, with singular values from 1 to 0.1."""
     u, _, vh = torch.linalg.svd(matrices(*shape), full_matrices=False)
     spread = u @ torch.diag(torch.linspace(1, 0.1, shape[1])) @ vh
     values = torch.linalg.svdvals(newton_schulz(spread))
@@ -26,7 +26,7 @@ def test_newton_schulz_brings_all_singular_values_near_one(shape: tuple[int, int
 
 
 def test_newton_schulz_keeps_the_singular_vectors() -> None:
-    """What it returns is u s v^T with all s near 1, so it is near the polar factor u v^T."""
+    """The result is u s v^T with all s near 1, so it is near the polar factor u v^T."""
     x = matrices(4, 8, 24)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     y = newton_schulz(x)
@@ -35,7 +35,7 @@ def test_newton_schulz_keeps_the_singular_vectors() -> None:
 
 
 @pytest.mark.parametrize(("units", "tolerance"), [(True, 0.03), (False, 1e-5)])
-def test_updates_are_computed_in_bfloat16_where_there_are_units_for_it(
+def test_updates_are_computed_in_bfloat16_if_the_device_has_units_for_it(
     units: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(muon, "has_bf16_units", lambda device: units)
@@ -48,7 +48,7 @@ def test_updates_are_computed_in_bfloat16_where_there_are_units_for_it(
     assert units == (error > 1e-4)
 
 
-def test_newton_schulz_treats_each_matrix_as_if_alone() -> None:
+def test_newton_schulz_treats_each_matrix_of_a_batch_alone() -> None:
     together = torch.cat([1000 * matrices(1, 4, 6), matrices(2, 4, 6)])
     for one, result in zip(together, newton_schulz(together), strict=True):
         torch.testing.assert_close(newton_schulz(one[None])[0], result, rtol=1e-4, atol=1e-4)
@@ -60,8 +60,8 @@ def test_newton_schulz_of_a_zero_gradient_is_zero() -> None:
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 32), (32, 8)])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_muon_updates_as_torch_does(shape: tuple[int, int], weight_decay: float) -> None:
-    """Over five steps; torch computes in bfloat16, of 8 bits: updates differ by a few percent of their size."""
+def test_muon_updates_like_torch(shape: tuple[int, int], weight_decay: float) -> None:
+    """Updates differ by a few percent of their size, because torch computes in bfloat16, which has 8 bits."""
     ours = torch.nn.Parameter(matrices(1, *shape)[0])
     theirs = torch.nn.Parameter(ours.detach().clone())
     group = {"params": [ours], "lr": 0.01, "weight_decay": weight_decay, "momentum": 0.9, "blocks": [[shape[0]]]}
@@ -80,7 +80,7 @@ def test_muon_updates_as_torch_does(shape: tuple[int, int], weight_decay: float)
         theirs.data.copy_(ours.data)
 
 
-def test_blocks_of_a_parameter_are_made_orthogonal_each_alone() -> None:
+def test_each_block_of_a_parameter_is_orthogonalised_alone() -> None:
     """A fused q, k, v matrix with fewer key/value heads is trained as three matrices."""
     fused = torch.nn.Parameter(matrices(1, 16, 8)[0])
     parts = [torch.nn.Parameter(part.clone()) for part in fused.detach().split([8, 4, 4])]
@@ -96,7 +96,7 @@ def test_blocks_of_a_parameter_are_made_orthogonal_each_alone() -> None:
     torch.testing.assert_close(fused.detach(), torch.cat([part.detach() for part in parts]), rtol=1e-5, atol=1e-6)
 
 
-def test_a_parameter_of_three_dimensions_is_a_matrix_of_its_first_and_all_others() -> None:
+def test_a_parameter_of_three_dimensions_is_flattened_after_its_first() -> None:
     cube, matrix = (torch.nn.Parameter(torch.zeros(shape)) for shape in ((8, 2, 3), (8, 6)))
     matrix.grad = matrices(1, 8, 6)[0]
     cube.grad = matrix.grad.view(8, 2, 3)
@@ -107,7 +107,7 @@ def test_a_parameter_of_three_dimensions_is_a_matrix_of_its_first_and_all_others
 
 
 def test_updates_are_as_large_as_those_of_adamw() -> None:
-    """A root mean square of about 0.2 for each number, whatever the shape."""
+    """The root mean square of an update is about 0.2 for any shape."""
     for shape in ((16, 16), (16, 64), (64, 16)):
         weight = torch.nn.Parameter(torch.zeros(shape))
         weight.grad = matrices(1, *shape)[0]
@@ -117,7 +117,7 @@ def test_updates_are_as_large_as_those_of_adamw() -> None:
 
 
 def test_groups_without_blocks_are_trained_by_adamw() -> None:
-    """Bit for bit as torch's fused AdamW."""
+    """They equal PyTorch's fused AdamW bit for bit."""
     ours = [torch.nn.Parameter(matrices(1, 3, 4)[0]), torch.nn.Parameter(torch.ones(5))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     settings: dict[str, Any] = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-9, "weight_decay": 0.1}
@@ -148,7 +148,7 @@ def test_parameters_without_a_gradient_stay_as_they_are() -> None:
     assert not optimizer.state
 
 
-def test_a_momentum_on_the_device_moves_buffers_as_a_number_does() -> None:
+def test_a_momentum_on_the_device_updates_buffers_like_a_number() -> None:
     gradients = [matrices(1, 3, 4)[0], matrices(2, 2, 5)[1]]
     results = []
     for momentum in (0.9, torch.tensor(0.9)):
@@ -162,8 +162,8 @@ def test_a_momentum_on_the_device_moves_buffers_as_a_number_does() -> None:
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
-def test_muon_waits_for_finite_gradients(found: float) -> None:
-    """With found_inf 0 a step is what it is without, and with 1 it changes nothing."""
+def test_muon_skips_a_step_with_gradients_that_are_not_finite(found: float) -> None:
+    """With found_inf 0 a step is the usual one; with 1 it changes nothing."""
     results = []
     for found_inf in (None, torch.tensor(found)):
         params = [torch.nn.Parameter(matrices(1, 4, 6)[0]), torch.nn.Parameter(matrices(1, 6, 4)[0])]
@@ -188,7 +188,7 @@ def test_muon_waits_for_finite_gradients(found: float) -> None:
 
 
 def test_newton_schulz_is_the_quintic_iteration_of_each_matrix() -> None:
-    x = 1e-3 * matrices(3, 4, 6).double()  # small ones are scaled up, too
+    x = 1e-3 * matrices(3, 4, 6).double()  # small matrices are scaled up
     result = newton_schulz(x)
     for one, found in zip(x, result, strict=True):
         expected = one / one.norm()
@@ -199,8 +199,8 @@ def test_newton_schulz_is_the_quintic_iteration_of_each_matrix() -> None:
 
 
 @pytest.mark.parametrize("found_inf", [None, 0.0, 1.0])
-def test_settings_on_the_device_update_as_numbers_do(found_inf: float | None) -> None:
-    """As in a recorded step."""
+def test_settings_on_the_device_update_like_numbers(found_inf: float | None) -> None:
+    """Recorded steps have their settings on the device."""
     results = []
     for kind in (float, torch.tensor):
         weight = torch.nn.Parameter(matrices(1, 4, 6)[0])

@@ -63,7 +63,9 @@ def test_a_profiled_run_has_the_same_numbers_and_weights(
     assert [event.get("name") for event in events].count("step") == 1
 
 
-def test_the_first_step_is_profiled_without_steps_before_it(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+def test_the_first_step_is_profiled_without_an_undisturbed_step_time(
+    tiny_argv: Argv, only_run: Callable[[], Path]
+) -> None:
     assert train.main(tiny_argv("--profile-step", "0")) == 0
     record = profile_of(only_run())
     assert record["step_ms"] is None
@@ -80,10 +82,10 @@ def test_a_resumed_run_profiles_its_step_and_keeps_its_numbers(tiny_argv: Argv, 
     assert numbers(plain) == numbers(profiled)
     assert weights(plain) == weights(profiled)
     assert profile_of(profiled)["step"] == 11
-    assert profile_of(profiled)["step_ms"] is None  # two steps are too few to time any as a whole
+    assert profile_of(profiled)["step_ms"] is None  # two steps are too few to time an undisturbed one
 
 
-def test_a_step_that_is_never_reached_is_reported_and_does_no_harm(
+def test_a_step_that_is_never_reached_is_reported(
     tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv("--profile-step", "6")) == 0
@@ -144,5 +146,5 @@ def test_an_error_in_a_profiled_step_is_not_hidden(
     assert json.loads((only_run() / "run.json").read_text())["status"] == "failed"
     import torch
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):  # the previous one has ended
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):  # fails if another is active
         pass

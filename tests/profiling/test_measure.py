@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +46,12 @@ Argv = Callable[..., list[str]]
 
 
 @pytest.fixture(autouse=True)
-def switches_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Restores what profile_model.main sets for its process."""
+def quiet_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KINETO_LOG_LEVEL", "99")
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
-    with torch.random.fork_rng():
-        yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.set_float32_matmul_precision(precision)
-    torch.set_num_threads(threads)
 
 
 class FixedStep:
-    """A step with two phases and some work outside of them."""
+    """A step with two phases, and some work outside them."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -81,7 +73,7 @@ def times() -> StepTimes:
     return measure_steps(FixedStep(), CPU, steps=4, warmup=1)
 
 
-def test_phases_come_in_their_order_and_add_up(times: StepTimes) -> None:
+def test_phases_are_in_order_and_add_up(times: StepTimes) -> None:
     assert [row.name for row in times.phases] == [*ALONE, OTHER_PHASE]
     rows = {row.name: row for row in times.phases}
     assert (rows["data"].calls, rows["forward"].calls, rows["backward"].calls) == (1.0, 2.0, 0.0)  # per step
@@ -101,13 +93,13 @@ def test_operators_have_a_phase_a_kind_and_a_cost(times: StepTimes) -> None:
     assert sum(row.ms for row in times.operators) < times.profiled_ms
 
 
-def test_each_measurement_makes_its_own_steps_after_the_warmup() -> None:
+def test_each_measurement_runs_its_own_steps_after_the_warmup() -> None:
     step = FixedStep()
     assert measure_steps(step, CPU, steps=3, warmup=2).steps == 3
     assert step.calls == 2 + 3 * 3
 
 
-def test_the_operators_of_both_passes_add_up_to_the_count_from_the_shapes() -> None:
+def test_the_operators_of_both_passes_add_up_to_the_estimate_from_the_shapes() -> None:
     T = SHORT_TOKENS + 16  # for shorter sequences attention also multiplies the upper triangle
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=T, position="rope")
     model, idx = LanguageModel(config, vocab_size=11), torch.zeros(3, T, dtype=torch.int64)
@@ -124,7 +116,7 @@ def test_the_operators_of_both_passes_add_up_to_the_count_from_the_shapes() -> N
     assert counted == pytest.approx({"forward": needed / 3, "backward": needed * 2 / 3})
 
 
-def test_the_attention_of_short_sequences_is_attention() -> None:
+def test_short_attention_is_listed_as_attention() -> None:
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=SHORT_TOKENS // 2)
     model, idx = LanguageModel(config, vocab_size=11), torch.zeros(3, SHORT_TOKENS // 2, dtype=torch.int64)
 
@@ -140,13 +132,13 @@ def test_the_attention_of_short_sequences_is_attention() -> None:
         "forward": ShortAttention.__name__,
         "backward": f"{ShortAttention.__name__}Backward",
     }
-    product = 2 * 3 * (SHORT_TOKENS // 2) ** 2 * 32 / 1e9  # of all heads
+    product = 2 * 3 * (SHORT_TOKENS // 2) ** 2 * 32 / 1e9  # over all heads
     assert [rows[phase].gflop for phase in ("forward", "backward")] == pytest.approx([2 * 2 * product, 2 * 4 * product])
     assert not any(row.name in ("bmm", "baddbmm") for row in operators)
 
 
-def test_before_torch_2_12_the_cost_of_an_operator_follows_from_what_events_have_there() -> None:
-    """Without structured_input_shapes and input_dtypes; a list of tensors has no shape, so its bytes are unknown."""
+def test_the_cost_of_an_operator_is_derived_without_fields_that_torch_2_12_added() -> None:
+    """Without them, a list of tensors has no shape, so its bytes are unknown."""
     profiler = new_profiler(CPU)
     a, b, pair = torch.ones(20, 30), torch.ones(30, 40), [torch.ones(50), torch.ones(60)]
     with profiler:
@@ -162,7 +154,7 @@ def test_before_torch_2_12_the_cost_of_an_operator_follows_from_what_events_have
     rows = {row.name: row for row in operators if row.phase == "forward"}
     assert (rows["matmul"].kind, rows["matmul"].gflop) == ("matrix products", pytest.approx(2 * 20 * 30 * 40 / 1e9))
     assert rows["matmul"].gbyte == pytest.approx(4 * (20 * 30 + 30 * 40 + 20 * 40) / 1e9)
-    assert rows["add"].gbyte == pytest.approx(4 * 2 * 20 * 30 / 1e9)  # types are unknown: counted as float
+    assert rows["add"].gbyte == pytest.approx(4 * 2 * 20 * 30 / 1e9)  # unknown types are counted as float
     assert rows["_foreach_add_"].gbyte == 0.0
 
 
@@ -215,7 +207,7 @@ class EventsOfAGPU:
         return self.made
 
 
-def test_on_a_gpu_operators_have_the_time_of_their_kernels_in_the_phase_that_launched_them() -> None:
+def test_on_a_gpu_operators_have_the_time_of_their_kernels_and_the_phase_that_launched_them() -> None:
     step_ms, operators = read_operators(EventsOfAGPU(), torch.device("cuda"))  # type: ignore[arg-type]
     assert step_ms == 1.0
     assert [(row.name, row.phase, row.kind, row.ms, row.gflop * 1e9) for row in operators] == [
@@ -243,7 +235,7 @@ def test_on_a_gpu_operators_have_the_time_of_their_kernels_in_the_phase_that_lau
         ("aten::_scaled_mm", [[2, 3], [3, 4], [], []], 48, 6 + 12 + 8),
     ],
 )
-def test_the_cost_of_an_operator_follows_from_its_shapes(
+def test_the_cost_of_an_operator_is_derived_from_its_shapes(
     name: str, shapes: list[list[int]], flops: float | None, numbers: int
 ) -> None:
     assert operator_flops(name, shapes, []) == flops
@@ -260,7 +252,7 @@ def test_causal_attention_costs_the_lower_triangle_and_its_backward_pass_twice_t
     assert operator_flops(backward, [qkv[0], *qkv], [0.0, True]) == whole * 9 / 8
 
 
-def test_the_limits_are_measured_and_leave_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_are_measured_without_changing_the_random_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "GEMM_SIZES", {"cpu": (64, 128)})
     monkeypatch.setattr(limits, "COPY_MIB", {"cpu": (1,)})
     before = torch.get_rng_state()
@@ -276,7 +268,7 @@ def test_a_matrix_product_that_would_take_too_long_is_not_tried(monkeypatch: pyt
     assert limits.measure_gemm(CPU, torch.float32) > 0
 
 
-def test_activations_are_what_autograd_keeps_without_the_weights() -> None:
+def test_activations_are_the_tensors_that_autograd_keeps_except_weights() -> None:
     layer = torch.nn.Linear(8, 4, bias=False)
     x = torch.randn(16, 8)
     meter = ActivationMeter(layer)
@@ -288,17 +280,17 @@ def test_activations_are_what_autograd_keeps_without_the_weights() -> None:
     assert meter.bytes == (16 * 8 + 16 * 4) * 4
 
 
-def test_memory_behind_several_tensors_counts_once() -> None:
+def test_memory_shared_by_several_tensors_is_counted_once() -> None:
     x = torch.zeros(10)
     assert bytes_of([x, x[2:], x.view(2, 5), torch.zeros(3)]) == 52
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports the peak of a process")
-def test_the_peak_of_the_process_is_that_since_it_was_reset() -> None:
+def test_the_peak_of_the_process_is_measured_since_the_last_reset() -> None:
     if not reset_peak(CPU):
         pytest.skip("not allowed here")
     before = peak(CPU)
-    with mmap.mmap(-1, 40_000_000) as memory:  # goes back to the system, while memory freed by torch may be kept
+    with mmap.mmap(-1, 40_000_000) as memory:  # returned to the system, whereas torch may keep freed memory
         for place in range(0, len(memory), mmap.PAGESIZE):
             memory[place] = 1
     assert peak(CPU) - before > 35_000_000
@@ -307,14 +299,14 @@ def test_the_peak_of_the_process_is_that_since_it_was_reset() -> None:
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_decoding_reads_the_weights_that_multiply_one_row_of_tables_and_the_cache(
+def test_the_bytes_of_decoding_are_weights_one_row_of_each_table_and_the_cache(
     static: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("utils.profiling.decoding.is_static", lambda _: static)
     config = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=16)
     model = LanguageModel(config, vocab_size=11)
     result = measure_generation(model)
-    weights = model.num_parameters() - 15 * 32  # of 16 positions one is looked up
+    weights = model.num_parameters() - 15 * 32  # one of 16 positions is looked up
     context = 8 + (8 + 1) / 2
     assert (result.prompt, result.decoded) == (16, 8)
     assert result.decode_gbyte * 1e9 == pytest.approx(4 * (weights + 2 * 2 * 32 * context))
@@ -322,7 +314,7 @@ def test_decoding_reads_the_weights_that_multiply_one_row_of_tables_and_the_cach
     assert model.training
 
 
-def test_generation_is_measured_without_calls_of_modules_as_it_is_made() -> None:
+def test_generation_is_measured_on_the_lean_model() -> None:
     called: list[str] = []
     model = LanguageModel(ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=8), vocab_size=11)
     watching = register_module_forward_hook(lambda module, *_: called.append(type(module).__name__))
@@ -357,13 +349,7 @@ def test_the_script_writes_profile_trace_and_picture(
     assert record["machine"]["threads"] == 1
     phases = {row["name"]: row for row in record["phases"]}
     assert list(phases) == [*ALONE, OTHER_PHASE]
-    assert [phases[name]["calls"] for name in ALONE] == [
-        2.0,
-        2.0,
-        2.0,
-        2.0,
-        1.0,
-    ]  # clipping and the update
+    assert [phases[name]["calls"] for name in ALONE] == [2, 2, 2, 2, 1]  # one update of two micro-steps
     assert sum(phase["ms"] for phase in phases.values()) == pytest.approx(record["phases_ms"])
     memory = record["memory"]
     assert memory["weights"] == memory["gradients"] == 4 * record["parameters"]
@@ -380,14 +366,18 @@ def test_the_script_writes_profile_trace_and_picture(
     shown = capsys.readouterr().out
     titles = ("Phases of a step", "Where the time goes", "Operators", "Memory", "Generation in float32")
     assert all(title in shown for title in titles)
-    for words in ("undisturbed", "separate steps", "further steps"):  # the three times are of different steps
+    for words in (
+        "undisturbed",
+        "separate steps",
+        "further steps",
+    ):  # each of the three times has its own steps
         assert shown.count(words) == 1
     growth = re.findall(r"^growth of the process +([\d.]+)$", shown, re.MULTILINE)
     assert growth == ([] if memory["peak"] is None else [f"{memory['peak'] / 1e6:,.1f}"])
     assert str(out / "profile.json") in shown.replace("\n", "")
     tables = [line for line in shown.split("written:")[0].splitlines() if not line.endswith(".")]  # no sentences
     assert max(map(len, tables)) <= 80
-    assert not runs_dir.exists()  # profiling makes no run
+    assert not runs_dir.exists()  # profiling creates no run
 
 
 def test_a_profile_that_cannot_be_written_leaves_the_previous_files(
@@ -448,7 +438,7 @@ def test_the_script_without_out_writes_no_files(
         (("--lr-range", "--shard", "fsdp"), "--shard: a sharded model cannot be profiled"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(
+def test_a_mistake_in_the_flags_is_one_line_and_exit_status_2(
     tiny_argv: Argv, words: tuple[str, ...], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert profile_model.main(tiny_argv(*words)) == 2
@@ -458,7 +448,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert message.count("\n") == 1
 
 
-def test_an_out_folder_that_cannot_be_made_is_a_mistake(
+def test_an_out_folder_that_cannot_be_created_is_refused(
     tiny_argv: Argv, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert profile_model.main(tiny_argv("--out", str(tiny_corpus))) == 2
@@ -469,7 +459,7 @@ def test_an_out_folder_that_cannot_be_made_is_a_mistake(
 
 
 def record(**changes: Any) -> dict[str, Any]:
-    """A profile.json of a GPU, with round numbers."""
+    """The profile.json of a GPU, with round numbers."""
     return {
         "schema_version": 1,
         "created": "2026-01-31T14:25:01.000+00:00",
@@ -518,7 +508,7 @@ def record(**changes: Any) -> dict[str, Any]:
     }
 
 
-def test_a_profile_derives_speed_use_and_where_the_time_goes() -> None:
+def test_a_profile_derives_speed_utilisation_and_time_per_kind() -> None:
     profile = Profile.model_validate(record())
     assert profile.tokens_per_second == 76_800
     assert profile.mfu == pytest.approx(0.5)  # 100 GFLOP in 10 ms, of 20,000 GFLOP/s
@@ -535,7 +525,7 @@ def test_the_slices_of_the_picture_fill_each_phase_exactly() -> None:
         inside = [part for part in slices if phase.left <= part.left < phase.left + phase.width - 1e-9]
         assert sum(part.width for part in inside) == pytest.approx(phase.width)
     widths = {part.label: part.width for part in slices}
-    assert widths["mm"] == pytest.approx(8.0)  # 9 ms under the profiler do not fit into 8
+    assert widths["mm"] == pytest.approx(8.0)  # the 9 ms under the profiler are scaled to the 8 ms of the phase
     assert widths["linear"] == pytest.approx(3.0)
     assert "add" not in widths  # too short to be seen
 
@@ -543,7 +533,7 @@ def test_the_slices_of_the_picture_fill_each_phase_exactly() -> None:
 @pytest.mark.parametrize(
     "changes", [{"limits": None}, {"generation": None, "run": "r_1", "step": 7}, {"operators": []}]
 )
-def test_unknown_facts_are_neither_drawn_nor_printed(
+def test_profiles_with_missing_facts_are_drawn_and_compared(
     changes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, content in (("a", record()), ("b", record(**changes))):
@@ -565,7 +555,7 @@ def test_on_cuda_the_table_says_which_steps_were_launched_as_a_graph(
     assert ("the undisturbed step is a CUDA graph" in capsys.readouterr().out) == noted
 
 
-def test_two_profiles_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_profiles_are_compared_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     machine = {**record()["machine"], "torch": "2.14.0"}
     config = {"model": {"n_layer": 4, "n_embd": 256, "block_size": 64}, "train": {"batch_size": 12}}
     operators = [{**row, "ms": 2 * row["ms"]} for row in record()["operators"]]
@@ -573,7 +563,7 @@ def test_two_profiles_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture
     for folder, content in zip(("one", "two/artifacts/profile"), contents, strict=True):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "profile.json").write_text(json.dumps(content))
-    assert profile_model.main(["--compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0  # two: a run directory
+    assert profile_model.main(["--compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0  # two: a run
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert profile_model.main(["--compare", str(tmp_path / "one"), str(tmp_path / "two"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -630,7 +620,7 @@ def test_a_file_that_is_not_a_profile_is_reported_in_one_line(
         (("--sweep",), "argument --sweep: not allowed with argument --compare"),
     ],
 )
-def test_comparing_takes_what_it_uses_and_nothing_else(
+def test_comparing_refuses_flags_that_it_does_not_use(
     words: tuple[str, ...], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert profile_model.main(["--compare", "a", "b", *words]) == 2
@@ -646,7 +636,7 @@ def test_every_flag_belongs_to_a_mode_and_every_parameter_of_a_mode_has_a_flag()
     assert flags >= profile_model.MODES.keys() - {"profile"}
 
 
-def test_help_imports_neither_torch_nor_what_profiles() -> None:
+def test_help_imports_neither_torch_nor_the_profiler() -> None:
     code = "import profile_model, sys\ntry:\n    profile_model.main(['--help'])\nfinally:\n"
     code += "    print([m for m in sys.modules if m == 'torch' or m.startswith('utils.profiling.')])"
     environment = {**os.environ, "PYTHONPATH": str(Path(profile_model.__file__).parent)}

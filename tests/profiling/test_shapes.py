@@ -1,4 +1,4 @@
-"""profile_model.py --sweep: which shapes are timed, and what the table says about them."""
+"""profile_model.py --sweep: the shapes that are timed, and the table of results."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_default_sizes_surround_the_configured_one() -> None:
     assert sizes_around(1, shapes.BATCH_FACTORS) == [1, 2, 4]
 
 
-def test_a_shape_changes_nothing_but_the_sizes_and_the_micro_steps(setup: Setup) -> None:
+def test_a_shape_changes_only_the_sizes_and_the_micro_steps(setup: Setup) -> None:
     train = setup.config.train.model_copy(update={"gradient_accumulation_steps": 4})
     config = setup.config.model_copy(update={"train": train})
     shaped = with_shape(config, 3, 16)
@@ -53,7 +53,7 @@ def test_a_shape_changes_nothing_but_the_sizes_and_the_micro_steps(setup: Setup)
 
 
 @pytest.mark.parametrize(("micro_steps", "lanes", "micro_batch"), [(1, 4, 6), (8, 4, 3), (2, None, 12), (1, None, 24)])
-def test_a_shape_is_one_micro_step_whatever_shares_the_batch(
+def test_a_shape_is_one_micro_step_however_the_batch_is_split(
     micro_steps: int, lanes: int | None, micro_batch: int, setup: Setup
 ) -> None:
     sharing = {"batch_size": 24, "gradient_accumulation_steps": micro_steps, "lanes": lanes}
@@ -63,7 +63,7 @@ def test_a_shape_is_one_micro_step_whatever_shares_the_batch(
     assert time_shape(setup, with_shape(config, 3, 8), 1, 0, QUIET).batch_size == 3
 
 
-def test_rates_follow_from_the_time_of_a_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_are_derived_from_the_time_of_a_step(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     stepped: list[int] = []
     monkeypatch.setattr(shapes, "training_step", lambda state, warn: lambda phase: stepped.append(1))
     monkeypatch.setattr(shapes, "time_steps", lambda step, device, steps: 2.0 if steps == 7 else None)
@@ -84,7 +84,7 @@ def test_the_timed_steps_train_the_model(setup: Setup) -> None:
     assert all(not torch.equal(old, new) for old, new in zip(before, state.model.parameters(), strict=True))
 
 
-def test_an_undisturbed_step_is_launched_as_training_does_and_one_in_phases_kernel_by_kernel(
+def test_an_undisturbed_step_is_launched_as_a_graph_and_one_in_phases_kernel_by_kernel(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched: list[int] = []
@@ -140,7 +140,7 @@ def test_a_shape_that_does_not_fit_is_reported_and_skipped(
     assert "batch 4 x block 8: does not fit" in capsys.readouterr().out
 
 
-def test_a_block_longer_than_the_corpus_is_a_mistake(setup: Setup) -> None:
+def test_a_block_longer_than_the_corpus_is_refused(setup: Setup) -> None:
     with pytest.raises(UserError, match="--block-sizes: 9,999,999 is too long"):
         shapes.sweep_shapes(setup, [1], [8, 9_999_999], 1, 0, QUIET)
 
@@ -171,7 +171,7 @@ def test_the_script_prints_the_table_and_writes_it(
         (("--lr-range", "--sweep"), "argument --sweep: not allowed with argument --lr-range"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_a_mistake_in_the_flags_is_one_line(
     tiny_argv: Callable[..., list[str]], words: tuple[str, ...], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert profile_model.main(tiny_argv(*words)) == 2

@@ -19,7 +19,7 @@ TEMPLATE = "Q: {question} a: "
 
 @contextlib.contextmanager
 def serving(runs_dir: Path, *words: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The address of a server of its own."""
+    """Start a server on a free port; yields its address and its process."""
     command = [sys.executable, str(ROOT / "serve.py"), *words, "--runs-dir", str(runs_dir), "--port", "0"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env={**os.environ, **environment}, **pipes) as server:
@@ -45,7 +45,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def url(runs_dir: Path) -> Iterator[str]:
-    """Of the one that serves first and second, with a template for questions."""
+    """The address of a server of the runs first and second, with a template for questions."""
     flags = ("--qa-template", TEMPLATE, "--qa-stop", "?", "--slots", "4", "--queue", "8")
     with serving(runs_dir, "first", "second", *flags) as (address, _):
         yield address

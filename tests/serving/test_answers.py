@@ -1,4 +1,4 @@
-"""The texts of a request in the forms of the API."""
+"""The texts of a request in the formats of the API."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def tokens(data: bytes) -> tuple[Token, ...]:
     return tuple(Token(byte, -1.0) for byte in data)
 
 
-def test_offsets_are_places_in_the_text_however_it_is_delivered() -> None:
+def test_offsets_are_positions_in_the_text_whole_or_streamed() -> None:
     texts = ["Straße".encode(), b"a\xc3b\xff\xe6\x97"]
     offsets = [[0, 1, 2, 3, 4, 4, 5], [0, 1, 2, 3, 4, 4]]
     whole = Answer("run", TOKENIZER, 0)

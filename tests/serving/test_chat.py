@@ -1,4 +1,4 @@
-"""The chat template of a published model: text of a stranger, rendered in a sandbox."""
+"""The chat template of a published model, which is not trusted and therefore rendered in a sandbox."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FACTS = {"tokenizer_config": {"bos_token": {"content": "<s>"}, "eos_token": "<|i
 
 @pytest.fixture(scope="module")
 def tokenizer() -> HuggingFaceTokenizer:
-    """Bytes, and the special tokens of ChatML."""
+    """A tokenizer of bytes and the special tokens of ChatML."""
     library = Library(BPE({letter: place for place, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
     library.pre_tokenizer = ByteLevel(add_prefix_space=False)
     library.add_special_tokens([AddedToken(text, special=True) for text in ("<s>", "<|im_start|>", "<|im_end|>")])
@@ -37,7 +37,7 @@ def turns(*messages: tuple[str, str]) -> list[SimpleNamespace]:
     return [SimpleNamespace(role=role, content=content) for role, content in messages]
 
 
-def test_a_conversation_is_written_as_the_template_says(tokenizer: HuggingFaceTokenizer) -> None:
+def test_a_conversation_is_encoded_by_the_template(tokenizer: HuggingFaceTokenizer) -> None:
     prompt = PublishedTemplate(CHATML, tokenizer, FACTS)(turns(("user", "a"), ("assistant", "b"), ("user", "c")))
     start, end = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
     expected = [tokenizer.vocab_size - 3]
@@ -60,7 +60,9 @@ def test_a_conversation_is_written_as_the_template_says(tokenizer: HuggingFaceTo
         ("{% macro turn() %}{{ turn() }}{% endmacro %}{{ turn() }}", "does not accept them: maximum recursion depth"),
     ],
 )
-def test_what_a_template_may_not_do_is_one_error(tokenizer: HuggingFaceTokenizer, template: str, message: str) -> None:
+def test_a_forbidden_operation_in_a_template_is_one_error(
+    tokenizer: HuggingFaceTokenizer, template: str, message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         PublishedTemplate(template, tokenizer, FACTS)(turns(("user", "a")))
 

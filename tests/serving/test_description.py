@@ -1,4 +1,4 @@
-"""Requests that schemathesis makes from the OpenAPI description of serve.py: none may be an error of the server."""
+"""Requests that schemathesis derives from the OpenAPI description of serve.py must not cause a server error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.serving.server import serving_app
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = 15  # of each route
+EXAMPLES = 15  # per route
 RUNS = Path(tempfile.mkdtemp(prefix="described-"))
 GENERATOR = Generator(tiny_model(), TOKENIZER, "first")
 APP = serving_app(Runs([Served("first", GENERATOR, QuestionTemplate(GENERATOR), 0)]), 4, 8, RUNS, edit=True)
@@ -45,9 +45,9 @@ def client() -> Iterator[TestClient]:
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-def test_no_request_is_an_error_of_the_server(case: schemathesis.Case, client: TestClient) -> None:
+def test_no_request_causes_a_server_error(case: schemathesis.Case, client: TestClient) -> None:
     if isinstance(case.body, dict):
-        case.body["model"] = "first"  # else nearly all are for no model
+        case.body["model"] = "first"  # otherwise nearly all requests would name no model
         case.body.pop("max_completion_tokens", None)
         case.body["max_tokens"] = 5  # the default of 300 would take minutes
     if case.query and "run" in case.query:

@@ -1,4 +1,4 @@
-"""Continuous batching: what a text becomes does not depend on its company, and no slot is lost."""
+"""Continuous batching: a text does not depend on the others in its batch, and no slot is lost."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def drive(batch: Batch, jobs: Sequence[Job], gap: int = 0) -> dict[Job, list[Pie
                 delivered += batch.join(waiting.pop(0))
             for _ in range(1 + gap):
                 delivered += batch.step() if len(batch) else []
-            for of_job, piece in delivered:
-                pieces[of_job].append(piece)
+            for a_job, piece in delivered:
+                pieces[a_job].append(piece)
     return pieces
 
 
 @pytest.mark.parametrize("settings", [{}, {"position": "learned"}, {"ngram_rows": (50, 40), "n_kv_head": 1}], ids=str)
-def test_a_text_is_that_of_the_generator_alone_whatever_joins_and_leaves(settings: dict[str, Any]) -> None:
+def test_a_text_equals_that_of_the_generator_alone_whatever_joins_and_leaves(settings: dict[str, Any]) -> None:
     alone = generator(**settings)
     jobs, expected = [], []
     for index in range(12):
@@ -72,10 +72,10 @@ def test_a_text_is_that_of_the_generator_alone_whatever_joins_and_leaves(setting
     for slots, gap in ((3, 0), (8, 2)):
         batch = Batch(alone, slots)
         pieces = drive(batch, jobs, gap)
-        for of_job, completion in zip(jobs, expected, strict=True):
-            check_same(pieces[of_job], completion)
-            of_job.__post_init__()
-            of_job.generated = 0
+        for a_job, completion in zip(jobs, expected, strict=True):
+            check_same(pieces[a_job], completion)
+            a_job.__post_init__()
+            a_job.generated = 0
         assert len(batch) == 0
 
 
@@ -92,9 +92,9 @@ def test_a_stop_string_ends_a_text_and_frees_its_slot() -> None:
     whole = alone.generate("ab", Request(30, OPTIONS[1], seed=3))
     stop = whole.text[10:12]
     expected = alone.generate("ab", Request(30, OPTIONS[1], stops=[stop], seed=3))
-    of_job = job("ab", 30, seed=3, stops=[stop])
-    pieces = drive(Batch(alone, 2), [job("z", 40), of_job])
-    check_same(pieces[of_job], expected)
+    a_job = job("ab", 30, seed=3, stops=[stop])
+    pieces = drive(Batch(alone, 2), [job("z", 40), a_job])
+    check_same(pieces[a_job], expected)
     assert expected.finish == "stop"
 
 
@@ -107,16 +107,16 @@ def test_a_model_of_whole_documents_ends_its_text_at_end_of_text() -> None:
     of_chat = chat_jobs(ChatRequest(messages=[ChatMessage(role="user", content="ab")], **sampling), served).jobs[0]
     pieces = drive(Batch(alone, 2), [of_text, of_chat])
     request = Request(40, OPTIONS[1])
-    for of_job, expected in ((of_text, alone.generate("ab", request)), (of_chat, alone.generate_qa("ab", request))):
-        check_same(pieces[of_job], expected)
+    for a_job, expected in ((of_text, alone.generate("ab", request)), (of_chat, alone.generate_qa("ab", request))):
+        check_same(pieces[a_job], expected)
         assert expected.finish == "stop"
         assert expected.tokens[-1] == tokenizer.end_of_text
 
 
-def test_a_prompt_is_scored_by_the_tokens_before_each_of_its_own() -> None:
+def test_each_token_of_a_prompt_is_scored_given_the_tokens_before_it() -> None:
     alone = generator()
-    of_job = job("hello you", 0, top=3, scores_prompt=True)
-    (scored, end) = drive(Batch(alone, 1), [of_job])[of_job]
+    a_job = job("hello you", 0, top=3, scores_prompt=True)
+    (scored, end) = drive(Batch(alone, 1), [a_job])[a_job]
     ids = TOKENIZER.encode("hello you")
     expected = alone.model(torch.tensor([ids]))[0][0].detach().log_softmax(-1)
     assert [token.id for token in scored.prompt] == ids
@@ -129,18 +129,18 @@ def test_a_prompt_is_scored_by_the_tokens_before_each_of_its_own() -> None:
     assert (end.finish, end.tokens) == ("length", ())
 
 
-def test_logits_that_are_nan_end_a_text_with_an_error() -> None:
+def test_nan_logits_end_a_text_with_an_error() -> None:
     broken = generator()
     with torch.no_grad():
         broken.model.final_norm.weight.fill_(math.nan)
-    of_job = job("ab")
+    a_job = job("ab")
     batch = Batch(broken, 1)
-    assert "NaN" in (drive(batch, [of_job])[of_job][-1].error or "")
+    assert "NaN" in (drive(batch, [a_job])[a_job][-1].error or "")
     assert len(batch) == 0
 
 
 class Reader:
-    """Takes the pieces of an engine."""
+    """Collects the pieces that an engine delivers."""
 
     def __init__(self) -> None:
         self.pieces: dict[Job, list[Piece]] = defaultdict(list)
@@ -148,8 +148,8 @@ class Reader:
 
     def take(self, delivered: Sequence[Delivery]) -> None:
         with self.changed:
-            for of_job, piece in delivered:
-                self.pieces[of_job].append(piece)
+            for a_job, piece in delivered:
+                self.pieces[a_job].append(piece)
             self.changed.notify_all()
 
     def wait(self, jobs: Sequence[Job]) -> None:
@@ -184,7 +184,7 @@ def test_several_models_generate_at_the_same_time(engine: Engine, reader: Reader
             assert text_of(reader.pieces[each]) == alone.generate(prompt, Request(30, OPTIONS[1], seed=9)).text
 
 
-def test_a_full_queue_takes_no_more_and_cancelling_makes_room(engine: Engine, reader: Reader) -> None:
+def test_a_full_queue_refuses_jobs_until_others_are_cancelled(engine: Engine, reader: Reader) -> None:
     running = [job("ab", 10**9) for _ in range(3)]
     waiting = [job("ab", 1) for _ in range(5)]
     engine.submit("a", running)
@@ -199,14 +199,14 @@ def test_a_full_queue_takes_no_more_and_cancelling_makes_room(engine: Engine, re
     assert engine.queues["a"].counters.finished == 5
 
 
-def test_jobs_that_are_not_done_fail_when_the_engine_ends(engine: Engine, reader: Reader) -> None:
+def test_unfinished_jobs_fail_when_the_engine_closes(engine: Engine, reader: Reader) -> None:
     jobs = [job("ab", 10**9) for _ in range(5)]
     engine.submit("a", jobs)
     engine.close()
     assert {reader.pieces[each][-1].error for each in jobs} == {"the server is shutting down"}
 
 
-def test_a_failure_of_the_model_ends_its_texts_and_the_engine_goes_on(
+def test_a_failure_of_the_model_ends_its_texts_and_the_engine_continues(
     engine: Engine, reader: Reader, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:
@@ -223,7 +223,7 @@ def test_a_failure_of_the_model_ends_its_texts_and_the_engine_goes_on(
     assert reader.pieces[second][-1].finish == "length"
 
 
-def test_a_prompt_that_fails_ends_no_other_text(
+def test_a_prompt_that_fails_does_not_end_other_texts(
     engine: Engine, reader: Reader, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     batch, sound = engine.queues["a"].batch, job("ab", 200)
@@ -242,7 +242,7 @@ def test_a_prompt_that_fails_ends_no_other_text(
     assert "a kernel" in capsys.readouterr().err
 
 
-def test_no_slot_is_lost_when_readers_go_at_random_times(engine: Engine, reader: Reader) -> None:
+def test_no_slot_is_lost_when_readers_cancel_at_random_times(engine: Engine, reader: Reader) -> None:
     chance = random.Random(0)
     queue, jobs = engine.queues["a"], []
     for index in range(200):

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness as a client of serve.py: its model `local-completions` gets the numbers of evaluate.py."""
+"""lm-evaluation-harness as a client of serve.py: `local-completions` gets the same numbers as evaluate.py."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ CONTEXTS = ("the", "a hat", "to the", "o")
 ANSWERS = (" the", " hat", "e", " oat tea")
 
 
-def test_local_completions_are_scored_and_generated_as_by_evaluate(url: str, runs_dir: Path, tmp_path: Path) -> None:
+def test_local_completions_score_and_generate_like_evaluate(url: str, runs_dir: Path, tmp_path: Path) -> None:
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
     from utils.evaluation.harness import HarnessModel
 
     save_tiny_run(tmp_path / "runs", "alike", norm="rmsnorm", mlp="swiglu")
-    folder = tmp_path / "hf"  # only its tokenizer is used, by which the client counts
+    folder = tmp_path / "hf"  # the client uses only its tokenizer, to count tokens
     words = ["alike", "--runs-dir", str(tmp_path / "runs"), "--format", "hf", "--out", str(folder)]
     assert weights.main(["export", *words]) == 0
     theirs = LocalCompletionsAPI(

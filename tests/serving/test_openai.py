@@ -1,4 +1,4 @@
-"""serve.py as clients see it: OpenAI's own client, programs that make mistakes, and programs that go away."""
+"""serve.py as clients see it: OpenAI's own client, programs that make mistakes, and programs that disconnect."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def wait_until(is_so: Callable[[], bool]) -> None:
         if is_so():
             return
         time.sleep(0.05)
-    raise AssertionError("it never was")
+    raise AssertionError("the condition was not met within 15 s")
 
 
 def running(url: str) -> int:
@@ -65,7 +65,7 @@ def test_the_models_are_the_runs(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_a_completion_is_that_of_the_generator(client: openai.OpenAI, alone: Generator, temperature: float) -> None:
+def test_a_completion_equals_that_of_the_generator(client: openai.OpenAI, alone: Generator, temperature: float) -> None:
     options = SamplingOptions(temperature=temperature)
     expected = alone.generate("the ", Request(90, options, seed=5))  # beyond the context
     asked: dict[str, Any] = {
@@ -90,7 +90,7 @@ def test_a_completion_is_that_of_the_generator(client: openai.OpenAI, alone: Gen
     assert (by_id.model, by_id.choices[0].text) == ("first", expected.text)
 
 
-def test_several_prompts_as_text_or_ids_with_several_texts_each(client: openai.OpenAI, alone: Generator) -> None:
+def test_a_request_may_have_several_prompts_with_several_texts_each(client: openai.OpenAI, alone: Generator) -> None:
     texts = ["the ", "a"]
     expected = [alone.generate(texts[i // 2], Request(9, HOT, seed=7 + i)).text for i in range(4)]
     ids = [TOKENIZER.encode(text) for text in texts]
@@ -217,7 +217,7 @@ def test_a_mistake_names_its_field(url: str, param: str, message: str, fields: d
     assert (error["param"], error["message"]) == (param, message)
 
 
-def test_every_field_that_may_be_left_out_may_be_null(url: str, alone: Generator) -> None:
+def test_every_optional_field_may_be_null(url: str, alone: Generator) -> None:
     expected = alone.generate("", Request(9, HOT, seed=7)).text
     asked = {"model": "first", "max_tokens": 9, "temperature": 1, "seed": 7}
     nulls = dict.fromkeys(CompletionRequest.model_fields)
@@ -225,10 +225,10 @@ def test_every_field_that_may_be_left_out_may_be_null(url: str, alone: Generator
     assert answer["choices"][0]["text"] == expected
 
 
-def test_a_full_queue_is_status_429_and_says_when_to_try_again(url: str) -> None:
+def test_a_full_queue_answers_429_and_when_to_try_again(url: str) -> None:
     body = {"model": "first", "prompt": ["a"] * 12, "max_tokens": 8000, "stream": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as busy:
-        lines = busy.iter_lines()  # kept: without it the stream is closed
+        lines = busy.iter_lines()  # kept, because the stream is closed with its iterator
         next(lines)
         response = httpx.post(f"{url}/v1/completions", json={"model": "first", "prompt": ["a"] * 12, "max_tokens": 1})
     assert response.status_code == 429
@@ -237,13 +237,13 @@ def test_a_full_queue_is_status_429_and_says_when_to_try_again(url: str) -> None
 
 
 @pytest.mark.parametrize("body", [b"\xff\xfe\x00", b'{"model": "\xff"}', b"{", b"[]", b"[" * 100_000, b"1e999", b""])
-def test_a_body_that_is_no_request_is_one_message(url: str, body: bytes) -> None:
+def test_an_invalid_body_is_refused_with_one_message(url: str, body: bytes) -> None:
     response = httpx.post(f"{url}/v1/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert response.json()["error"]["message"]
 
 
-def test_ten_megabytes_are_refused(url: str) -> None:
+def test_a_body_of_ten_megabytes_is_refused(url: str) -> None:
     def chunks() -> Any:
         yield from [b'{"model": "first", "prompt": "', *[b"a" * 1_000_000] * 10, b'"}']
 
@@ -254,12 +254,12 @@ def test_ten_megabytes_are_refused(url: str) -> None:
     assert httpx.get(f"{url}/health").json()["status"] == "ok"
 
 
-def test_who_goes_away_frees_the_slot(url: str, client: openai.OpenAI) -> None:
+def test_a_client_that_disconnects_frees_its_slot(url: str, client: openai.OpenAI) -> None:
     asked = {"model": "first", "prompt": "a", "max_tokens": 50_000}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{url}/v1/completions", json=asked, timeout=0.5)
     with httpx.stream("POST", f"{url}/v1/completions", json=asked | {"stream": True}) as response:
-        lines = response.iter_lines()  # which closes the connection when it is forgotten
+        lines = response.iter_lines()  # closes the connection when it is garbage-collected
         assert next(lines).startswith("data: ")
         assert running(url) == 1
     wait_until(lambda: running(url) == 0)
@@ -267,7 +267,7 @@ def test_who_goes_away_frees_the_slot(url: str, client: openai.OpenAI) -> None:
     assert client.completions.create(model="first", prompt="a", max_tokens=2).choices[0].text
 
 
-def test_who_reads_slowly_keeps_nobody_waiting(url: str, client: openai.OpenAI) -> None:
+def test_a_slow_reader_does_not_delay_others(url: str, client: openai.OpenAI) -> None:
     host, port = url.removeprefix("http://").split(":")
     body = json.dumps({"model": "first", "prompt": "a", "max_tokens": 600, "stream": True, "logprobs": 20})
     head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: {len(body)}\r\n"
@@ -278,12 +278,12 @@ def test_who_reads_slowly_keeps_nobody_waiting(url: str, client: openai.OpenAI) 
         slow.sendall(f"{head}{body}".encode())
         assert slow.recv(1) == b"H"
         assert client.completions.create(model="first", prompt="a", max_tokens=20).choices[0].text
-        wait_until(lambda: running(url) == 0)  # it has its text, and nobody waits for its reader
+        wait_until(lambda: running(url) == 0)  # its text is complete although it was not read
         assert slow.recv(1) == b"T"
     assert client.completions.create(model="second", prompt="a", max_tokens=2).choices[0].text
 
 
-def test_a_run_without_a_template_and_a_key(runs_dir: Path) -> None:
+def test_a_server_with_a_key_and_without_a_template_drains_on_sigterm(runs_dir: Path) -> None:
     with serving(runs_dir, "first", WORKBENCH_API_KEY="secret") as (url, server):
         right = openai.OpenAI(base_url=f"{url}/v1", api_key="secret", max_retries=0)
         with pytest.raises(openai.AuthenticationError):
@@ -293,7 +293,7 @@ def test_a_run_without_a_template_and_a_key(runs_dir: Path) -> None:
             right.chat.completions.create(model="first", messages=[{"role": "user", "content": "a"}])
         stream = right.completions.create(model="first", prompt="a", max_tokens=200, stream=True)
         next(iter(stream))
-        server.send_signal(signal.SIGTERM)  # what runs may end
+        server.send_signal(signal.SIGTERM)  # running requests may finish
         wait_until(lambda: httpx.get(f"{url}/health").status_code == 503)
         with pytest.raises(openai.InternalServerError, match="shutting down"):
             right.completions.create(model="first", prompt="a")

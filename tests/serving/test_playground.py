@@ -1,6 +1,6 @@
-"""The page at /, in headless Chromium, on a desk and on a phone.
+"""The page at / in headless Chromium, on a desktop and on a phone.
 
-A picture of it is kept: below the test's tmp_path, or in the folder named by WORKBENCH_SCREENSHOTS.
+Screenshots are saved below the test's tmp_path, or in the folder named by WORKBENCH_SCREENSHOTS.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TEXT = "#outputs pre"
 
 @pytest.fixture
 def page(browser: Browser, url: str) -> Iterator[Page]:
-    """A page that has seen none before; it fails if the page asks another server, or breaks a rule of its own."""
+    """A page in a new context. The test fails if it contacts another server or logs an error."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     context.set_default_timeout(PAGE_MS)
     asked: list[str] = []
@@ -38,7 +38,7 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
     assert problems == []
 
 
-def shot(page: Page, folder: Path, name: str) -> None:
+def save_screenshot(page: Page, folder: Path, name: str) -> None:
     pictures = Path(os.environ.get("WORKBENCH_SCREENSHOTS", folder))
     pictures.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=pictures / f"{name}.png", animations="disabled", full_page=True)
@@ -53,7 +53,7 @@ def alone(runs_dir: Path) -> list[Generator]:
     return [Generator.from_run(str(path), device="cpu") for path in sorted(runs_dir.iterdir())]
 
 
-def test_a_text_is_generated_by_keyboard_and_its_link_gives_it_again(
+def test_a_text_is_generated_by_keyboard_and_reproduced_by_its_link(
     page: Page, url: str, alone: list[Generator], tmp_path: Path
 ) -> None:
     page.goto(url)
@@ -72,7 +72,7 @@ def test_a_text_is_generated_by_keyboard_and_its_link_gives_it_again(
     expect(page.locator("#tip tr").nth(4)).to_be_visible()
     chances = [float(text.rstrip("%")) for text in page.locator("#tip td:last-child").all_inner_texts()]
     assert chances == sorted(chances, reverse=True)
-    shot(page, tmp_path, "playground")
+    save_screenshot(page, tmp_path, "playground")
     page.keyboard.press("Escape")
     expect(page.locator("#tip")).to_be_hidden()
 
@@ -91,7 +91,7 @@ def test_a_text_is_generated_by_keyboard_and_its_link_gives_it_again(
     assert page.locator(TEXT).text_content() == "the quick " + expected
 
 
-def test_several_runs_side_by_side_on_a_desk_and_below_each_other_on_a_phone(
+def test_runs_are_side_by_side_on_a_desktop_and_below_each_other_on_a_phone(
     page: Page, url: str, alone: list[Generator], tmp_path: Path
 ) -> None:
     page.goto(f"{url}/#run=first&run=second&prompt=a&max_tokens=60&temperature=1&repetition_penalty=1&seed=3")
@@ -108,13 +108,13 @@ def test_several_runs_side_by_side_on_a_desk_and_below_each_other_on_a_phone(
     box = page.locator("#tip").bounding_box()
     assert box is not None
     assert 0 <= box["x"] < box["x"] + box["width"] <= 390
-    shot(page, tmp_path, "playground_phone")
+    save_screenshot(page, tmp_path, "playground_phone")
     page.emulate_media(color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 28)"
-    shot(page, tmp_path, "playground_dark")
+    save_screenshot(page, tmp_path, "playground_dark")
 
 
-def test_a_link_empties_the_fields_that_it_leaves_out(page: Page, url: str) -> None:
+def test_a_link_clears_the_fields_that_it_leaves_out(page: Page, url: str) -> None:
     page.goto(f"{url}/#prompt=a&top_p=0.9&top_k=3&min_p=0.1&repetition_penalty=1.5&stop=z&seed=3")
     names = ["top_p", "top_k", "min_p", "repetition_penalty", "stop"]
     fields = [page.locator(f"#{name}") for name in names]
@@ -126,7 +126,7 @@ def test_a_link_empties_the_fields_that_it_leaves_out(page: Page, url: str) -> N
         expect(field).to_have_value("")
 
 
-def test_a_long_text_can_be_stopped_and_what_a_link_says_is_only_text(page: Page, url: str) -> None:
+def test_a_long_text_can_be_stopped_and_a_link_cannot_inject_markup(page: Page, url: str) -> None:
     page.goto(f"{url}/#run=first&prompt=a&max_tokens=50000&temperature=1&repetition_penalty=1&seed=3")
     expect(page.locator(".status")).to_contain_text("tokens, ")
     page.keyboard.press("Escape")
@@ -140,7 +140,7 @@ def test_a_long_text_can_be_stopped_and_what_a_link_says_is_only_text(page: Page
     expect(page.get_by_role("heading", name="Playground")).to_be_visible()
 
 
-# Gives tokens to an Output as the events of a stream do; returns the text that it shows, and what is struck through.
+# Passes tokens to an Output like the events of a stream; returns the text that it shows, and the part struck through.
 OUTPUT = """([tokens, text, finish]) => {
   const output = new Output({ id: "run", val_loss: null });
   const take = (token, text, finish_reason) =>
@@ -163,9 +163,7 @@ OUTPUT = """([tokens, text, finish]) => {
         (["\ufeff", "a"], "\ufeffa"),
     ],
 )
-def test_characters_that_several_tokens_make_are_shown_whole(
-    page: Page, url: str, tokens: list[str], text: str
-) -> None:
+def test_characters_of_several_tokens_are_shown_whole(page: Page, url: str, tokens: list[str], text: str) -> None:
     page.goto(url)
     assert page.evaluate(OUTPUT, [tokens, text, "length"]) == [text, ""]
 

@@ -1,4 +1,4 @@
-"""A run on generated arithmetic: val/accuracy in its log, its problems in evaluate.py, and resumed like any other."""
+"""Runs on generated arithmetic log val/accuracy, resume like any other, and can be evaluated by evaluate.py."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from utils.training.setup import make_setup
 
 
 def settings(folder: Path, **train_settings: Any) -> Config:
-    of_training = {"batch_size": 8, "eval_interval": 2, "eval_iters": 2, "threads": 1, "device": "cpu"}
+    defaults = {"batch_size": 8, "eval_interval": 2, "eval_iters": 2, "threads": 1, "device": "cpu"}
     sections: dict[str, Any] = {
         "data": {"dataset": "arithmetic", "corpora_dir": str(folder / "corpora"), "packing": "none", "loss_after": "="},
         "arithmetic": {"arithmetic_digits": 1, "arithmetic_format": "reversed"},
         "model": {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8},
-        "train": {**of_training, **train_settings},
+        "train": {**defaults, **train_settings},
         "tracking": {"runs_dir": str(folder / "runs"), "histogram_interval": 0, "sample_tokens": 0},
     }
     return Config.model_validate(sections)
@@ -59,7 +59,7 @@ def test_a_run_on_arithmetic_logs_its_accuracy_and_can_be_evaluated_and_resumed(
     assert evaluate.main(words) == 0
     captured = capsys.readouterr()
     (found,) = json.loads(captured.out)["evaluations"]
-    assert found["accuracy"] == accuracy[4]  # there are fewer than MAX_QUESTIONS
+    assert found["accuracy"] == accuracy[4]  # both ask all questions, which are fewer than MAX_QUESTIONS
     assert (run / ARITHMETIC_PICTURE).read_bytes().startswith(b"\x89PNG")
     assert read_evaluations(run)[0][0]["by_operator_and_digits"] == found["by_operator_and_digits"]
     assert evaluate.main(words[:-2]) == 0  # the loss over its own validation split
@@ -75,7 +75,7 @@ def test_a_run_on_arithmetic_logs_its_accuracy_and_can_be_evaluated_and_resumed(
     assert all(re.fullmatch(r"\d[+-]\d=-?\d\d", passage["text"]) for passage in passages)
 
 
-def test_a_budget_counts_the_time_of_the_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_measurement_for_a_budget_includes_the_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal, answered = Terminal(quiet=True), []
     loaded = LoadedConfig.from_config(settings(tmp_path, max_iters=4))
     setup = make_setup(loaded, tmp_path, None, terminal.warn, terminal.print)

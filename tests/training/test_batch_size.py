@@ -1,4 +1,4 @@
-"""`batch_size auto`: the search, the memory that it counts, and a run that is the one with its numbers by hand."""
+"""`batch_size auto`: the search, its memory estimate, and runs, which equal those with the same numbers by hand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import in_child
+from equal_runs import assert_equal_runs
 
 import profile_model
 import train
 import utils.machine.device
 import utils.training.batch_size
-from benchmarks.run_equality import differences
 from data import load_corpus
 from model import LanguageModel
 from utils.config.fields import flat
@@ -49,13 +49,12 @@ VOCAB = 50
 
 
 def corpus_of(vocab_size: int) -> Any:
-    """As much of a corpus as a trial looks at."""
+    """A stand-in for a corpus with the attribute that the search reads."""
     return SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=vocab_size))
 
 
 CORPUS = corpus_of(VOCAB)
 AUTO = ("--batch-size", "auto", "--tokens-per-step", "96")
-SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}
 
 
 # ---------------------------------------------------------------------------------------- the search
@@ -82,7 +81,7 @@ def test_divisors_are_all_of_them_in_order(number: int) -> None:
 def find(
     monkeypatch: pytest.MonkeyPatch, corpus: Path, fitting: int, ranks: Ranks = ONE, **settings: Any
 ) -> tuple[dict[str, Any], list[str]]:
-    """What batch_size auto becomes where `fitting` sequences fit, and what is said of it."""
+    """The settings that batch_size auto changes if `fitting` sequences fit, and the lines that it prints."""
     monkeypatch.setattr(utils.training.batch_size, "bytes_of_training", lambda config, corpus, dtype, size: 1000 * size)
     monkeypatch.setattr(utils.training.batch_size, "available_memory", lambda device: int(1000 * fitting / 0.75) + 1)
     data = DataConfig(dataset=str(corpus))
@@ -90,8 +89,8 @@ def find(
         Config(data=data, model=TINY, train=TrainConfig(batch_size="auto", **settings), tracking={"run_tag": "x"})
     )
     printed: list[str] = []
-    of_text = load_corpus(data, TINY.block_size, corpus.parent / "corpora")
-    found = find_batch(loaded, of_text, CPU, torch.float32, printed.append, ranks)
+    loaded_corpus = load_corpus(data, TINY.block_size, corpus.parent / "corpora")
+    found = find_batch(loaded, loaded_corpus, CPU, torch.float32, printed.append, ranks)
     changed = {key: value for key, value in flat(found.config).items() if value != flat(loaded.config)[key]}
     assert all(found.source(key) == FOUND_BATCH for key in changed)
     return changed, printed
@@ -106,10 +105,10 @@ def test_the_largest_power_of_two_that_fits_is_taken(monkeypatch: pytest.MonkeyP
     )
 
 
-def test_ranks_share_what_fits_the_one_with_the_least_memory(
-    monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path
-) -> None:
-    ranks = Ranks(world_size=4, memory=int(1000 * 20 / 0.75) + 1)  # 20 sequences; all alone would have 100
+def test_the_rank_with_the_least_memory_decides_for_all(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:
+    ranks = Ranks(
+        world_size=4, memory=int(1000 * 20 / 0.75) + 1
+    )  # enough for 20 sequences; this rank has memory for 100
     changed, (printed,) = find(monkeypatch, tiny_corpus, 100, ranks)
     assert changed == {"batch_size": 4 * 16}
     assert "64 sequences, 512 tokens per step, 16 at a time" in printed
@@ -121,7 +120,7 @@ def test_ranks_share_what_fits_the_one_with_the_least_memory(
         find(monkeypatch, tiny_corpus, 100, ranks, tokens_per_step=8 * 97)
 
 
-def test_an_update_does_not_see_the_text_twice(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:
+def test_a_batch_is_no_larger_than_the_training_text(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:
     text = tiny_corpus.read_text(encoding="utf-8")
     sequences = int(len(text) * 0.9) // 8
     changed, (printed,) = find(monkeypatch, tiny_corpus, 10**6)
@@ -133,7 +132,7 @@ def test_an_update_does_not_see_the_text_twice(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("fitting", "micro_steps"), [(1, 12), (2, 6), (3, 4), (4, 3), (5, 3), (6, 2), (11, 2), (12, 1), (99, 1)]
 )
-def test_an_update_has_as_few_micro_steps_as_fit(
+def test_tokens_per_step_is_split_into_as_few_micro_steps_as_fit(
     monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path, fitting: int, micro_steps: int
 ) -> None:
     changed, (printed,) = find(monkeypatch, tiny_corpus, fitting, tokens_per_step=96)
@@ -143,7 +142,7 @@ def test_an_update_has_as_few_micro_steps_as_fit(
     assert (f"in {micro_steps} micro-steps of {12 // micro_steps}, which fit" in printed) == (micro_steps > 1)
 
 
-def test_a_model_that_does_not_fit_is_a_mistake_of_one_line(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:
+def test_a_model_that_does_not_fit_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tiny_corpus: Path) -> None:
     with pytest.raises(UserError, match="code: batch_size auto: not even one sequence of 8 tokens fits into the") as it:
         find(monkeypatch, tiny_corpus, 0)
     assert "\n" not in str(it.value)
@@ -152,33 +151,33 @@ def test_a_model_that_does_not_fit_is_a_mistake_of_one_line(monkeypatch: pytest.
 # ---------------------------------------------------------------------------------------- memory
 
 
-def test_bytes_are_counted_once_a_storage_and_given_back() -> None:
+def test_each_storage_is_counted_once_until_it_is_freed() -> None:
     with ByteCounter() as counter:
         first = torch.zeros(100)
         view = first.view(10, 10)[:2]
         second = view + 1
         assert counter.held == 400 + 80
         del first
-        assert counter.held == 400 + 80  # the view holds it
+        assert counter.held == 400 + 80  # the view keeps it alive
         del view, second
         assert (counter.held, counter.peak) == (0, 480)
 
 
 @pytest.mark.parametrize(("position", "mlp"), [("learned", "gelu_tanh"), ("rope", "gelu")])
 @pytest.mark.parametrize("sequences", [1, 5, 64])
-def test_tensors_without_storage_are_counted_as_those_of_a_real_step(
+def test_the_estimate_equals_the_bytes_of_a_real_step(
     sequences: int, position: Any, mlp: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gelu, "FEW_ELEMENTS", 0)
     config = Config(model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, position=position, mlp=mlp))
-    causal_mask(8)  # is kept from one model to the next
+    causal_mask(8)  # cached for all models, so it is in neither count
     with ByteCounter() as counter:
         real = Probe(config, CORPUS, CPU, torch.float32)
         kept = counter.held
         real.step(sequences)
     assert bytes_of_training(config, CORPUS, torch.float32, sequences) == counter.peak + kept
     weights = 4 * LanguageModel(config.model, VOCAB).num_parameters()
-    assert 3 * weights <= kept < 3.3 * weights  # with the two moments of AdamW, and the table of rotations
+    assert 3 * weights <= kept < 3.3 * weights  # weights, two moments of AdamW, and the rotary table
 
 
 @pytest.mark.parametrize(
@@ -191,7 +190,7 @@ def test_tensors_without_storage_are_counted_as_those_of_a_real_step(
     ],
     ids=str,
 )
-def test_a_second_micro_step_finds_the_gradients_of_the_first(settings: dict[str, Any], several: bool) -> None:
+def test_gradients_are_counted_if_there_are_several_micro_steps(settings: dict[str, Any], several: bool) -> None:
     alone = bytes_of_training(Config(model=TINY), CORPUS, torch.float32, 64)
     needed = bytes_of_training(Config(model=TINY, train=TrainConfig(**settings)), CORPUS, torch.float32, 64)
     gradients = 4 * LanguageModel(TINY, VOCAB).num_parameters()
@@ -208,11 +207,11 @@ def test_activation_checkpointing_is_counted() -> None:
     assert less < whole / 2
 
 
-def test_memory_grows_with_the_batch_and_large_batches_cost_nothing_to_count() -> None:
+def test_the_estimate_grows_with_the_batch_and_allocates_nothing() -> None:
     sizes = [bytes_of_training(Config(model=TINY), CORPUS, torch.float32, 2**n) for n in (0, 4, 20, 21)]
     assert sizes == sorted(sizes)
     assert sizes[3] / sizes[2] == pytest.approx(2, rel=1e-3)
-    assert sizes[3] > 2**33  # more than a test could have
+    assert sizes[3] > 2**33  # more than a test could allocate
 
 
 def test_a_size_that_runs_out_of_cuda_memory_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +235,7 @@ def test_a_size_that_runs_out_of_cuda_memory_does_not_fit(monkeypatch: pytest.Mo
     assert largest_fitting([1, 2], CudaProbe(Config(model=TINY), CORPUS, CPU, torch.float32).fits) is None
 
 
-def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_free_memory_respects_the_limit_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(utils.machine.device, "CGROUPS", tmp_path)
     free = available_memory(CPU)
     assert 2**20 < free < 2**50
@@ -254,15 +253,18 @@ def test_free_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, t
     ("own", "limited"),
     [
         ("0::/system.slice/train.scope\n", "system.slice/train.scope"),  # a unit of systemd
-        ("0::/system.slice/slurmd/job_1/step_0/task_2\n", "system.slice/slurmd/job_1"),  # a level above it
+        ("0::/system.slice/slurmd/job_1/step_0/task_2\n", "system.slice/slurmd/job_1"),  # the limit is on a level above
         ("4:memory:/slurm/uid_1/job_1/step_0\n0::/\n", "memory/slurm/uid_1/job_1"),  # version 1
         ("9:cpu,memory:/a\n", "memory/a"),
-        ("0::/user.slice/a\n", "unified/user.slice"),  # version 2 beside version 1
-        ("0::/kubepods/pod1/container/child\n", "container"),  # seen from inside, without its first folders
+        ("0::/user.slice/a\n", "unified/user.slice"),  # version 2 mounted beside version 1
+        (
+            "0::/kubepods/pod1/container/child\n",
+            "container",
+        ),  # inside a container, which does not show the first folders
         ("0::/../../elsewhere\n", ""),
     ],
 )
-def test_a_limit_of_memory_on_any_level_is_seen(
+def test_a_memory_limit_on_any_level_of_the_cgroup_is_respected(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: str, limited: str
 ) -> None:
     cgroups, names = tmp_path / "fs" / "cgroup", ("memory.max", "memory.current")
@@ -283,12 +285,12 @@ def test_a_limit_of_memory_on_any_level_is_seen(
     assert available_memory(CPU) == 350
     (cgroups / limited / names[0]).write_text("max")
     assert available_memory(CPU) > 2**20
-    (cgroups / limited / "memory.high").write_text("900")  # above it the kernel slows the process down
+    (cgroups / limited / "memory.high").write_text("900")  # above this the kernel throttles the process
     assert (available_memory(CPU) == 250) == (names[0] == "memory.max")
 
 
 @pytest.mark.parametrize(("kind", "field"), [("RLIMIT_AS", 0), ("RLIMIT_DATA", 5)])
-def test_a_limit_of_the_process_is_seen(kind: str, field: int) -> None:
+def test_a_resource_limit_of_the_process_is_respected(kind: str, field: int) -> None:
     def restrict() -> None:
         used = int(Path("/proc/self/statm").read_text().split()[field]) * resource.getpagesize()
         resource.setrlimit(getattr(resource, kind), (used + 2**28, used + 2**28))
@@ -308,18 +310,12 @@ def six_fit(monkeypatch: pytest.MonkeyPatch, tiny_text: str) -> None:
     monkeypatch.setattr(utils.training.batch_size, "available_memory", lambda device: int(needed / 0.75) + 1)
 
 
-@pytest.fixture
-def run_of(runs_dir: Path) -> Callable[[str], Path]:
-    """The run with a tag."""
-    return lambda tag: max(path for path in runs_dir.iterdir() if path.name.endswith(tag))
-
-
 def no_search(*arguments: object) -> None:
     raise AssertionError("searched")
 
 
 @pytest.mark.usefixtures("six_fit", "prompt_writes")
-def test_a_run_is_that_with_the_same_numbers_by_hand(
+def test_the_run_equals_one_with_the_same_numbers_set_by_hand(
     tiny_argv: Argv, run_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     dropout = ("--dropout", "0.2")
@@ -329,15 +325,12 @@ def test_a_run_is_that_with_the_same_numbers_by_hand(
     assert train.main(tiny_argv(*dropout, "--run-tag", "hand", *by_hand)) == 0
 
     auto, hand = run_of("found"), run_of("hand")
-    assert differences(auto, hand) == SAME
+    assert_equal_runs(auto, hand)
     assert read_record(auto)["config_hash"] == read_record(hand)["config_hash"]
     settings = json.loads((auto / "meta" / "full_config.json").read_text())["train"]
     assert settings == json.loads((hand / "meta" / "full_config.json").read_text())["train"]
-    assert (settings["batch_size"], settings["gradient_accumulation_steps"], settings["tokens_per_step"]) == (
-        12,
-        2,
-        None,
-    )
+    assert (settings["batch_size"], settings["gradient_accumulation_steps"]) == (12, 2)
+    assert settings["tokens_per_step"] is None
     assert resolved_setting(read_run(auto), "tokens_per_step") == 96
 
     found = explain_of_run("batch_size", read_run(auto))
@@ -347,7 +340,7 @@ def test_a_run_is_that_with_the_same_numbers_by_hand(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("six_fit", "prompt_writes")
-def test_resume_and_fork_keep_the_numbers_on_a_machine_with_less_memory(
+def test_resume_and_fork_keep_the_batch_without_another_search(
     tiny_argv: Argv, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv("--run-tag", "straight", *AUTO)) == 0
@@ -358,7 +351,7 @@ def test_resume_and_fork_keep_the_numbers_on_a_machine_with_less_memory(
     assert train.main(["--resume", str(run), "--tokens-per-step", "192"]) == 2
     assert "batch_size changes the numbers of a run" in capsys.readouterr().err
     assert train.main(tiny_argv("--resume", "auto", "--run-tag", "stopped", *AUTO)) == 0  # the command that started it
-    assert differences(run_of("straight"), run) == SAME
+    assert_equal_runs(run_of("straight"), run)
     assert explain_of_run("batch_size", read_run(run)).source == "batch_size auto"
 
     assert train.main(["--resume", f"{run}:4", "--fork", "--learning-rate", "2e-3"]) == 0
@@ -366,15 +359,15 @@ def test_resume_and_fork_keep_the_numbers_on_a_machine_with_less_memory(
 
 
 @pytest.mark.usefixtures("six_fit")
-def test_a_fork_that_asks_for_it_searches_anew(tiny_argv: Argv, run_of: Callable[[str], Path]) -> None:
+def test_a_fork_searches_again_if_it_asks_for_auto(tiny_argv: Argv, run_of: Callable[[str], Path]) -> None:
     assert train.main(tiny_argv("--run-tag", "base", "--batch-size", "12", "--gradient-accumulation-steps", "4")) == 0
-    words = ("--fork", "--max-iters", "8", "--tokens-per-step", "192")  # batch_size is auto by that alone
+    words = ("--fork", "--max-iters", "8", "--tokens-per-step", "192")  # --tokens-per-step implies batch_size auto
     assert train.main(["--resume", str(run_of("base")), *words]) == 0
     settings = read_run(run_of("base-fork")).settings
     assert (settings["batch_size"], settings["gradient_accumulation_steps"]) == (24, 4)
 
 
-def test_nothing_is_made_where_nothing_fits(
+def test_no_run_is_created_if_nothing_fits(
     tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(utils.training.batch_size, "available_memory", lambda device: 1000)
@@ -385,7 +378,7 @@ def test_nothing_is_made_where_nothing_fits(
     assert not runs_dir.exists()
 
 
-def test_the_search_moves_no_random_stream_and_keeps_no_setting(tiny_corpus: Path) -> None:
+def test_the_search_leaves_random_state_and_torch_settings_unchanged(tiny_corpus: Path) -> None:
     data = DataConfig(dataset=str(tiny_corpus))
     config = Config(data=data, model=TINY, train=TrainConfig(batch_size="auto", threads=1, seed=5, deterministic=True))
     corpus = load_corpus(data, TINY.block_size, tiny_corpus.parent / "corpora")
@@ -405,7 +398,7 @@ def test_epochs_are_counted_with_the_batch_that_was_found(tiny_argv: Argv, run_o
 
 
 @pytest.mark.usefixtures("six_fit")
-def test_a_profile_is_of_the_batch_that_was_found(tiny_argv: Argv, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_uses_the_batch_that_was_found(tiny_argv: Argv, capsys: pytest.CaptureFixture[str]) -> None:
     assert profile_model.main(tiny_argv(*AUTO, "--steps", "1", "--warmup", "0")) == 0
     printed = capsys.readouterr().out
     assert "batch_size auto: 12 sequences" in printed

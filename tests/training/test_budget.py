@@ -1,4 +1,4 @@
-"""`--budget`: as many steps as fit into a time, and the same run as with that --max-iters."""
+"""`--budget`: as many steps as fit into a time; the run equals the one with that --max-iters."""
 
 from __future__ import annotations
 
@@ -24,13 +24,18 @@ from utils.training.setup import make_setup
 from utils.training.state import TrainState
 
 
+def without_max_iters(argv: list[str]) -> list[str]:
+    place = argv.index("--max-iters")
+    return argv[:place] + argv[place + 2 :]
+
+
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("5m", 300), ("1.5h", 5400), ("2d", 172800)])
-def test_times(text: str, seconds: float) -> None:
+def test_a_time_is_a_number_with_a_unit(text: str, seconds: float) -> None:
     assert timespan(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["5", "m", "-5m", "5 minutes", "0s", "nan", ""])
-def test_what_is_no_time_is_one_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_time_is_refused_in_one_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([f"--budget={text}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--budget: expected a time like 90s, 5m or 1.5h" in line
@@ -38,7 +43,7 @@ def test_what_is_no_time_is_one_line(text: str, capsys: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("interval", [1, 7, 1000])
 @pytest.mark.parametrize("seconds", [0.5, 3.0, 60.0])
-def test_the_steps_and_their_evaluations_fit(seconds: float, interval: int) -> None:
+def test_as_many_steps_as_possible_fit_with_their_evaluations(seconds: float, interval: int) -> None:
     def total(steps: int) -> float:
         evaluations = 1 + -(-steps // interval)
         return steps * 0.01 + evaluations * 0.2
@@ -48,12 +53,10 @@ def test_the_steps_and_their_evaluations_fit(seconds: float, interval: int) -> N
     assert total(steps + 1) > seconds
 
 
-def test_the_run_is_the_one_of_so_many_steps(
+def test_the_run_equals_one_with_that_many_max_iters(
     tiny_argv: Callable[..., list[str]], runs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    argv = tiny_argv()
-    place = argv.index("--max-iters")
-    del argv[place : place + 2]
+    argv = without_max_iters(tiny_argv())
     measured, step_times = budget.measure, []
 
     def measure(*args: object) -> tuple[float, float, int]:
@@ -79,7 +82,7 @@ def test_the_run_is_the_one_of_so_many_steps(
     assert logs[0] == logs[1]
 
 
-def test_the_evaluation_that_is_measured_is_that_of_training(
+def test_the_measured_evaluation_is_prepared_as_in_training(
     tiny_argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepared: list[TrainState] = []
@@ -93,7 +96,7 @@ def test_the_evaluation_that_is_measured_is_that_of_training(
     budget.measure(setup, 0.1, Terminal(quiet=True))
     (state,) = prepared
     assert state.eval_loss is not None
-    assert state.eval_loss.graph  # on CUDA; elsewhere it changes nothing
+    assert state.eval_loss.graph  # has an effect on CUDA only
 
 
 @pytest.mark.parametrize(
@@ -104,17 +107,16 @@ def test_the_evaluation_that_is_measured_is_that_of_training(
         (("--budget=1s", "--multirun", "seed=1,2"), "--multirun starts runs from scratch"),
     ],
 )
-def test_flags_that_do_not_fit(flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_that_contradict_a_budget_are_refused(
+    flags: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train.main(list(flags)) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_budget_for_less_than_a_step_is_one_line(
+def test_a_budget_shorter_than_one_step_is_refused_in_one_line(
     tiny_argv: Callable[..., list[str]], runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    argv = tiny_argv("--budget", "0.0001s")
-    place = argv.index("--max-iters")
-    del argv[place : place + 2]
-    assert train.main(argv) == 2
+    assert train.main(without_max_iters(tiny_argv("--budget", "0.0001s"))) == 2
     assert "--budget: 0.0001 s are too short: a step takes" in capsys.readouterr().err
     assert not runs_dir.exists()

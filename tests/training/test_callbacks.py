@@ -1,4 +1,4 @@
-"""Callbacks: the example of docs/callbacks.md, the order of the hooks, what they log, what happens when they fail."""
+"""Callbacks: the example of docs/callbacks.md, the order of the hooks, what they log, and what happens if they fail."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from equal_runs import assert_equal_runs
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 import utils.training.step
-from benchmarks.run_equality import differences
 from utils.checkpoints.folder import list_checkpoints
 from utils.errors import UserError
 from utils.runs import metrics
@@ -32,13 +32,13 @@ from utils.training.state import TrainState
 pytestmark = pytest.mark.usefixtures("prompt_writes", "warm_processes")
 Argv = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parents[2]
-SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}
+
 SIXTY = ("--max-iters", "60", "--eval-interval", "20", "--checkpoint-interval", "10", "--dropout", "0.2")
 EXAMPLE = ("--callbacks", "smooth_loss:SmoothLoss")
 
 
 class Recorder(Callback):
-    """Remembers its calls as (hook, step, fact)."""
+    """Records its calls as (hook, step), and on_end with its status."""
 
     calls: ClassVar[list[tuple[Any, ...]]] = []
 
@@ -60,36 +60,36 @@ class Recorder(Callback):
 
 
 class Failing(Callback):
-    """Raises in one hook, in on_step and state_dict not before step 4."""
+    """Raises in the hook that `hook` names; on_step, on_eval and state_dict raise from step 4 on."""
 
     hook: ClassVar[str] = ""
 
-    def _reach(self, hook: str) -> None:
+    def _fail_in(self, hook: str) -> None:
         if hook == self.hook:
             raise RuntimeError("the cat pulled the plug")
 
     def on_start(self, run: TrainingRun) -> None:
-        self._reach("on_start")
+        self._fail_in("on_start")
         self.state = run.state
 
     def on_step(self, run: TrainingRun) -> None:
         if run.state.step >= 4:
-            self._reach("on_step")
+            self._fail_in("on_step")
 
     def on_eval(self, run: TrainingRun, losses: Mapping[str, float]) -> None:
         if run.state.step >= 4:
-            self._reach("on_eval")
+            self._fail_in("on_eval")
 
     def on_end(self, run: TrainingRun, status: str) -> None:
-        self._reach("on_end")
+        self._fail_in("on_end")
 
     def state_dict(self) -> dict[str, Any]:
         if self.state.step >= 4:
-            self._reach("state_dict")
+            self._fail_in("state_dict")
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._reach("load_state_dict")
+        self._fail_in("load_state_dict")
 
 
 class Stopping(Callback):
@@ -101,7 +101,7 @@ class Stopping(Callback):
 
 
 class Logging(Callback):
-    """Logs in every hook what its class says."""
+    """Logs `values` in every hook."""
 
     values: ClassVar[dict[str, Any]] = {}
 
@@ -119,8 +119,8 @@ class Logging(Callback):
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No calls yet, no hook fails, and what is registered is forgotten afterwards."""
+def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forgets earlier calls and failures, and restores the registry of metrics after the test."""
     monkeypatch.setattr(metrics, "_REGISTRY", dict(metrics._REGISTRY))
     monkeypatch.setattr(Failing, "hook", "")
     Recorder.calls.clear()
@@ -128,7 +128,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str], Path]]:
-    """Writes a module that Python finds, also in another process."""
+    """Writes a module that this process and its subprocesses can import."""
     folder = tmp_path / "modules"
     folder.mkdir()
     names: list[str] = []
@@ -148,7 +148,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
 
 @pytest.fixture
 def example(module: Callable[[str, str], Path]) -> None:
-    """The module of docs/callbacks.md."""
+    """Writes the example of docs/callbacks.md as the module smooth_loss."""
     text = (ROOT / "docs" / "callbacks.md").read_text(encoding="utf-8")
     source = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
     module("smooth_loss", source)
@@ -156,11 +156,6 @@ def example(module: Callable[[str, str], Path]) -> None:
 
 def flags(*names: str) -> tuple[str, str]:
     return "--callbacks", ",".join(f"{__name__}:{name}" for name in names)
-
-
-def tagged(runs_dir: Path, tag: str) -> Path:
-    (path,) = runs_dir.glob(f"*_{tag}")
-    return path
 
 
 def checkpoint_steps(run: Path) -> list[int]:
@@ -195,7 +190,7 @@ def test_the_example_logs_its_metric_to_all_views(
     assert list(zip(steps, values, strict=True)) == logged
 
 
-def test_the_example_stops_a_run_and_a_resume_goes_on_with_its_state(
+def test_the_example_stops_a_run_and_a_resume_continues_with_its_state(
     example: None, module: Callable[[str, str], Path], tiny_argv: Argv, only_run: Callable[[], Path]
 ) -> None:
     module(
@@ -215,7 +210,7 @@ def test_the_example_stops_a_run_and_a_resume_goes_on_with_its_state(
 
 @pytest.mark.parametrize("how", ["SIGTERM", "stop", "SIGKILL"])
 def test_a_stop_and_a_resume_change_no_bit_of_what_a_callback_logs(
-    how: str, example: None, tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, example: None, tiny_argv: Argv, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert train.main(tiny_argv(*SIXTY, *EXAMPLE, "--run-tag", "straight")) == 0
     words = tiny_argv(*SIXTY, *EXAMPLE, "--run-tag", "stopped")
@@ -235,9 +230,9 @@ def test_a_stop_and_a_resume_change_no_bit_of_what_a_callback_logs(
 
             patch.setattr(Callbacks, "on_step", stopping)
             assert train.main(words) == (143 if how == "SIGTERM" else 0)
-    straight, stopped = tagged(runs_dir, "straight"), tagged(runs_dir, "stopped")
+    straight, stopped = run_of("straight"), run_of("stopped")
     assert train.main(["--resume", str(stopped)]) == 0
-    assert differences(straight, stopped) == SAME
+    assert_equal_runs(straight, stopped)
     assert len(read_metrics(stopped / "logs", "train/smooth_loss")) == 60
     assert [resume["step"] for resume in read_record(stopped)["resumes"]] == [30 if how == "SIGKILL" else 37]
 
@@ -259,7 +254,7 @@ def test_hooks_are_called_in_the_order_of_training(tiny_argv: Argv, tmp_path: Pa
     ]
 
 
-def test_a_resumed_session_starts_at_its_step(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+def test_a_resumed_run_starts_at_the_step_of_its_checkpoint(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
     assert train.main(tiny_argv(*flags("Stopping", "Recorder"))) == 0
     assert Recorder.calls[-2:] == [("step", 4), ("end", 4, "interrupted")]
     Recorder.calls.clear()
@@ -268,7 +263,7 @@ def test_a_resumed_session_starts_at_its_step(tiny_argv: Argv, only_run: Callabl
 
 
 @pytest.mark.parametrize("status", ["completed", "interrupted", "diverged", "failed"])
-def test_the_end_is_reported_once(status: str, tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_end_is_called_once_with_the_status(status: str, tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
     forward_backward = utils.training.step.forward_backward
 
     def patched(state: TrainState, phase: Any) -> torch.Tensor:
@@ -289,7 +284,7 @@ def test_the_end_is_reported_once(status: str, tiny_argv: Argv, monkeypatch: pyt
     assert [call[2] for call in Recorder.calls if call[0] == "end"] == [status]
 
 
-def test_a_callback_may_hook_into_the_modules(tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_callback_may_register_module_hooks(tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch) -> None:
     modes: list[bool] = []
 
     def watch(recorder: Recorder, run: TrainingRun) -> None:
@@ -297,7 +292,7 @@ def test_a_callback_may_hook_into_the_modules(tiny_argv: Argv, monkeypatch: pyte
 
     monkeypatch.setattr(Recorder, "on_start", watch)
     assert train.main(tiny_argv(*flags("Recorder"))) == 0
-    assert modes.count(True) == 6  # steps
+    assert modes.count(True) == 6  # one per step
 
 
 def leave_eval_mode(_: Callback, run: TrainingRun, *losses: object) -> None:
@@ -348,7 +343,7 @@ def test_without_callbacks_a_step_does_nothing() -> None:
     ("hook", "checkpoints"),
     [("on_start", []), ("on_step", [3, 2]), ("on_eval", [5, 4]), ("state_dict", [3, 2]), ("on_end", [6, 5])],
 )
-def test_an_exception_ends_the_run_as_failed(
+def test_an_exception_in_a_hook_ends_the_run_as_failed(
     hook: str, checkpoints: list[int], tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Failing, "hook", hook)
@@ -395,7 +390,7 @@ def test_a_state_that_is_not_json_ends_the_run_as_failed(
     assert read_record(only_run())["status"] == "failed"
 
 
-def test_an_exception_counts_although_a_loss_that_was_not_written_yet_is_nan(
+def test_an_exception_takes_precedence_over_a_nan_loss_that_is_not_written_yet(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("utils.training.step.forward_backward", lambda state, phase: torch.tensor(math.nan))
@@ -410,18 +405,18 @@ def test_an_exception_counts_although_a_loss_that_was_not_written_yet_is_nan(
 
 @pytest.mark.parametrize("hook", ["on_step", "on_end"])
 @pytest.mark.parametrize("names", [("Failing", "Recorder"), ("Recorder", "Failing")])
-def test_the_others_are_reported_once_that_the_run_ended(
+def test_the_other_callbacks_get_on_end_once(
     names: tuple[str, str], hook: str, tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Failing, "hook", hook)
     with pytest.raises(RuntimeError, match="the cat pulled the plug"):
         train.main(tiny_argv(*flags(*names)))
-    told_first = names == ("Recorder", "Failing") and hook == "on_end"  # then nothing had failed yet
-    assert [call[2] for call in Recorder.calls if call[0] == "end"] == ["completed" if told_first else "failed"]
+    ended_first = names == ("Recorder", "Failing") and hook == "on_end"  # before anything has failed
+    assert [call[2] for call in Recorder.calls if call[0] == "end"] == ["completed" if ended_first else "failed"]
     assert read_record(only_run())["status"] == "failed"
 
 
-def test_all_are_reported_although_several_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_callbacks_get_on_end_even_if_several_raise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = TrainingRun(tmp_path, SimpleNamespace(step=7, model=torch.nn.Identity()), None, None)  # type: ignore[arg-type]
     callbacks = Callbacks([Failing(), Recorder(), Failing(), Recorder()], run)
     callbacks.on_start()
@@ -430,7 +425,7 @@ def test_all_are_reported_although_several_raise(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RuntimeError, match="the cat pulled the plug"):
         callbacks.on_end("completed")
     assert Recorder.calls == [("end", 7, "failed"), ("end", 7, "failed")]
-    callbacks.on_end("failed")  # nobody is left
+    callbacks.on_end("failed")  # all have had theirs
     assert len(Recorder.calls) == 2
 
 
@@ -444,7 +439,7 @@ def test_a_callback_that_was_not_started_is_not_ended(tiny_argv: Argv, monkeypat
 # ------------------------------------------------------------------------------------------ what is logged
 
 
-def test_a_name_that_is_not_registered_says_what_to_do(
+def test_an_unregistered_name_is_refused_with_the_remedy(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Logging, "values", {"train/nothing": 1.0})
@@ -453,7 +448,7 @@ def test_a_name_that_is_not_registered_says_what_to_do(
     assert read_record(only_run())["status"] == "failed"
 
 
-def test_every_hook_logs_at_its_step_and_steps_never_fall(
+def test_every_hook_logs_at_its_step_and_steps_never_decrease(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_metric(Metric("mine/number", "1"))
@@ -468,18 +463,11 @@ def test_every_hook_logs_at_its_step_and_steps_never_fall(
     assert any("system/process_cpu" in record for record in records)
     mine = [record for record in records if "mine/tensor" in record]
     assert {(record["mine/number"], record["mine/tensor"]) for record in mine} == {("nan", 0.5)}
-    updates_before_an_evaluation = [*range(10)], [*range(10, 20)]
-    assert [record["step"] for record in mine] == [
-        0,  # start
-        0,  # evaluation
-        *updates_before_an_evaluation[0],
-        10,
-        *updates_before_an_evaluation[1],
-        20,
-        20,  # end
-    ]
+    start, evaluations, end = 0, (0, 10, 20), 20
+    expected = [start, evaluations[0], *range(10), evaluations[1], *range(10, 20), evaluations[2], end]
+    assert [record["step"] for record in mine] == expected
     train_losses = [i for i, record in enumerate(records) if "train/loss" in record]
-    assert all("mine/number" in records[i + 1] for i in train_losses)  # on_step stands after its update
+    assert all("mine/number" in records[i + 1] for i in train_losses)  # what on_step logs follows its update
 
 
 # ------------------------------------------------------------------------------------------ mistakes
@@ -525,7 +513,7 @@ class Stranger:
         (f"{__name__}:Recorder,{__name__}:Recorder", f"callbacks: {__name__}:Recorder is listed twice"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(
+def test_an_unusable_callback_is_refused_in_one_line_and_creates_no_run(
     names: str,
     message: str,
     module: Callable[[str, str], Path],
@@ -560,7 +548,7 @@ def test_a_module_that_was_edited_since_an_earlier_run_is_imported_again(
 ) -> None:
     source = "from workbench import Callback\nclass Mine(Callback):\n    version = {}\n"
     versions = []
-    for version in (1, 1, 22):  # of another length: the times of the two files may be equal
+    for version in (1, 1, 22):  # 22 changes the size, since the files may have the same modification time
         module("edited", source.format(version))
         versions.append(load_callbacks(["edited:Mine"], tmp_path / "runs", tmp_path)["edited:Mine"].version)  # type: ignore[attr-defined]
     assert versions == [1, 1, 22]
@@ -592,7 +580,7 @@ def test_a_module_whose_edit_has_a_mistake_is_not_used_as_it_was_before(
 def test_a_callback_of_the_script_itself_is_used_as_it_was_imported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A script that was edited while it trained one run after the other ended there: it cannot be imported again."""
+    """A script may be edited while it trains one run after another, but __main__ cannot be imported again."""
     script = ModuleType("__main__")
     script.__file__ = str(tmp_path / "script.py")
     script.Mine = type("Mine", (Callback,), {})  # type: ignore[attr-defined]

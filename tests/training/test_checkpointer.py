@@ -1,21 +1,20 @@
-"""When checkpoints are saved, what is kept of them, and which one is read: with a real model, disk and thread."""
+"""When checkpoints are saved, which are kept, and which is read; with a real model, disk and thread."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
-import multiprocessing
 import resource
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from conftest import in_child
 
 from data import load_corpus
 from utils.checkpoints.choose import choose_checkpoint, newest_good, prune, put_aside, remove_leftovers
@@ -40,13 +39,13 @@ from utils.training.state import TrainState, build_state
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
 CPU = torch.device("cpu")
-FORK = multiprocessing.get_context("fork")
+
 HASH = "0123abcd"
 
 
 @pytest.fixture
 def state(tmp_path: Path, tiny_corpus: Path) -> TrainState:
-    """A tiny model on the CPU, after no step."""
+    """A tiny model on the CPU before its first step."""
     config = Config(
         data=DataConfig(dataset=str(tiny_corpus)),
         model=ModelConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, dropout=0.1),
@@ -68,19 +67,19 @@ def log(tmp_path: Path) -> Iterator[RunLog]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the checkpoints of a run `a_run` are; not there yet."""
+    """The checkpoints folder of a run `a_run`, which does not exist yet."""
     return tmp_path / "a_run" / "artifacts" / "checkpoints"
 
 
 class Messages(list[str]):
-    """The warnings."""
+    """Collects warnings."""
 
     def __call__(self, message: str) -> None:
         self.append(message)
 
 
 class Large:
-    """A callback with more state than is written."""
+    """A callback whose state is too large to be saved."""
 
     def state_dict(self) -> Any:
         return {"text": "x" * (2 << 20)}
@@ -101,7 +100,7 @@ def checkpointer(
 
 
 def save(checkpoints: Checkpointer, state: TrainState, *steps: int, best: int | None = None) -> None:
-    """Save checkpoints of these steps, each to its end."""
+    """Save checkpoints of these steps, and wait for each."""
     for step in steps:
         state.step = step
         if best is not None:
@@ -121,7 +120,7 @@ def steps_in(folder: Path) -> list[int]:
 
 
 def make(folder: Path, *steps: int) -> list[Path]:
-    """Small good checkpoints, not of any model."""
+    """Write small valid checkpoints, which belong to no model."""
     paths = [folder / f"step_{step:06d}" for step in steps]
     for step, path in zip(steps, paths, strict=True):
         write_checkpoint(path, {"a": torch.full((3,), float(step))}, {}, {}, {"step": step})
@@ -135,7 +134,7 @@ def damage(path: Path) -> None:
 
 
 class Gate:
-    """Holds every write up until it is opened; counts how many are under way at once."""
+    """Blocks each write until `open` is released. `most` is the largest number of writes at once."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.began = threading.Semaphore(0), threading.Semaphore(0)
@@ -161,7 +160,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 # ------------------------------------------------------------------------------------- host memory
 
 
-def test_host_copies_lie_in_the_same_place_every_time() -> None:
+def test_host_copies_reuse_their_memory() -> None:
     memory = HostMemory()
     tensors = {"a": torch.randn(3, 4), "b": torch.tensor(True), "c": torch.randn(4, 3, dtype=torch.bfloat16).t()}
     first = memory.copy(tensors)
@@ -175,7 +174,7 @@ def test_host_copies_lie_in_the_same_place_every_time() -> None:
         assert copy.is_contiguous()
 
 
-def test_host_copies_do_not_follow_the_tensors_and_need_no_gradient() -> None:
+def test_host_copies_are_independent_of_the_tensors_and_require_no_grad() -> None:
     weight = torch.nn.Parameter(torch.ones(3))
     copy = HostMemory().copy({"a": weight})["a"]
     with torch.no_grad():
@@ -184,7 +183,7 @@ def test_host_copies_do_not_follow_the_tensors_and_need_no_gradient() -> None:
     assert not copy.requires_grad
 
 
-def test_host_memory_follows_names_shapes_and_types() -> None:
+def test_host_memory_adapts_to_new_names_shapes_and_types() -> None:
     memory = HostMemory()
     memory.copy({"a": torch.zeros(3), "b": torch.zeros(3), "gone": torch.zeros(3)})
     copies = memory.copy({"a": torch.ones(4), "b": torch.ones(3, dtype=torch.int64), "new": torch.ones(0)})
@@ -198,9 +197,11 @@ def test_host_memory_follows_names_shapes_and_types() -> None:
 # ------------------------------------------------------------------------------------- when
 
 
-def test_a_checkpoint_is_due_at_every_multiple_of_the_interval(folder: Path, log: RunLog, messages: Messages) -> None:
+def test_a_checkpoint_is_due_from_a_multiple_of_the_interval_until_it_is_saved(
+    folder: Path, log: RunLog, messages: Messages
+) -> None:
     checkpoints = checkpointer(folder, log, messages)
-    assert [step for step in range(21) if checkpoints.due(step)] == list(range(10, 21))  # until one is saved
+    assert [step for step in range(21) if checkpoints.due(step)] == list(range(10, 21))
 
 
 def test_after_a_save_the_next_multiple_is_due(
@@ -225,11 +226,11 @@ def test_the_step_that_was_resumed_from_is_neither_due_nor_saved_again(
     assert steps_in(folder) == []
 
 
-def test_a_new_run_may_save_where_it_starts_and_each_step_once(
+def test_a_new_run_can_save_step_0_and_saves_each_step_once(
     folder: Path, log: RunLog, messages: Messages, state: TrainState
 ) -> None:
     checkpoints = checkpointer(folder, log, messages)
-    assert not checkpoints.due(0)  # but whoever stops there may go on from there
+    assert not checkpoints.due(0)  # but a run that is stopped there saves it
     save(checkpoints, state, 0)
     first = (folder / "step_000000" / STATE_FILE).stat().st_mtime_ns
     save(checkpoints, state, 0)
@@ -238,12 +239,12 @@ def test_a_new_run_may_save_where_it_starts_and_each_step_once(
     assert read_checkpoint(folder / "step_000000").optimizer_tensors == {}
 
 
-def test_without_interval_and_minutes_none_is_ever_due(folder: Path, log: RunLog, messages: Messages) -> None:
+def test_without_an_interval_in_steps_or_minutes_none_is_due(folder: Path, log: RunLog, messages: Messages) -> None:
     checkpoints = checkpointer(folder, log, messages, checkpoint_interval=0)
     assert not any(checkpoints.due(step) for step in range(5000))
 
 
-def test_minutes_of_wall_time_make_one_due_as_well(
+def test_a_checkpoint_is_due_after_checkpoint_minutes(
     folder: Path, log: RunLog, messages: Messages, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = SimpleNamespace(now=1000.0)
@@ -274,7 +275,7 @@ def test_a_checkpoint_is_postponed_while_one_is_being_written(
     assert not checkpoints.due(1)
 
 
-def test_saving_waits_for_the_write_of_before(
+def test_saving_waits_for_the_previous_write(
     folder: Path, log: RunLog, messages: Messages, state: TrainState, gate: Gate
 ) -> None:
     checkpoints = checkpointer(folder, log, messages)
@@ -296,7 +297,7 @@ def test_saving_waits_for_the_write_of_before(
     assert messages == []
 
 
-def test_a_checkpoint_that_is_abandoned_is_not_completed(
+def test_an_abandoned_checkpoint_is_not_completed(
     folder: Path, log: RunLog, messages: Messages, state: TrainState, gate: Gate
 ) -> None:
     checkpoints = checkpointer(folder, log, messages)
@@ -309,7 +310,7 @@ def test_a_checkpoint_that_is_abandoned_is_not_completed(
     assert messages == []
 
 
-def test_state_that_could_not_be_read_again_is_not_written(
+def test_a_state_too_large_to_be_read_again_is_not_written(
     folder: Path, log: RunLog, messages: Messages, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("utils.checkpoints.files.JSON_BYTES", 1 << 20)
@@ -324,7 +325,7 @@ def test_state_that_could_not_be_read_again_is_not_written(
     ]
 
 
-def test_what_cannot_be_pruned_was_written_nevertheless(
+def test_a_checkpoint_is_written_even_if_pruning_fails(
     folder: Path, log: RunLog, messages: Messages, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stale(*_: Any) -> None:
@@ -340,7 +341,7 @@ def test_waiting_without_a_write_returns_at_once(folder: Path, log: RunLog, mess
     checkpointer(folder, log, messages).wait()
 
 
-def test_seconds_to_save_grow_with_what_saving_took(
+def test_seconds_to_save_are_estimated_from_the_previous_save(
     folder: Path, log: RunLog, messages: Messages, state: TrainState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = checkpointer(folder, log, messages)
@@ -350,7 +351,7 @@ def test_seconds_to_save_grow_with_what_saving_took(
     save(checkpoints, state, 1)
     assert checkpoints.seconds_to_save(state) == 7.0
     ticks = iter((20.0, 30.0, 75.0))
-    monkeypatch.setattr(log, "sync", checkpoints.continued)  # SIGSTOP and SIGCONT during the write
+    monkeypatch.setattr(log, "sync", checkpoints.continued)  # a pause between SIGSTOP and SIGCONT does not count
     save(checkpoints, state, 2)
     assert checkpoints.seconds_to_save(state) == 7.0
 
@@ -358,7 +359,7 @@ def test_seconds_to_save_grow_with_what_saving_took(
 # ------------------------------------------------------------------------------------- what
 
 
-def test_what_is_saved_is_the_state_at_that_moment(
+def test_a_checkpoint_holds_the_state_at_the_time_of_the_save(
     folder: Path, log: RunLog, messages: Messages, state: TrainState, gate: Gate
 ) -> None:
     checkpoints = checkpointer(folder, log, messages)
@@ -381,7 +382,9 @@ def test_what_is_saved_is_the_state_at_that_moment(
     assert messages == []
 
 
-def test_the_state_names_what_it_belongs_to(folder: Path, log: RunLog, messages: Messages, state: TrainState) -> None:
+def test_the_state_names_its_step_configuration_corpus_and_tokenizer(
+    folder: Path, log: RunLog, messages: Messages, state: TrainState
+) -> None:
     log.metrics.write([{"step": 0, "text": "ü"}])
     log.samples.write([{"step": 0}])
     save(checkpointer(folder, log, messages), state, 7)
@@ -400,7 +403,9 @@ def test_the_state_names_what_it_belongs_to(folder: Path, log: RunLog, messages:
     assert found.state["tokenizer_hash"] == state.corpus.tokenizer.hash()
     assert found.tokenizer == state.corpus.tokenizer.to_json()
     assert found.state["model"] == state.config.model.model_dump(mode="json")
-    assert "Infinity" not in (found.path / STATE_FILE).read_text()  # there was no evaluation: the best loss is "inf"
+    assert (
+        "Infinity" not in (found.path / STATE_FILE).read_text()
+    )  # without an evaluation the best loss is the string "inf"
 
 
 def test_the_logs_are_on_disk_before_the_manifest(
@@ -433,7 +438,7 @@ def test_latest_and_best_are_pointers_in_json(folder: Path, log: RunLog, message
     "content",
     ["", "[]", "{}", '{"step": 9}', '{"step": null}', '{"step": "5"}', '{"step": 5.5}', '{"step": "../x"}', "\xff"],
 )
-def test_a_pointer_to_nowhere_is_no_pointer(folder: Path, content: str) -> None:
+def test_an_unusable_pointer_is_ignored(folder: Path, content: str) -> None:
     make(folder, 5)
     (folder / BEST_FILE).write_text(content, encoding="latin-1")
     assert best_path(folder) is None
@@ -445,7 +450,7 @@ def test_a_pointer_to_nowhere_is_no_pointer(folder: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("keep_last", "kept"), [(1, [50]), (2, [50, 40]), (4, [50, 40, 30, 20]), (9, [50, 40, 30, 20, 10])]
 )
-def test_the_newest_are_kept(
+def test_the_newest_checkpoints_are_kept(
     folder: Path, log: RunLog, messages: Messages, state: TrainState, keep_last: int, kept: list[int]
 ) -> None:
     save(checkpointer(folder, log, messages, keep_last=keep_last), state, 10, 20, 30, 40, 50)
@@ -481,7 +486,7 @@ def test_pruning_touches_nothing_else(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("best", "kept"), [(20, [40, 20]), (10, [40, 10]), (15, [40, 20]), (None, [40]), (40, [40])])
-def test_the_best_is_kept_or_the_one_before_if_it_was_not_written(
+def test_pruning_keeps_the_best_or_the_earlier_best_if_it_was_not_written(
     folder: Path, best: int | None, kept: list[int]
 ) -> None:
     make(folder, 10, 20, 30, 40)
@@ -501,7 +506,7 @@ def test_a_checkpoint_that_cannot_be_deleted_is_no_error(folder: Path, monkeypat
     assert [step for step, _ in list_checkpoints(folder)] == [20]
 
 
-def test_what_a_killed_process_left_is_removed(folder: Path, log: RunLog, messages: Messages) -> None:
+def test_leftovers_of_a_killed_process_are_removed(folder: Path, log: RunLog, messages: Messages) -> None:
     make(folder, 10)
     for name in (".step_000020.tmp", ".step_000005.old"):
         (folder / name).mkdir()
@@ -582,7 +587,7 @@ def test_a_read_only_folder_is_reported_and_the_checkpoint_before_it_stays_good(
     assert found.step == 10
 
 
-def test_a_checkpoints_folder_that_cannot_be_made_is_reported(
+def test_a_checkpoints_folder_that_cannot_be_created_is_reported(
     folder: Path, log: RunLog, messages: Messages, state: TrainState
 ) -> None:
     folder.parent.mkdir(parents=True)
@@ -598,19 +603,13 @@ def test_files_that_cannot_grow_are_reported_and_the_checkpoint_before_it_stays_
     checkpoints = checkpointer(folder, log, messages)
     save(checkpoints, state, 10)
 
-    def work(pipe: Connection) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    def save_another() -> list[str]:
         save(checkpoints, state, 20)
         checkpoints.due(30)
-        pipe.send(list(messages))
+        return [*messages]
 
-    receiver, sender = FORK.Pipe(duplex=False)
-    process = FORK.Process(target=work, args=(sender,))
-    process.start()
-    sender.close()
-    assert receiver.recv() == ["the checkpoint of step 20 was not written: File too large; the newest is of step 10"]
-    process.join()
-    assert process.exitcode == 0
+    found = in_child(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)), save_another)
+    assert found == ["the checkpoint of step 20 was not written: File too large; the newest is of step 10"]
     assert sorted(path.name for path in folder.iterdir()) == ["latest.json", "step_000010"]
     assert read_checkpoint(folder / "step_000010").step == 10
 
@@ -653,7 +652,7 @@ def test_strict_refuses_a_damaged_newest_checkpoint(folder: Path, messages: Mess
     assert messages == []
 
 
-def test_strict_does_not_look_behind_the_newest(folder: Path, messages: Messages) -> None:
+def test_strict_checks_only_the_newest_checkpoint(folder: Path, messages: Messages) -> None:
     oldest, _ = make(folder, 10, 20)
     damage(oldest)
     found, _ = newest_good(folder, strict=True, warn=messages)
@@ -661,7 +660,7 @@ def test_strict_does_not_look_behind_the_newest(folder: Path, messages: Messages
     assert found.step == 20
 
 
-def test_where_all_are_damaged_the_newest_is_named(folder: Path, messages: Messages) -> None:
+def test_if_all_are_damaged_the_error_names_the_newest(folder: Path, messages: Messages) -> None:
     for path in make(folder, 10, 20):
         damage(path)
     with pytest.raises(CheckpointError) as caught:
@@ -671,7 +670,7 @@ def test_where_all_are_damaged_the_newest_is_named(folder: Path, messages: Messa
     assert str(caught.value) == f"{folder}: no checkpoint can be used; the newest: {newest}"
 
 
-def test_damaged_ones_are_put_aside_and_no_longer_found(folder: Path) -> None:
+def test_damaged_checkpoints_are_put_aside_and_no_longer_found(folder: Path) -> None:
     make(folder, 10, 20, 30)
     put_aside([folder / "step_000020", folder / "step_000030"])
     assert steps_in(folder) == [10]
@@ -681,11 +680,11 @@ def test_damaged_ones_are_put_aside_and_no_longer_found(folder: Path) -> None:
         "step_000030_damaged",
     ]
     make(folder, 20)
-    put_aside([folder / "step_000020"])  # once more: the older one makes room
+    put_aside([folder / "step_000020"])  # replaces the one that was put aside before
     assert steps_in(folder) == [10]
 
 
-def test_a_run_goes_on_past_what_was_put_aside(
+def test_a_run_continues_after_damaged_checkpoints_were_put_aside(
     folder: Path, log: RunLog, messages: Messages, state: TrainState
 ) -> None:
     save(checkpointer(folder, log, messages), state, 10, 20, best=20)
@@ -717,7 +716,7 @@ def test_a_checkpoint_is_chosen_as_latest_best_or_by_step(
         ("best", "a_run has no best checkpoint (keep_best was off); there are: 10, 20"),
     ],
 )
-def test_a_choice_that_is_not_there_names_those_that_are(
+def test_a_missing_checkpoint_is_refused_with_a_list_of_the_others(
     folder: Path, messages: Messages, which: str, message: str
 ) -> None:
     make(folder, 20, 10)
@@ -732,7 +731,7 @@ def test_a_run_without_checkpoints_is_reported(folder: Path, messages: Messages,
         choose_checkpoint(folder, which, strict=False, warn=messages)
 
 
-def test_a_damaged_choice_is_refused_but_latest_looks_further(folder: Path, messages: Messages) -> None:
+def test_a_damaged_choice_is_refused_but_latest_falls_back_to_an_older_one(folder: Path, messages: Messages) -> None:
     _, newest = make(folder, 10, 20)
     (folder / BEST_FILE).write_text('{"step": 20}')
     damage(newest)
@@ -746,7 +745,7 @@ def test_a_damaged_choice_is_refused_but_latest_looks_further(folder: Path, mess
     assert len(messages) == 1
 
 
-def test_a_checkpoint_of_another_step_than_its_name_says_is_passed_over(folder: Path, messages: Messages) -> None:
+def test_a_checkpoint_in_a_folder_of_another_step_is_skipped(folder: Path, messages: Messages) -> None:
     make(folder, 10, 20)
     (folder / "step_000020").rename(folder / "step_000030")
     problem = f"{folder / 'step_000030'}: it holds the checkpoint of step 20 instead"
@@ -758,7 +757,7 @@ def test_a_checkpoint_of_another_step_than_its_name_says_is_passed_over(folder: 
     assert messages == [f"{problem}: trying the checkpoint before it"]
 
 
-def test_what_is_wrong_with_a_checkpoint_is_said_with_its_place(folder: Path) -> None:
+def test_a_problem_found_by_the_caller_is_reported_with_the_path(folder: Path) -> None:
     make(folder, 10)
     with pytest.raises(CheckpointError, match=r"the newest: .*step_000010: of another model$"):
         newest_good(folder, strict=False, warn=lambda line: None, problem=lambda checkpoint: "of another model")

@@ -1,4 +1,4 @@
-"""Regional compilation: the loss of the model, from one code for all layers."""
+"""Regional compilation: the loss of the uncompiled model, with one compiled block for all layers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ KINDS = [
 
 @pytest.fixture(autouse=True)
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace, but generate no code, which takes seconds."""
+    """Traces without generating code, which would take seconds."""
     monkeypatch.setattr(compiler, "compiler_options", lambda _device, _mode: {"backend": "aot_eager"})
     torch._dynamo.reset()
     counters.clear()
@@ -44,8 +44,8 @@ def model_of(kind: dict[str, Any], model_class: type[LanguageModel] = LanguageMo
     return model_class(ModelConfig.model_validate({**SHAPE, **kind}), vocab_size=50)
 
 
-def test_a_user_without_a_home_folder_trains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container with a user id that it does not know, importing the module raised."""
+def test_a_user_without_a_home_folder_can_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing the module used to raise in containers where the user id has no account."""
 
     def unknown(_user: int) -> NoReturn:
         raise KeyError
@@ -61,7 +61,9 @@ def test_a_user_without_a_home_folder_trains(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("recomputes", "document_token"), [(False, None), (True, None), (False, 7)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_layers_share_one_code(kind: dict[str, Any], recomputes: bool, document_token: int | None) -> None:
+def test_all_layers_share_one_compiled_block(
+    kind: dict[str, Any], recomputes: bool, document_token: int | None
+) -> None:
     losses, gradients = [], []
     for compiled in (False, True):
         model = model_of(kind)
@@ -72,10 +74,10 @@ def test_all_layers_share_one_code(kind: dict[str, Any], recomputes: bool, docum
         gradients.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(losses[1], losses[0])
     torch.testing.assert_close(gradients[1], gradients[0])
-    assert counters["stats"]["unique_graphs"] == 3  # what precedes the blocks, a block, what follows them
+    assert counters["stats"]["unique_graphs"] == 3  # before the blocks, one block, after the blocks
 
 
-def test_a_forward_pass_of_another_kind_is_compiled_as_it_is() -> None:
+def test_an_overridden_forward_pass_keeps_its_loss() -> None:
     class Doubled(LanguageModel):
         def hidden(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
             return 2 * super().hidden(*arguments, **keywords)
@@ -94,7 +96,7 @@ def test_each_device_has_its_options(mode: str) -> None:
     assert not of_cuda.get("triton.cudagraphs")
 
 
-def test_options_that_this_torch_does_not_have_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_that_this_version_of_torch_does_not_have_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     known = torch._inductor.list_options()
     assert compiler_options(torch.device("cuda"), "default") == {"options": compiler.FASTER_ON_CUDA}
     monkeypatch.setattr(torch._inductor, "list_options", lambda: [name for name in known if "mix_order" not in name])
@@ -102,14 +104,14 @@ def test_options_that_this_torch_does_not_have_are_left_out(monkeypatch: pytest.
 
 
 @pytest.fixture
-def nothing_hashed() -> Iterator[None]:
-    """As in a process that has not compiled anything."""
+def no_hash_yet() -> Iterator[None]:
+    """Forgets the hash of Triton, as in a process that has compiled nothing yet."""
     hash_triton.cache_clear()
     yield
     hash_triton.cache_clear()
 
 
-@pytest.mark.usefixtures("nothing_hashed")
+@pytest.mark.usefixtures("no_hash_yet")
 def test_triton_is_hashed_in_a_thread_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     done, hashed = threading.Event(), list[threading.Thread]()
 
@@ -131,7 +133,7 @@ def test_triton_is_hashed_in_a_thread_before_anything_is_compiled(monkeypatch: p
     assert thread is hash_triton() is not threading.main_thread()
 
 
-@pytest.mark.usefixtures("nothing_hashed")
+@pytest.mark.usefixtures("no_hash_yet")
 def test_without_triton_nothing_is_hashed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton.runtime.cache", None)
     begin_compiler(CPU)
@@ -139,8 +141,8 @@ def test_without_triton_nothing_is_hashed(monkeypatch: pytest.MonkeyPatch) -> No
     compiled_loss(model_of({}), CPU, "default", 32)
 
 
-@pytest.mark.usefixtures("nothing_hashed")
-def test_on_cuda_the_processes_that_compile_start_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_hash_yet")
+def test_on_cuda_the_compile_workers_start_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "triton.runtime.cache", None)
     woken = list[str]()
     monkeypatch.setattr(AsyncCompile, "wakeup", lambda: woken.append("pool"))

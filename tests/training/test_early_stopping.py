@@ -1,4 +1,4 @@
-"""Early stopping: what counts as an improvement, when it was enough, and that a resume counts on."""
+"""Early stopping: what counts as an improvement, when training stops, and that a resume continues the count."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_an_improvement_is_more_than_min_delta() -> None:
     assert stopping.best == 2.74
 
 
-def test_many_small_steps_are_an_improvement_in_the_end() -> None:
+def test_many_small_steps_add_up_to_an_improvement() -> None:
     stopping = fed(EarlyStopping(10, 0.1), *(3.0 - 0.03 * step for step in range(9)))
     assert stopping.best == pytest.approx(2.76)
     assert not stopping.stopped
 
 
 @pytest.mark.parametrize("losses", [(), (3.0,), (3.0, 3.0), (0.1 + 0.2, 1.0)])
-def test_the_state_goes_through_json_and_counts_on(losses: tuple[float, ...]) -> None:
+def test_a_state_restored_from_json_continues_the_count(losses: tuple[float, ...]) -> None:
     stopping = fed(EarlyStopping(3, 0.0), *losses)
     state = json.loads(json.dumps(stopping.state_dict(), allow_nan=False))
     again = EarlyStopping(3, 0.0)

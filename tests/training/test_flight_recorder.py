@@ -1,4 +1,4 @@
-"""The flight recorder: the last 64 steps as readable JSON, whatever their numbers are."""
+"""The flight recorder: the last 64 steps as readable JSON, even if their numbers are not finite."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def dumped(recorder: FlightRecorder, folder: Path, reason: str = "why") -> dict[
     return json.loads((folder / "flight_recorder.json").read_text(encoding="utf-8"))
 
 
-def test_a_step_is_reported_in_full(tmp_path: Path) -> None:
+def test_a_step_is_recorded_in_full(tmp_path: Path) -> None:
     before = time.time()
     one = recorder()
     record(one, 7)
@@ -72,7 +72,7 @@ def test_numbers_that_are_not_finite_are_words(tmp_path: Path) -> None:
     assert step["grad_norms"] == {"matrices": "inf", "vectors": "-inf"}
 
 
-def test_losses_of_low_precision_are_numbers_too(tmp_path: Path) -> None:
+def test_low_precision_losses_are_written_as_numbers(tmp_path: Path) -> None:
     one = recorder()
     one.record(update(0, torch.tensor(2.5, dtype=torch.bfloat16), torch.tensor([1.0, 2.0], dtype=torch.float16)))
     assert dumped(one, tmp_path)["steps"][0]["loss"] == 2.5
@@ -106,7 +106,7 @@ def test_the_fingerprint_tells_random_states_apart() -> None:
     assert fingerprint(torch.get_rng_state()) == first != second
 
 
-def test_each_step_has_the_fingerprint_of_its_time(tmp_path: Path) -> None:
+def test_each_step_has_the_fingerprint_of_its_random_state(tmp_path: Path) -> None:
     one = recorder()
     fingerprints = []
     for step in range(3):
@@ -137,7 +137,7 @@ def test_memory_is_that_of_the_last_look(tmp_path: Path, monkeypatch: pytest.Mon
     assert [step["memory_bytes"] for step in dumped(one, tmp_path)["steps"]] == [5, 5, 6]
 
 
-def test_a_later_dump_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+def test_a_later_dump_replaces_an_earlier_one(tmp_path: Path) -> None:
     one = recorder()
     record(one, 0)
     dumped(one, tmp_path, "first")
@@ -147,6 +147,6 @@ def test_a_later_dump_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["flight_recorder.json"]
 
 
-def test_a_place_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+def test_a_dump_into_a_missing_folder_raises(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         recorder().dump(tmp_path / "nowhere" / "flight_recorder.json", "why")

@@ -1,4 +1,4 @@
-"""How another rank than rank 0 ends when rank 0 is gone and cannot report anything."""
+"""How a rank other than rank 0 ends when rank 0 is gone and cannot report anything."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from utils.training.follow import run_other_rank
 
 @pytest.fixture
 def rank_1(monkeypatch: pytest.MonkeyPatch) -> ProcessRanks:
-    """One of two ranks. Rank 0 has given no sign of life."""
+    """Rank 1 of two; rank 0 has given no sign of life."""
     monkeypatch.setattr(process_ranks, "LEAVE_SECONDS", 0.01)
     monkeypatch.setattr(process_ranks, "SILENT_SECONDS", 0.01)
     monkeypatch.setattr(ProcessRanks, "_close", lambda self, exit_status: None)
@@ -60,7 +60,7 @@ def test_a_rank_that_is_left_alone_says_why(
 
 
 def test_nothing_is_reported_twice(rank_1: ProcessRanks) -> None:
-    """Another rank is the reporter, torchrun is gone and all stop by themselves, or rank 0 still has a status."""
+    """Another rank reports, torchrun is gone and all ranks stop on their own, or rank 0 has left its exit status."""
     rank_1.board.post("reporter", 2)
     assert run_other_rank(facts, rank_1, raises(ValueError("boom"))) == 1
     rank_1.board.gone = True
@@ -70,7 +70,9 @@ def test_nothing_is_reported_twice(rank_1: ProcessRanks) -> None:
     assert run_other_rank(facts, rank_1, raises(ValueError("boom"))) == 3
 
 
-def test_rank_0_that_has_ended_itself_is_not_waited_for(rank_1: ProcessRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_does_not_wait_for_rank_0_once_it_has_left(
+    rank_1: ProcessRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(process_ranks, "LEAVE_SECONDS", 1000.0)
     rank_1.board.post("left/0", True)
     with pytest.raises(RankError, match="rank 0 did not get as far"):

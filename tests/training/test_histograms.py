@@ -1,4 +1,4 @@
-"""Histograms of tensors against numpy's."""
+"""Histograms of tensors, compared with numpy's."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_largest_value_is_in_the_last_bin() -> None:
     assert (counts[0], counts[-1], sum(counts)) == (1, 2, 3)
 
 
-def test_nonfinite_values_are_counted_apart() -> None:
+def test_nonfinite_values_are_counted_separately() -> None:
     values = torch.tensor([0.0, math.nan, 1.0, math.inf, -math.inf, 1.0])
     (record,) = Histograms().records(3, 12.34567, {"params/w": values})
     assert record["nonfinite"] == 3
@@ -93,7 +93,7 @@ def test_records_are_in_the_order_of_the_tensors() -> None:
     assert [record["nonfinite"] for record in records] == [0, 0, 4]
 
 
-def test_a_parameter_and_its_graph_are_left_alone() -> None:
+def test_a_parameter_is_not_changed_and_no_graph_is_recorded() -> None:
     parameter = torch.nn.Parameter(torch.randn(5))
     before = parameter.detach().clone()
     counts, limits = binned([parameter])
@@ -106,7 +106,7 @@ def test_a_parameter_and_its_graph_are_left_alone() -> None:
 
 
 def many() -> dict[str, torch.Tensor]:
-    """Tensors of many shapes, precisions and ranges; of each kind one value lies at an edge of the range."""
+    """Tensors of many shapes, strides, precisions and ranges, one of them with non-finite values."""
     generator = torch.Generator().manual_seed(3)
     shapes = [(), (1,), (2, 3, 4), (ROW - 1,), (ROW,), (ROW + 1,), (3, ROW), (40, 40), (0,)]
     tensors = {f"normal/{shape}": torch.randn(shape, generator=generator) for shape in shapes}
@@ -123,7 +123,7 @@ def many() -> dict[str, torch.Tensor]:
 
 
 def difference_to_numpy(record: dict[str, object], tensor: torch.Tensor) -> int:
-    """Numbers that are in another bin than numpy's, which bins in double precision."""
+    """How many values are in another bin than with numpy, which bins in double precision."""
     values = tensor.detach().float().double().numpy().ravel()
     finite = values[np.isfinite(values)]
     assert record["nonfinite"] == values.size - finite.size
@@ -142,7 +142,7 @@ def test_many_tensors_at_once_are_binned_as_numpy_bins_each(chunk: int, monkeypa
     records = Histograms().records(0, 0.0, tensors)
     assert [record["name"] for record in records] == list(tensors)
     for record, tensor in zip(records, tensors.values(), strict=True):
-        # Within rounding of an edge a value may change its bin; of denormals, many values lie on edges.
+        # A value within rounding of an edge may change its bin, and many denormals lie on edges.
         allowed = 0 if record["name"].startswith("normal") else max(2, tensor.numel() // 100)
         assert difference_to_numpy(record, tensor) <= allowed, record["name"]
 
@@ -155,7 +155,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 1000, histograms.CHUNK])
-def test_what_was_binned_before_leaves_nothing_behind(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_earlier_tensors_leave_nothing_in_the_reused_memory(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(histograms, "CHUNK", chunk)
     one = Histograms()
     one.records(0, 0.0, {name: torch.full_like(tensor, math.inf) for name, tensor in many().items()})
@@ -173,14 +173,14 @@ def test_the_memory_for_a_huge_tensor_is_not_kept(monkeypatch: pytest.MonkeyPatc
     assert one._memory is None
 
 
-def test_a_tensor_is_binned_the_same_whatever_stands_beside_it() -> None:
+def test_a_tensor_is_binned_the_same_alone_and_beside_others() -> None:
     tensors = many()
     together = Histograms().records(0, 0.0, tensors)
     alone = [Histograms().records(0, 0.0, {name: tensor})[0] for name, tensor in tensors.items()]
     assert together == alone
 
 
-def test_the_tensors_stay_as_they_are() -> None:
+def test_binning_does_not_change_the_tensors() -> None:
     tensors = many()
     Histograms().records(0, 0.0, tensors)
     for name, tensor in many().items():
@@ -188,7 +188,7 @@ def test_the_tensors_stay_as_they_are() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that compute: views of a tensor cost the device nothing."""
+    """Counts the operations that compute. Views cost the device nothing."""
 
     count = 0
 
@@ -199,7 +199,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_number_of_operations_does_not_grow_with_that_of_tensors() -> None:
+def test_the_number_of_operations_does_not_depend_on_the_number_of_tensors() -> None:
     counts = []
     for n in (2, 20, 200):
         tensors = [torch.nn.Parameter(torch.randn(5, 7)) for _ in range(n)]

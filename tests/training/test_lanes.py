@@ -1,4 +1,4 @@
-"""Updates in lanes: the same bits whatever the number of ranks, which are threads here."""
+"""Updates in lanes have the same bits for any number of ranks, which are threads here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from utils.training.state import build_state
 
 @dataclass
 class Meeting:
-    """Where ranks that are threads add their tensors."""
+    """The tensors that the ranks, which are threads, have contributed to each sum."""
 
     world_size: int
     parts: dict[Any, list[torch.Tensor]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class Meeting:
 
 
 class Sum:
-    """A sum that exists once all members have started it."""
+    """A pending sum, complete once all members have started it."""
 
     def __init__(self, meeting: Meeting, key: Any, members: int, tensor: torch.Tensor) -> None:
         self.meeting, self.key, self.members, self.tensor = meeting, key, members, tensor
@@ -58,7 +58,7 @@ class Sum:
     def wait(self, timeout: timedelta = timedelta()) -> None:
         with self.meeting.lock:
             assert self.meeting.lock.wait_for(lambda: len(self.meeting.parts[self.key]) == self.members, 30)
-        first, *others = self.meeting.parts[self.key]  # in the order of arrival: any
+        first, *others = self.meeting.parts[self.key]  # in the order of arrival, which varies
         total = first.clone()
         for other in others:
             total += other
@@ -84,7 +84,7 @@ class ThreadRanks(Ranks):
 
 
 def on_ranks(world_size: int, action: Callable[[Ranks], Any]) -> list[Any]:
-    """What `action` returns on each of several ranks."""
+    """The results of `action` on each of several ranks."""
     meeting = Meeting(world_size)
     ranks = [ThreadRanks(rank, rank, world_size, "threads", meeting=meeting) for rank in range(world_size)]
     with ThreadPoolExecutor(world_size) as pool:
@@ -112,8 +112,8 @@ def test_lanes_are_added_in_one_binary_tree(lanes: int) -> None:
         assert not torch.equal(found, sum(values[1:], values[0]))
 
 
-def gradients_of(ranks: Ranks, lanes: int, skipped: dict[int, set[int]], bucket: int) -> list[torch.Tensor | None]:
-    """The gradients of three parameters over lanes, of which some have none."""
+def gradients_of(ranks: Ranks, lanes: int, skipped: dict[int, set[int]]) -> list[torch.Tensor | None]:
+    """The gradients of three parameters, summed over lanes; `skipped` lists the unused parameters of each lane."""
     generator = torch.Generator().manual_seed(1)
     parameters = [nn.Parameter(torch.zeros(n)) for n in (5, 70, 3)]
     values = [[10.0 ** torch.randn(len(p), generator=generator) for p in parameters] for _ in range(lanes)]
@@ -144,12 +144,14 @@ def gradients_of(ranks: Ranks, lanes: int, skipped: dict[int, set[int]], bucket:
     "skipped",
     [{}, {0: {0}}, {3: {0, 1}}, {7: {0, 1, 2}}, {lane: {1} for lane in range(8)}, {0: {0, 1}, 1: {0, 2}, 6: {2}}],
 )
-def test_ranks_add_what_one_rank_adds(skipped: dict[int, set[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A parameter without a gradient in a lane counts as zeros; without one in any lane it has none."""
+def test_several_ranks_sum_to_the_bits_of_one_rank(
+    skipped: dict[int, set[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing gradient counts as zeros, unless it is missing in every lane; then the parameter has none."""
     monkeypatch.setattr("utils.training.lanes.BUCKET_BYTES", 64)
-    alone = gradients_of(Ranks(), 8, skipped, 64)
+    alone = gradients_of(Ranks(), 8, skipped)
     for world_size in (2, 4, 8):
-        for found in on_ranks(world_size, lambda ranks: gradients_of(ranks, 8, skipped, 64)):
+        for found in on_ranks(world_size, lambda ranks: gradients_of(ranks, 8, skipped)):
             for one, other in zip(alone, found, strict=True):
                 assert (one is None) == (other is None)
                 if one is not None and other is not None:
@@ -157,7 +159,7 @@ def test_ranks_add_what_one_rank_adds(skipped: dict[int, set[int]], monkeypatch:
 
 
 class Recorder(Ranks):
-    """Rank 0 of 4, whose sums are there at once; keeps the level of each."""
+    """Rank 0 of 4, whose sums complete at once; records the level of each."""
 
     def __init__(self) -> None:
         super().__init__(0, 0, 4, "none")
@@ -170,8 +172,8 @@ class Recorder(Ranks):
     def wait(self, work: Any) -> None: ...
 
 
-def test_sums_begin_while_the_backward_pass_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All levels, of all buckets but that of the last gradient."""
+def test_sums_begin_during_the_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All levels are summed early for every bucket except that of the last gradient."""
     monkeypatch.setattr("utils.training.lanes.BUCKET_BYTES", 64)
     layers, ranks, seen = [nn.Parameter(torch.ones(16)) for _ in range(3)], Recorder(), []
     total = GradientSum(layers, ranks, exact=True)
@@ -186,7 +188,7 @@ def test_sums_begin_while_the_backward_pass_goes_on(monkeypatch: pytest.MonkeyPa
     assert ranks.levels == [0, 1, 0, 1, 0, 1, None]
 
 
-def test_each_micro_step_has_random_numbers_of_its_own() -> None:
+def test_each_micro_step_has_its_own_seed() -> None:
     seeds = {lane_seed(*place) for place in itertools.product((0, 1), range(50), range(8))}
     assert len(seeds) == 2 * 50 * 8
     assert all(0 <= seed < 2**63 for seed in seeds)
@@ -206,7 +208,7 @@ def test_ranks_agree_to_stop_or_to_save(requests: dict[int, StopRequest], signum
     for rank, stop in enumerate(on_ranks(4, lambda ranks: stop_on(ranks, requests))):
         assert bool(stop) == (signum is not None)
         assert (stop.signum or stop.signum_of_others) == signum
-        assert stop.signum is None or rank == 2  # a signal of its own later is the first one
+        assert stop.signum is None or rank == 2  # a later signal to another rank counts as its first
         assert (stop.save, stop.save_due) == (False, 1 in requests)
 
 
@@ -226,7 +228,9 @@ def test_an_evaluation_has_the_same_bits_on_any_number_of_ranks(tmp_path: Path, 
         seen.clear()
         assert on_ranks(world_size, losses) == [alone] * world_size
         rounds = [{place for place in seen if place[0] == rank} for rank in range(world_size)]
-        assert len({len(of_rank) for of_rank in rounds}) == 1  # so that all can stop at the same one
+        assert (
+            len({len(of_rank) for of_rank in rounds}) == 1
+        )  # as many batches on each rank, so that all can stop at the same one
 
 
 @pytest.mark.parametrize(
@@ -238,7 +242,7 @@ def test_an_evaluation_has_the_same_bits_on_any_number_of_ranks(tmp_path: Path, 
         ({"batch_size": 12, "lanes": 4}, 3, "3 ranks cannot share 4 lanes"),
     ],
 )
-def test_ranks_that_cannot_share_the_work_are_a_mistake(train: dict[str, int], count: int, message: str) -> None:
+def test_ranks_that_cannot_share_the_work_are_refused(train: dict[str, int], count: int, message: str) -> None:
     loaded = LoadedConfig.from_config(Config(train=TrainConfig(**train)))
     check_ranks(loaded, Ranks())
     with pytest.raises(UserError, match=message):
@@ -253,7 +257,7 @@ def test_ranks_that_cannot_share_the_work_are_a_mistake(train: dict[str, int], c
         ({"batch_size": 12, "lanes": 4, "gradient_accumulation_steps": 6}, "one must divide the other"),
     ],
 )
-def test_lanes_that_do_not_fit_the_batch_are_a_mistake(train: dict[str, int], message: str) -> None:
+def test_lanes_that_do_not_fit_the_batch_are_refused(train: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**train)
 
@@ -271,7 +275,7 @@ def test_a_rank_with_other_code_or_settings_is_named() -> None:
             check_same([facts, theirs])
 
 
-def test_signs_of_life_say_who_is_gone_and_who_is_behind() -> None:
+def test_the_board_tells_which_ranks_are_gone_and_which_are_behind() -> None:
     store = torch.distributed.HashStore()
     boards = [Board(store, rank, 3) for rank in range(3)]
     for board in boards:
@@ -310,7 +314,7 @@ def test_signs_of_life_say_who_is_gone_and_who_is_behind() -> None:
         (("--gradient-accumulation-steps", "4"), 2, 2),
     ],
 )
-def test_the_trial_of_the_compiler_has_the_shape_of_a_micro_step(
+def test_the_trial_compilation_has_the_shape_of_a_micro_step(
     flags: tuple[str, ...],
     world_size: int,
     sequences: int,

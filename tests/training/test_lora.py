@@ -1,4 +1,4 @@
-"""Runs that train adapters: begun from another run, resumed, forked, exported, read by other commands."""
+"""Runs that train LoRA adapters: started from another run, resumed, forked, exported, and read by other commands."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from equal_runs import assert_equal_runs
 from safetensors.torch import load_file
 
 import experiments
 import train
-import utils.training.step
-from benchmarks.run_equality import differences, last_checkpoint
+from benchmarks.run_equality import last_checkpoint
 from model import LanguageModel
 from utils.checkpoints.files import read_checkpoint
 from utils.checkpoints.folder import CheckpointError, list_checkpoints
@@ -32,35 +32,24 @@ from utils.runs.layout import CHECKPOINTS, EXPORT
 from utils.runs.log import read_metrics
 from utils.runs.seal import verify_seal
 from utils.training.batch_size import ByteCounter, Probe, bytes_of_training
-from utils.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("prompt_writes")
 Argv = Callable[..., list[str]]
+RunOf = Callable[[str], Path]
+AfterStep = Callable[[int, Callable[[], None]], None]
 CPU = torch.device("cpu")
-SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}
 LORA = (
     *("--lora-rank", "2", "--lora-dropout", "0.1", "--dropout", "0.2", "--gradient-accumulation-steps", "2"),
     *("--learning-rate", "0.01", "--max-iters", "20", "--eval-interval", "10", "--checkpoint-interval", "5"),
 )
 
 
-def newest(runs_dir: Path, tag: str) -> Path:
-    return max(path for path in runs_dir.iterdir() if path.name.endswith(tag))
-
-
 def val_losses(run: Path) -> list[float]:
     return [loss for _, loss in read_metrics(run / "logs", "val/loss")]
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    optimizer_step = utils.training.step.optimizer_step
-
-    def patched(state: TrainState, *grad_norms: torch.Tensor) -> None:
-        optimizer_step(state, *grad_norms)
-        if state.step == step:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(utils.training.step, "optimizer_step", patched)
+def interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 def base_of(run: Path) -> Path:
@@ -73,7 +62,7 @@ def weights_of(run: Path) -> Path:
 
 
 def assert_checkpoint_has_the_adapters_only(run: Path, parent: Path) -> None:
-    """A checkpoint has the adapters and their moments; the base is written once, and is that of the parent."""
+    """A checkpoint holds the adapters and their moments. The base is written once, and equals the parent's export."""
     exported = load_file(parent / EXPORT / "model.safetensors")
     checkpoint = last_checkpoint(run)
     frozen = load_file(base_of(run))
@@ -88,7 +77,7 @@ def assert_checkpoint_has_the_adapters_only(run: Path, parent: Path) -> None:
 
 
 def assert_export_has_the_adapters_merged(run: Path) -> None:
-    """It is a plain model that any reader of exports takes."""
+    """The export is a plain model that any reader of exports can load."""
     export, frozen = load_export(run / EXPORT, CPU), load_file(base_of(run))
     assert export.training["lora"]["lora_rank"] == 2
     moved = [name for name, weight in export.model.state_dict().items() if not torch.equal(weight, frozen[name])]
@@ -122,15 +111,15 @@ def assert_damaged_base_is_found_before_it_is_trained_on(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
-    tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_adapters_are_trained_resumed_exported_forked_and_merged(
+    tiny_argv: Argv, runs_dir: Path, run_of: RunOf, after_step: AfterStep, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One test, since each run takes a second: it goes on from step to step."""
+    """One test because each run takes a second; every part uses the runs of the parts before it."""
     assert train.main(tiny_argv("--run-tag", "base")) == 0
-    base = newest(runs_dir, "base")
+    base = run_of("base")
     tuned = tiny_argv(*LORA, "--init-from", str(base))
     assert train.main([*tuned, "--run-tag", "straight"]) == 0
-    straight = newest(runs_dir, "straight")
+    straight = run_of("straight")
     printed, frozen_count = capsys.readouterr().out, read_run(base).record["resolved"]["parameters"]
     counts = f"512 trainable ({512 / (512 + frozen_count):.2%}), {frozen_count:,} frozen"
     assert f"preflight: parameters: {counts}" in printed
@@ -146,20 +135,18 @@ def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
     assert_adapters_are_exported_for_peft(straight)
     assert not (base / EXPORT / "adapter").exists()
 
-    # Killed in the middle, without the run that it began with, it ends in the same bits.
-    stopped = [*tuned, "--run-tag", "stopped"]
-    with monkeypatch.context() as patch:
-        stop_at(patch, 13)
-        assert train.main(stopped) == 130
+    # Interrupted, and resumed after its parent was deleted, it ends with the same bits.
+    after_step(13, interrupt)
+    assert train.main([*tuned, "--run-tag", "stopped"]) == 130
     shutil.rmtree(base)
-    assert train.main(["--resume", str(newest(runs_dir, "stopped"))]) == 0
-    assert differences(straight, newest(runs_dir, "stopped")) == SAME
+    assert train.main(["--resume", str(run_of("stopped"))]) == 0
+    assert_equal_runs(straight, run_of("stopped"))
 
     assert_other_commands_read_it_as_any_run(straight, runs_dir)
 
-    # A fork continues its adapters, fine-tuning starts from the merged weights.
+    # A fork continues training the adapters; --init-from starts with the merged weights.
     assert train.main(["--fork", "--resume", f"{straight}:15", "--max-iters", "18", "--run-tag", "fork"]) == 0
-    assert base_of(newest(runs_dir, "fork")).read_bytes() == base_of(straight).read_bytes()
+    assert base_of(run_of("fork")).read_bytes() == base_of(straight).read_bytes()
     capsys.readouterr()
     for words, found in (
         (["--lora-rank", "4"], "was trained with lora_rank 2, not 4; --init-from starts with its weights"),
@@ -170,13 +157,13 @@ def test_a_run_of_adapters_from_its_begin_to_what_others_make_of_it(
         assert train.main(["--fork", "--resume", str(straight), "--max-iters", "30", *words]) == 2
         assert found in capsys.readouterr().err.replace("\n", " ")
     assert train.main(tiny_argv("--init-from", f"{straight}:latest", "--run-tag", "merged")) == 0
-    assert val_losses(newest(runs_dir, "merged"))[0] == pytest.approx(val_losses(straight)[-1], abs=1e-6)
-    assert not base_of(newest(runs_dir, "merged")).exists()
+    assert val_losses(run_of("merged"))[0] == pytest.approx(val_losses(straight)[-1], abs=1e-6)
+    assert not base_of(run_of("merged")).exists()
 
     assert_damaged_base_is_found_before_it_is_trained_on(straight)
 
 
-def test_mistakes_are_told_before_a_directory_is_made(
+def test_mistakes_are_reported_before_a_run_is_created(
     tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv("--lora-rank", "2", "--lora-targets", "qvk")) == 2
@@ -230,7 +217,7 @@ def test_memory_is_counted_without_gradients_and_moments_of_the_base() -> None:
     corpus: Any = type("Corpus", (), {"tokenizer": type("Tokenizer", (), {"vocab_size": 50})})
     model = ModelConfig(n_layer=2, n_head=2, n_embd=64, block_size=8)
     config = Config(model=model, optimizer=OptimizerConfig(lora_rank=2))
-    causal_mask(8)  # is kept from one model to the next
+    causal_mask(8)  # cached for all models, so it is in neither count
     with ByteCounter() as counter:
         real = Probe(config, corpus, CPU, torch.float32)
         kept = counter.held - sum(weight.nbytes for weight in frozen_weights(real.state.model).values())
@@ -241,14 +228,11 @@ def test_memory_is_counted_without_gradients_and_moments_of_the_base() -> None:
 
 
 @pytest.mark.slow
-def test_a_compiled_run_of_adapters_repeats_after_a_stop(
-    tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiled_run_of_adapters_repeats_after_a_stop(tiny_argv: Argv, run_of: RunOf, after_step: AfterStep) -> None:
     compiled = tiny_argv(*LORA, "--compile", "--n-layer", "2")
     assert train.main([*compiled, "--run-tag", "straight"]) == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, 13)
-        assert train.main([*compiled, "--run-tag", "stopped"]) == 130
-    assert train.main(["--resume", str(newest(runs_dir, "stopped"))]) == 0
-    assert read_run(newest(runs_dir, "stopped")).record["resolved"]["compiled"] is True
-    assert differences(newest(runs_dir, "straight"), newest(runs_dir, "stopped")) == SAME
+    after_step(13, interrupt)
+    assert train.main([*compiled, "--run-tag", "stopped"]) == 130
+    assert train.main(["--resume", str(run_of("stopped"))]) == 0
+    assert read_run(run_of("stopped")).record["resolved"]["compiled"] is True
+    assert_equal_runs(run_of("straight"), run_of("stopped"))

@@ -1,4 +1,4 @@
-"""The learning-rate range test: the rising rates, what it reads off the losses, and what people see of it."""
+"""The learning-rate range test: the rising rates, the analysis of the losses, and what is printed and saved."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ def test_a_loss_above_that_of_the_initial_weights_ends_the_test_but_one_outlier_
 
 @pytest.mark.parametrize("noise", [0.0, 0.05])
 @pytest.mark.parametrize("edge", [3e-4, 3e-3, 3e-2])
-def test_the_suggestion_is_half_of_the_rate_where_the_loss_stops_falling(edge: float, noise: float) -> None:
+def test_the_suggestion_is_half_the_rate_at_which_the_loss_stops_falling(edge: float, noise: float) -> None:
     result = analyse(RATES, valley(edge, noise), None, STEPS)
     assert result.problem is None
-    assert edge / (2.5 if noise else 1.3) < result.edge < edge * 1.3  # noise in a flat valley ends it early
+    assert edge / (2.5 if noise else 1.3) < result.edge < edge * 1.3  # noise ends a flat valley early
     assert result.suggestion == pytest.approx(result.edge / 2, rel=0.05)
     assert result.steepest < result.edge
 
 
-def test_a_second_valley_beyond_the_first_rise_is_no_better_rate() -> None:
+def test_a_second_valley_beyond_the_first_rise_is_ignored() -> None:
     losses = np.array(valley(3e-3))
     rates = np.array(RATES)
-    losses[rates > 3e-2] = 2.5  # ragged: it came back, by luck
+    losses[rates > 3e-2] = 2.5  # it fell once more, by luck
     assert analyse(RATES, list(losses), None, STEPS).edge == pytest.approx(3e-3, rel=0.3)
 
 
@@ -86,7 +86,7 @@ def result() -> LrRange:
 
 @pytest.mark.parametrize("width", [60, 80, 110])
 @pytest.mark.parametrize("colour", [True, False])
-def test_the_plot_in_the_terminal_keeps_to_its_size(result: LrRange, width: int, colour: bool) -> None:
+def test_the_plot_in_the_terminal_fits_its_size(result: LrRange, width: int, colour: bool) -> None:
     text = terminal_plot(result, width, 18, colour)
     lines = text.split("\n")
     assert len(lines) <= 18
@@ -104,7 +104,7 @@ def test_the_table_names_the_flag_and_the_rule(result: LrRange) -> None:
     assert "none: the loss has not fallen" in str(table(analyse(RATES, [4.6] * STEPS, None, STEPS)))
 
 
-def test_the_files_hold_the_test(result: LrRange, tmp_path: Path) -> None:
+def test_the_saved_files_hold_the_result(result: LrRange, tmp_path: Path) -> None:
     assert save(result, tmp_path) == [tmp_path / "lr_range.json", tmp_path / "lr_range.png"]
     saved = json.loads((tmp_path / "lr_range.json").read_text(encoding="utf-8"))
     assert LrRange(**{key: value for key, value in saved.items() if key != "rule"}) == result
@@ -112,17 +112,17 @@ def test_the_files_hold_the_test(result: LrRange, tmp_path: Path) -> None:
     assert draw(result).startswith(b"\x89PNG")
 
 
-def test_the_script_tests_the_configuration_and_makes_no_run(
+def test_the_script_tests_the_configuration_and_creates_no_run(
     tiny_argv: Argv, tmp_path: Path, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ("--lr-range", "--lr-steps", "40", "--lr-max", "10", "--gradient-accumulation-steps", "2")
-    printed = []
+    saved = []
     for name in ("one", "two"):
         assert profile_model.main(tiny_argv(*words, "--out", str(tmp_path / name))) == 0
-        printed.append((tmp_path / name / "lr_range.json").read_bytes())
-    assert printed[0] == printed[1]  # the same seed gives the same test
-    losses = json.loads(printed[0])["losses"]
-    assert losses[0] == pytest.approx(math.log(40), rel=0.1)  # that of the initial weights
+        saved.append((tmp_path / name / "lr_range.json").read_bytes())
+    assert saved[0] == saved[1]  # the same seed gives the same test
+    losses = json.loads(saved[0])["losses"]
+    assert losses[0] == pytest.approx(math.log(40), rel=0.1)  # the loss of the initial weights
     assert min(losses) < losses[0]
     shown = capsys.readouterr().out
     assert all(words in shown for words in ("loss (nats per token)", "falls fastest", "suggestion", "lr_range.png"))
@@ -155,7 +155,7 @@ def test_a_batch_in_lanes_is_never_in_memory_as_a_whole(
         (("--lr-steps", "x"), "argument --lr-steps"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_invalid_rates_and_steps_are_refused_in_one_line(
     tiny_argv: Argv, words: tuple[str, ...], error: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert profile_model.main(tiny_argv("--lr-range", *words)) == 2
@@ -164,7 +164,7 @@ def test_a_mistake_is_one_line(
     assert message.count("\n") == 1
 
 
-def test_a_folder_that_cannot_be_made_is_reported_before_anything_is_trained(
+def test_a_folder_that_cannot_be_created_is_reported_before_training(
     tiny_argv: Argv, tiny_corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert profile_model.main(tiny_argv("--lr-range", "--out", str(tiny_corpus))) == 2

@@ -1,4 +1,4 @@
-"""Identity is content: corpora, runs, projects and exports that were moved, copied or linked."""
+"""Corpora, runs, projects and exports that were moved, copied or linked are recognised by their content."""
 
 from __future__ import annotations
 
@@ -33,11 +33,6 @@ Argv = Callable[..., list[str]]
 STOPPED = ("--stop-at-step", "3", "--checkpoint-interval", "3")
 
 
-@pytest.fixture
-def run_of(runs_dir: Path) -> Callable[[str], Path]:
-    return lambda tag: max(path for path in runs_dir.iterdir() if path.name.endswith(tag))
-
-
 @pytest.fixture(autouse=True)
 def fresh_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """Aim caches its list of runs for half a second; a failing view is tried again after seconds."""
@@ -45,8 +40,8 @@ def fresh_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeder, "RETRY_SECONDS", (0.001, 0.001, 0.001))
 
 
-def moved(tiny_corpus: Path) -> Path:
-    """The corpus at another path, with a file of another name."""
+def move(tiny_corpus: Path) -> Path:
+    """Move the corpus to another folder and file name."""
     place = tiny_corpus.parent / "elsewhere" / "same.txt"
     place.parent.mkdir()
     return Path(shutil.move(tiny_corpus, place))
@@ -55,7 +50,7 @@ def moved(tiny_corpus: Path) -> Path:
 # ----------------------------------------------------------------------------------------------- corpus
 
 
-def test_a_path_is_of_the_machine_and_the_hash_of_a_configuration_is_that_of_older_runs() -> None:
+def test_the_hash_of_a_configuration_depends_on_the_text_and_not_on_its_path() -> None:
     assert field_fact("dataset", "kind") == "machine"
     elsewhere = Config(data={"dataset": "elsewhere.txt"})
     assert config_hash(Config(), {"dataset": "hash"}) == config_hash(elsewhere, {"dataset": "hash"})
@@ -66,7 +61,7 @@ def test_a_run_resumes_with_its_corpus_at_another_path_and_with_no_other(
     tiny_argv: Argv, tiny_corpus: Path, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv(*STOPPED)) == 0
-    run, place = str(only_run()), moved(tiny_corpus)
+    run, place = str(only_run()), move(tiny_corpus)
     assert train.main(["--resume", run]) == 2
     assert "--dataset" in capsys.readouterr().err.splitlines()[-1]
     other = place.with_name("other.txt")
@@ -77,11 +72,11 @@ def test_a_run_resumes_with_its_corpus_at_another_path_and_with_no_other(
     assert read_record(only_run())["resolved"]["dataset"] == str(place)
 
 
-def test_seeds_at_two_paths_are_one_group_and_have_no_setting_that_differs(
+def test_runs_on_the_same_text_at_two_paths_are_one_group(
     tiny_argv: Argv, tiny_corpus: Path, run_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv("--run-tag", "one", "--seed", "1")) == 0
-    place = moved(tiny_corpus)
+    place = move(tiny_corpus)
     capsys.readouterr()
     assert train.main(tiny_argv("--run-tag", "two", "--dataset", str(place), "--seed", "1")) == 0
     assert "were run already" in capsys.readouterr().out
@@ -93,7 +88,7 @@ def test_seeds_at_two_paths_are_one_group_and_have_no_setting_that_differs(
     assert "dataset" in [row.name for row in sections["Settings of the machine"]]
 
 
-def test_another_text_under_the_same_path_is_a_setting_that_changes_the_numbers(
+def test_another_text_at_the_same_path_is_a_setting_that_changes_the_numbers(
     tiny_argv: Argv, tiny_corpus: Path, run_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv("--run-tag", "old", *STOPPED)) == 0
@@ -110,7 +105,7 @@ def test_another_text_under_the_same_path_is_a_setting_that_changes_the_numbers(
 # ----------------------------------------------------------------------------------------------- project
 
 
-def test_a_path_of_a_moved_project_is_found_below_its_new_root(tmp_path: Path) -> None:
+def test_paths_of_a_moved_project_are_found_below_its_new_root(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     assert moved_path("/no/such/project/texts", tmp_path) == str(tmp_path / "texts")
     assert moved_path(str(tmp_path), Path("/no")) == str(tmp_path)
@@ -129,7 +124,7 @@ def project(tmp_path: Path, tiny_text: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm_processes")
-def test_a_moved_project_resumes_forks_and_reproduces_what_it_had(project: Path, tmp_path: Path) -> None:
+def test_runs_of_a_moved_project_are_resumed_and_reproduced(project: Path, tmp_path: Path) -> None:
     words = [word for pair in TINY_FLAGS.items() for word in pair]
 
     def run(folder: Path, *command: str) -> None:
@@ -167,7 +162,7 @@ def aim_runs(repo: Path) -> dict[str, str]:
     return {run.name: run.hash for run in Repo(str(repo)).iter_runs()}
 
 
-def test_a_fork_of_a_run_whose_folder_was_moved_is_made_beside_it(
+def test_a_fork_of_a_moved_run_is_created_beside_it(
     tiny_argv: Argv, runs_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv(*STOPPED, "--run-tag", "far")) == 0
@@ -178,7 +173,7 @@ def test_a_fork_of_a_run_whose_folder_was_moved_is_made_beside_it(
     assert sorted(path.name.partition("_far")[2] for path in (tmp_path / "archive").iterdir()) == ["", "-fork"]
 
 
-def test_a_copied_run_gets_its_own_run_in_aim_by_resume_and_by_rebuild(
+def test_resuming_or_rebuilding_a_copied_run_creates_its_own_run_in_aim(
     tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     from aim.sdk.index_manager import RepoIndexManager
@@ -202,10 +197,10 @@ def test_a_copied_run_gets_its_own_run_in_aim_by_resume_and_by_rebuild(
     assert original is not None
     assert (original.name, original["run_dir"], original["status"]) == (run.name, str(run), "interrupted")
     assert not is_copy(copies[0], read_record(copies[0]))
-    assert train.main(["--resume", str(copies[0]), "--max-iters", "6"]) == 2  # complete; and goes on as itself
+    assert train.main(["--resume", str(copies[0]), "--max-iters", "6"]) == 2  # it is complete, and no longer a copy
 
 
-def test_a_moved_a_renamed_and_a_linked_run_are_no_copies(tmp_path: Path) -> None:
+def test_moved_renamed_and_linked_runs_are_no_copies(tmp_path: Path) -> None:
     from utils.runs.run import Run
 
     run = Run.create(tmp_path / "runs")
@@ -232,7 +227,7 @@ def test_a_moved_a_renamed_and_a_linked_run_are_no_copies(tmp_path: Path) -> Non
 
 @pytest.fixture
 def export(tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path]) -> Path:
-    """A copied export; its run is gone."""
+    """A copy of the export of a run that was deleted."""
     assert train.main(tiny_argv()) == 0
     run = only_run()
     folder = Path(shutil.copytree(run / "artifacts" / "export", tmp_path / "weights"))
@@ -241,7 +236,7 @@ def export(tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path]) -> Pat
 
 
 @pytest.mark.slow
-def test_a_copied_export_generates_and_begins_a_run(
+def test_a_copied_export_generates_text_and_starts_a_run(
     export: Path, tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert inference.main([str(export), "--prompt", "line", "--max-new-tokens", "3"]) == 0
@@ -249,7 +244,9 @@ def test_a_copied_export_generates_and_begins_a_run(
     for flags in (("--resume", str(export)), ("--resume", str(export), "--fork"), ("--init-from", f"{export}:3")):
         assert train.main(tiny_argv(*flags)) == 2
         assert "--init-from" in capsys.readouterr().err
-    started = tiny_argv("--init-from", str(export), "--run-tag", "child")  # the parent may have begun in this second
+    started = tiny_argv(
+        "--init-from", str(export), "--run-tag", "child"
+    )  # with a tag, since the parent may have started in the same second
     assert train.main([*started, "--stop-at-step", "1", "--checkpoint-interval", "0"]) == 0
     run = only_run()
     parent: dict[str, Any] = read_record(run)["parent"]
@@ -257,7 +254,7 @@ def test_a_copied_export_generates_and_begins_a_run(
     assert (parent["run"], parent["step"]) == (training["training"]["run"], 6)
     assert parent["export"] == training["weights_crc32"]
     shutil.rmtree(run / "artifacts" / "checkpoints")  # as if it had been killed before the first one
-    (run / "artifacts" / "seal.json").unlink()  # it starts again, from the weights that it began with
+    (run / "artifacts" / "seal.json").unlink()  # so that it starts again, from the weights of the export
     assert train.main(["--resume", str(run), "--max-iters", "6"]) == 0
     beside = run.with_name(parent["run"]) / "artifacts" / "export"
     beside.parent.mkdir(parents=True)

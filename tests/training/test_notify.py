@@ -1,4 +1,4 @@
-"""--notify: the message when a run ends, servers that fail, and that its address stays a secret."""
+"""--notify: the message when a run ends, servers that fail, and an address that stays secret."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from utils.training import notify
 from utils.training.notify import VARIABLE, Notifier, message, take_url, without_url
 from utils.training.result import TrainResult
 
-SECRET = "T0KEN-of-a-webhook"
+SECRET = "-".join(("T0KEN", "of", "a", "webhook"))  # an uncommitted edit of this file would put it into code.patch
 
 
 class Hook(ThreadingHTTPServer):
-    """A webhook that remembers what it was sent. answer: its status; None: it never answers."""
+    """A webhook that records what it receives. It answers with the status `answer`, or never if that is None."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -71,12 +71,12 @@ def result(**changes: Any) -> TrainResult:
     return TrainResult(**facts | {"parameters": 10} | changes)
 
 
-def test_a_run_that_ends_sends_its_status_and_its_directory_has_no_secret(
+def test_a_run_sends_its_status_at_its_end_and_records_no_secret(
     hook: Hook, tiny_argv: Callable[..., list[str]], only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = tiny_argv("--run-tag", "hooked", "--notify", hook.url)
-    monkeypatch.setattr("sys.argv", ["train.py", *words])  # trackers record it
-    monkeypatch.setenv(VARIABLE, f"https://elsewhere.example/{SECRET}")  # the flag wins, and neither is inherited
+    monkeypatch.setattr("sys.argv", ["train.py", *words])  # trackers record the command line
+    monkeypatch.setenv(VARIABLE, f"https://elsewhere.example/{SECRET}")  # the flag wins; subprocesses inherit neither
     assert train.main(words) == 0
     ((path, sent, authorization),) = hook.received
     assert path == f"/services/{SECRET}?key={SECRET}"
@@ -99,7 +99,7 @@ def test_user_and_password_are_sent_as_curl_sends_them(user: str, pair: str) -> 
 
 
 @pytest.mark.parametrize(("flags", "status"), [(["--stop-at-step", "2"], "interrupted"), (["--callbacks", "x"], None)])
-def test_an_interruption_is_sent_and_a_mistake_is_not(
+def test_an_interruption_is_sent_but_a_mistake_in_the_flags_is_not(
     flags: list[str],
     status: str | None,
     hook: Hook,
@@ -130,7 +130,7 @@ def test_a_failure_is_sent_after_the_run_is_released(
     ("answer", "warning"),
     [(500, "it answered 500"), (302, "it answered 302"), (None, "no answer within"), ("closed", "Connection re")],
 )
-def test_what_goes_wrong_is_one_warning_without_the_address(
+def test_a_failed_notification_is_one_warning_without_the_address(
     answer: Any, warning: str, hook: Hook, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     notifier = take_url(hook.url)
@@ -151,7 +151,7 @@ def test_what_goes_wrong_is_one_warning_without_the_address(
 @pytest.mark.parametrize(
     "url", ["", "ftp://host/T0KEN", "https:///T0KEN", "host/T0KEN", "http://[T0KEN", "http://h:T/a b"]
 )
-def test_an_address_that_cannot_be_used_is_a_mistake_that_is_not_quoted(
+def test_an_invalid_address_is_refused_without_quoting_it(
     url: str, tiny_argv: Callable[..., list[str]], runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv(f"--notify={url}")) == 2
@@ -162,11 +162,8 @@ def test_an_address_that_cannot_be_used_is_a_mistake_that_is_not_quoted(
 
 
 def test_a_command_line_is_recorded_without_the_address() -> None:
-    assert without_url(["--seed", "1", "--notify", "http://x", "--notify=http://y", "--json"]) == [
-        "--seed",
-        "1",
-        "--json",
-    ]
+    words = ["--seed", "1", "--notify", "http://x", "--notify=http://y", "--json"]
+    assert without_url(words) == ["--seed", "1", "--json"]
 
 
 def test_a_diverged_run_has_losses_that_json_can_hold() -> None:
@@ -176,7 +173,7 @@ def test_a_diverged_run_has_losses_that_json_can_hold() -> None:
 
 
 @pytest.mark.parametrize("script", ["experiments", "sweep"])
-def test_what_trains_many_runs_does_not_pass_the_address_on(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_that_train_many_runs_do_not_pass_the_address_on(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "http://localhost/")
     assert importlib.import_module(script).main(["--no-such-flag"]) == 2
     assert VARIABLE not in os.environ

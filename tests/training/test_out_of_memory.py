@@ -1,4 +1,4 @@
-"""A batch that does not fit is one line that says what to do, in every script that trains."""
+"""A batch that does not fit is reported in one line that says what to do, in every script that trains."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def too_large(*_: object) -> torch.Tensor:
     [too_large, lambda: np.empty(TOO_MANY), lambda: [0] * TOO_MANY],
     ids=["torch", "numpy", "python"],
 )
-def test_an_allocation_that_fails_is_one_line_in_every_script(
+def test_a_failed_allocation_is_reported_in_one_line_by_every_script(
     fail: Callable[[], object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert script(lambda argv: 0 if fail() else 1)([]) == 1
@@ -44,29 +44,28 @@ def test_an_allocation_that_fails_is_one_line_in_every_script(
     assert printed.count("\n") == 1
 
 
-def test_other_failures_are_not_about_memory() -> None:
+def test_out_of_memory_errors_are_told_from_other_errors() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(OSError(12, "Cannot allocate memory"))
 
 
-def test_a_batch_whose_inputs_alone_fit_is_refused_too(
+def test_a_batch_is_refused_if_only_its_inputs_would_fit(
     tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("utils.training.batch_size.available_memory", lambda device: 2_000_000)
-    assert train.main(tiny_argv("--batch-size", "1000")) == 2  # what the blocks get as input takes 256 kB
+    assert train.main(tiny_argv("--batch-size", "1000")) == 2  # the inputs of the blocks take 256 kB
     assert "a micro-step of 1,000 x 8 tokens does not fit on cpu" in capsys.readouterr().err
     assert not runs_dir.exists()
 
 
-def test_a_batch_that_can_fit_nowhere_is_refused_before_there_is_a_run(
+def test_a_batch_that_cannot_fit_is_refused_before_a_run_is_created(
     tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv("--batch-size", "100000000000")) == 2
-    assert capsys.readouterr().err == REMEDY.replace("out of memory", "--batch-size").replace(
-        "2 x", "100,000,000,000 x"
-    )
+    expected = REMEDY.replace("out of memory", "--batch-size").replace("2 x", "100,000,000,000 x")
+    assert capsys.readouterr().err == expected
     assert not runs_dir.exists()
 
 
@@ -86,7 +85,7 @@ def test_a_batch_that_does_not_fit_names_the_remedies(
     assert capsys.readouterr().err == REMEDY
 
 
-def test_a_batch_that_does_not_fit_when_the_model_is_compiled_names_the_remedies(
+def test_a_batch_that_does_not_fit_during_compilation_names_the_remedies(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)

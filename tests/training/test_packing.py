@@ -1,4 +1,4 @@
-"""Training on rows of documents: the loss of an update is the mean over its targets, however it is divided."""
+"""Training on rows of documents: the loss of an update is the mean over its targets, however the batch is split."""
 
 from __future__ import annotations
 
@@ -13,12 +13,9 @@ from model import LanguageModel
 from tests.small_dataset import write_dataset
 from utils.inference.evaluation import BatchLoss, estimate_loss
 from utils.nn.targets import IGNORED
-from utils.terminal.cli import Parser
-from utils.terminal.config_flags import parse_experiment
-from utils.terminal.console import Terminal
+from utils.training.batch_size import bytes_of_training
 from utils.training.feed import Feed
-from utils.training.setup import make_setup
-from utils.training.state import TrainState, build_state
+from utils.training.state import TrainState
 from utils.training.step import EagerUpdate, forward_backward, no_phase
 from utils.training.step_graph import GraphUpdate
 
@@ -26,19 +23,11 @@ NewState = Callable[..., TrainState]
 
 
 @pytest.fixture
-def new_state(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> NewState:
+def document_state(new_state: NewState, tmp_path: Path) -> NewState:
+    """A state before its first step, on a prepared dataset of documents."""
     write_dataset(tmp_path / "datasets" / "small")
-
-    def make(*words: str) -> TrainState:
-        places = ("--dataset", "small", "--datasets-dir", str(tmp_path / "datasets"))
-        flags = tiny_argv(*places, "--batch-size", "8", "--block-size", "32", "--seed", "1", *words)
-        setup = make_setup(parse_experiment(flags, Parser(prog="train.py")).load(), tmp_path)
-        torch.manual_seed(1)
-        state = build_state(setup.config, 20, setup.corpus, setup.device, setup.dtype, Terminal(quiet=True))
-        state.model.train()
-        return state
-
-    return make
+    places = ("--dataset", "small", "--datasets-dir", str(tmp_path / "datasets"))
+    return lambda *words: new_state(*places, "--batch-size", "8", "--block-size", "32", "--seed", "1", *words)
 
 
 def gradients(state: TrainState) -> dict[str, torch.Tensor]:
@@ -46,10 +35,10 @@ def gradients(state: TrainState) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("packing", ["none", "documents"])
-def test_the_loss_does_not_depend_on_micro_steps(packing: str, new_state: NewState) -> None:
+def test_the_loss_does_not_depend_on_the_number_of_micro_steps(packing: str, document_state: NewState) -> None:
     found = []
     for micro_steps in (1, 2, 4):
-        state = new_state("--packing", packing, "--gradient-accumulation-steps", str(micro_steps))
+        state = document_state("--packing", packing, "--gradient-accumulation-steps", str(micro_steps))
         shares = state.sampler.target_shares(0, micro_steps)
         assert shares is not None
         assert sum(shares) == pytest.approx(1)
@@ -60,8 +49,8 @@ def test_the_loss_does_not_depend_on_micro_steps(packing: str, new_state: NewSta
         torch.testing.assert_close(grads, found[0][1])
 
 
-def test_the_loss_is_the_mean_over_the_documents_of_the_batch_each_alone(new_state: NewState) -> None:
-    state = new_state("--packing", "none", "--gradient-accumulation-steps", "2")
+def test_the_loss_is_that_of_each_document_alone(document_state: NewState) -> None:
+    state = document_state("--packing", "none", "--gradient-accumulation-steps", "2")
     loss, grads = forward_backward(state), gradients(state)
     inputs, targets = (torch.from_numpy(part) for part in state.sampler.update(0))
     state.model.zero_grad()
@@ -76,10 +65,10 @@ def test_the_loss_is_the_mean_over_the_documents_of_the_batch_each_alone(new_sta
     torch.testing.assert_close(grads, gradients(state))
 
 
-def test_a_micro_step_without_a_target_counts_nothing(new_state: NewState) -> None:
-    state = new_state("--packing", "none", "--gradient-accumulation-steps", "2")
+def test_a_micro_step_without_targets_does_not_count(document_state: NewState) -> None:
+    state = document_state("--packing", "none", "--gradient-accumulation-steps", "2")
     _, targets = state.sampler.update(0)
-    expected = new_state("--packing", "none").model.loss(
+    expected = document_state("--packing", "none").model.loss(
         *(torch.from_numpy(part[4:]) for part in state.sampler.update(0))
     )
     targets[:4] = IGNORED
@@ -89,10 +78,10 @@ def test_a_micro_step_without_a_target_counts_nothing(new_state: NewState) -> No
 
 
 @pytest.mark.parametrize("micro_steps", ["1", "2"])
-def test_recorded_updates_are_those_without_a_recording(micro_steps: str, new_state: NewState) -> None:
+def test_recorded_updates_equal_eager_ones(micro_steps: str, document_state: NewState) -> None:
     runs = []
     for make in (EagerUpdate, lambda state: GraphUpdate(state, lambda message: None)):
-        state = new_state("--packing", "documents", "--gradient-accumulation-steps", micro_steps)
+        state = document_state("--packing", "documents", "--gradient-accumulation-steps", micro_steps)
         update, losses = make(state), []
         for _ in range(5):
             loss, norms = update.gradients(no_phase)
@@ -102,24 +91,23 @@ def test_recorded_updates_are_those_without_a_recording(micro_steps: str, new_st
     assert runs[0] == runs[1]
 
 
-def test_a_feed_gives_the_batches_of_the_sampler(new_state: NewState) -> None:
-    sampler = new_state("--packing", "documents").sampler
+def test_a_feed_yields_the_batches_and_shares_of_the_sampler(document_state: NewState) -> None:
+    sampler = document_state("--packing", "documents").sampler
     batches = Feed(sampler, micro_steps=2)
     for update in (0, 1, 2, 7, 3):
         batches.load(update)
         for micro_step in range(2):
             expected = (*sampler.train_batch(update, micro_step, 2), sampler.target_share(update, micro_step, 2))
-            for own, other in zip(
-                (*batches.batch(micro_step), batches.target_share(micro_step)), expected, strict=True
-            ):
+            found = (*batches.batch(micro_step), batches.target_share(micro_step))
+            for own, other in zip(found, expected, strict=True):
                 assert own is not None
                 assert other is not None
                 assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize("packing", ["none", "documents", "random"])
-def test_an_evaluation_is_the_mean_over_its_targets(packing: str, new_state: NewState) -> None:
-    state = new_state("--packing", packing)
+def test_an_evaluation_is_the_mean_over_its_targets(packing: str, document_state: NewState) -> None:
+    state = document_state("--packing", packing)
     loss = BatchLoss(state.model, torch.no_grad)
     found = [estimate_loss(loss, state.sampler, 50, micro_steps)["val/loss"] for micro_steps in (1, 4)]
     total = count = 0.0
@@ -131,8 +119,9 @@ def test_an_evaluation_is_the_mean_over_its_targets(packing: str, new_state: New
     assert found == pytest.approx([total / count] * 2)
 
 
-def test_memory_is_measured_with_the_mask(new_state: NewState, monkeypatch: pytest.MonkeyPatch) -> None:
-    from utils.training.batch_size import bytes_of_training
+def test_the_memory_estimate_includes_the_document_mask(
+    document_state: NewState, monkeypatch: pytest.MonkeyPatch
+) -> None:
 
     seen: list[int | None] = []
     own = LanguageModel.hidden
@@ -142,6 +131,6 @@ def test_memory_is_measured_with_the_mask(new_state: NewState, monkeypatch: pyte
         return own(self, *arguments, **keywords)
 
     monkeypatch.setattr(LanguageModel, "hidden", hidden)
-    state = new_state("--packing", "documents")
+    state = document_state("--packing", "documents")
     assert bytes_of_training(state.config, state.corpus, torch.float32, 4) > 0
     assert set(seen) == {0}

@@ -1,4 +1,4 @@
-"""What the preflight finds before a run is started, and --strict."""
+"""The findings of the preflight before a run starts, and --strict."""
 
 from __future__ import annotations
 
@@ -46,33 +46,32 @@ def findings(loaded: LoadedConfig, root: Path, git: GitFacts) -> list[str]:
 CLEAN = GitFacts(commit="c" * 40)
 
 
-def test_there_is_nothing_to_say_of_a_first_run(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
+def test_a_first_run_has_no_findings(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
     assert findings(load(aim_logging=True), tmp_path, CLEAN) == []
 
 
-def test_uncommitted_and_unrecorded_code_is_told(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
+def test_uncommitted_and_unrecorded_code_is_reported(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
     patch = b"diff --git a/a b/a\n+1\ndiff --git a/b b/b\n+2\n"
     left_out = ["a.bin (not a source file)", ".env (looks like a secret)", "b.bin (not a source file)"]
     git = GitFacts(commit="c", dirty=True, patch=patch, left_out=left_out)
     first, second = findings(load(aim_logging=True), tmp_path, git)
     assert first == "uncommitted changes, recorded in meta/code.patch: a, b"
     assert second == "not recorded: 2 files that are not source files, such as a.bin, .env (looks like a secret)"
-    one, seven = (
-        GitFacts(commit="c", left_out=left_out[:1]),
-        GitFacts(commit="c", left_out=[f"{i} (x)" for i in range(7)]),
-    )
+    one = GitFacts(commit="c", left_out=left_out[:1])
+    seven = GitFacts(commit="c", left_out=[f"{i} (x)" for i in range(7)])
     assert findings(load(aim_logging=True), tmp_path, one) == ["not recorded: a.bin (not a source file)"]
     assert findings(load(aim_logging=True), tmp_path, seven)[0].endswith("4 (x) and 2 more")
     nine = GitFacts(commit="c", left_out=[*seven.left_out, "a.bin (not a source file)", "b.bin (not a source file)"])
-    (told,) = findings(load(aim_logging=True), tmp_path, nine)
-    assert told.startswith("not recorded: 2 files that are not source files, such as a.bin, 0 (x), ")
-    assert told.endswith("3 (x) and 3 more")
-    assert findings(load(aim_logging=True), tmp_path, GitFacts(problem="not a git repository")) == [
-        "the code is not recorded: not a git repository"
-    ]
+    (finding,) = findings(load(aim_logging=True), tmp_path, nine)
+    assert finding.startswith("not recorded: 2 files that are not source files, such as a.bin, 0 (x), ")
+    assert finding.endswith("3 (x) and 3 more")
+    (finding,) = findings(load(aim_logging=True), tmp_path, GitFacts(problem="not a git repository"))
+    assert finding == "the code is not recorded: not a git repository"
 
 
-def test_a_prepared_dataset_has_its_tokenizer_and_its_split(load: Callable[..., LoadedConfig], tmp_path: Path) -> None:
+def test_settings_that_a_prepared_dataset_decides_are_reported(
+    load: Callable[..., LoadedConfig], tmp_path: Path
+) -> None:
     dataset = write_dataset(tmp_path / "datasets" / "small", kind="bpe", bpe_vocab_size=300)
     made = {"bpe_vocab_size": 300, "special_tokens": [], "unknown_token": None, "val_fraction": 0.2}
     replace(dataset, facts={"settings": made}).save()
@@ -81,7 +80,7 @@ def test_a_prepared_dataset_has_its_tokenizer_and_its_split(load: Callable[..., 
         return findings(load(dataset="small", aim_logging=True, **asked), tmp_path, CLEAN)
 
     assert found(bpe_vocab_size="300", tokenizer="bpe") == []  # as it was prepared
-    assert found(bpe_vocab_size="4096", val_fraction="0.1") == [  # also where that is the default
+    assert found(bpe_vocab_size="4096", val_fraction="0.1") == [  # even if the value is the default
         "--bpe-vocab-size: bpe_vocab_size has no effect: the prepared dataset has its own: 300",
         "--val-fraction: val_fraction has no effect: the prepared dataset has its own: 0.2",
     ]
@@ -89,7 +88,7 @@ def test_a_prepared_dataset_has_its_tokenizer_and_its_split(load: Callable[..., 
         found(tokenizer="char")
 
 
-def test_settings_without_effect_are_reported_with_their_place(
+def test_settings_without_effect_are_reported_with_the_reason(
     load: Callable[..., LoadedConfig], tmp_path: Path
 ) -> None:
     printed = findings(load(rope_theta="500", min_lr="1e-5", schedule="constant", experiment="x"), tmp_path, CLEAN)
@@ -117,7 +116,7 @@ def test_settings_without_effect_are_reported_with_their_place(
     ],
     ids=str,
 )
-def test_a_setting_of_what_is_not_chosen_has_no_effect(
+def test_a_setting_of_an_option_that_is_not_chosen_has_no_effect(
     settings: dict[str, str], reason: str, load: Callable[..., LoadedConfig], tmp_path: Path
 ) -> None:
     key = next(iter(settings))
@@ -135,7 +134,7 @@ def test_a_setting_of_what_is_not_chosen_has_no_effect(
     ],
     ids=str,
 )
-def test_a_setting_of_what_is_chosen_has_an_effect(
+def test_a_setting_of_a_chosen_option_is_not_reported(
     settings: dict[str, str], load: Callable[..., LoadedConfig], tmp_path: Path
 ) -> None:
     assert findings(load(**settings, aim_logging=True), tmp_path, CLEAN) == []
@@ -165,7 +164,7 @@ def test_slow_attention_on_a_gpu_is_reported_with_the_reason(
     assert preflight(setup, CLEAN) == [expected] * count
 
 
-def test_a_disk_that_is_too_small_is_told(
+def test_a_disk_that_is_too_small_is_reported(
     load: Callable[..., LoadedConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = type("Usage", (), {"free": 40_000})
@@ -176,7 +175,7 @@ def test_a_disk_that_is_too_small_is_told(
     )
 
 
-def test_the_same_configuration_and_code_were_run_before(
+def test_a_configuration_and_code_that_were_run_before_are_reported(
     tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert train.main(tiny_argv("--run-tag", "one")) == 0
@@ -219,7 +218,7 @@ def test_the_noise_is_reported_when_further_seeds_are_planned(
     assert "3 seeds, against as many other runs, can show a difference of about 0.32" in printed
 
 
-def test_strict_turns_what_is_reported_into_a_mistake(
+def test_strict_turns_findings_into_an_error(
     tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv("--strict", "--rope-theta", "500")) == 2
@@ -227,7 +226,7 @@ def test_strict_turns_what_is_reported_into_a_mistake(
     assert not runs_dir.exists() or not list(runs_dir.iterdir())
 
 
-def test_a_run_stops_at_a_step_and_goes_on(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+def test_a_run_stops_at_stop_at_step_and_can_be_resumed(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
     assert train.main(tiny_argv("--stop-at-step", "4", "--run-tag", "x")) == 0
     run = only_run()
     record = json.loads((run / "run.json").read_text())

@@ -1,4 +1,4 @@
-"""Runs on a prepared dataset: resumed, forked, evaluated without leaks, and asked what they saw."""
+"""Runs on a prepared dataset: resumed, forked, evaluated without leaks, and the documents that they saw."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Argv = Callable[..., list[str]]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with datasets/small and a finished run, runs/*_whole, that was packed; and one that was stopped."""
+    """A folder with datasets/small, a finished packed run, runs/*_whole, and a stopped one, runs/*_parts."""
     folder = tmp_path_factory.mktemp("trained")
     write_dataset(folder / "datasets" / "small", kind="bpe", bpe_vocab_size=300, leaks=[1, 5])
     assert train.main(words(folder, "--run-tag", "whole")) == 0
@@ -52,7 +52,7 @@ def records(run: Path) -> list[dict[str, object]]:
     return list(read_records(run / "logs" / METRICS_FILE))
 
 
-def test_the_record_says_what_the_dataset_is(trained: Path) -> None:
+def test_the_record_describes_the_dataset(trained: Path) -> None:
     resolved = read_record(run_of(trained, "whole"))["resolved"]
     assert (resolved["dataset"], resolved["tokenizer"]) == ("small", "bpe")
     assert (resolved["train_documents"], resolved["val_documents"]) == (len(TEXTS), 16)
@@ -61,7 +61,7 @@ def test_the_record_says_what_the_dataset_is(trained: Path) -> None:
     assert resolved["epochs"] == round(6 * 8 / resolved["rows"], 4)
 
 
-def test_a_resumed_run_is_bit_for_bit_the_undisturbed_one(trained: Path) -> None:
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(trained: Path) -> None:
     whole, parts = run_of(trained, "whole"), run_of(trained, "parts")
     assert train.main(["--resume", str(parts)]) == 0
     found = compare_logs(whole, parts)
@@ -162,15 +162,12 @@ def test_the_hardest_documents_of_an_update_come_first(trained: Path, capsys: py
         (("--step", "6"), "has no update 6: its updates are 0 to 5"),
         (("--step", "-1"), "has no update -1"),
         (("--step", "0", "--top", "0"), "--top must be at least 1"),
-        (
-            ("--step", "0", "--top", "1", "--checkpoint", "lates"),
-            "or a step; did you mean latest",
-        ),
+        (("--step", "0", "--top", "1", "--checkpoint", "lates"), "or a step; did you mean latest"),
         (("--step", "0", "--top", "1", "--checkpoint", "5"), "no checkpoint of step 5"),
         (("--step", "0", "--checkpoint", "6"), "expected --top N, too"),
     ],
 )
-def test_what_was_not_seen_is_said(
+def test_a_missing_update_or_checkpoint_is_refused(
     trained: Path, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert experiments.main(["seen", str(run_of(trained, "whole")), *more]) == 2
@@ -187,7 +184,7 @@ def test_the_table_fits_the_terminal(
     assert lines[-1] == f"loss under the checkpoint of step {int(folder_name(6).split('_')[1])}, in nats per token"
 
 
-def test_a_window_of_plain_text_has_a_file_and_a_line(
+def test_a_window_of_plain_text_is_named_by_file_and_line(
     tmp_path: Path, tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "texts"
@@ -195,12 +192,8 @@ def test_a_window_of_plain_text_has_a_file_and_a_line(
     texts = {name: "".join(f"{name} line {i}\n" for i in range(1, 60)) for name in ("a.txt", "b.txt", "c.txt")}
     for name, text in texts.items():
         (folder / name).write_text(text)
-    assert (
-        train.main(
-            tiny_argv("--dataset", str(folder), "--max-iters", "1", "--batch-size", "16", "--sample-tokens", "0")
-        )
-        == 0
-    )
+    flags = ("--dataset", str(folder), "--max-iters", "1", "--batch-size", "16", "--sample-tokens", "0")
+    assert train.main(tiny_argv(*flags)) == 0
     capsys.readouterr()
     assert experiments.main(["seen", str(only_run()), "--step", "0", "--json"]) == 0
     passages = json.loads(capsys.readouterr().out)["passages"]
@@ -212,7 +205,7 @@ def test_a_window_of_plain_text_has_a_file_and_a_line(
     assert len({passage["source"] for passage in passages}) > 1
 
 
-def test_a_text_begins_as_documents_did_in_training(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prompt_begins_like_a_document_in_training(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import utils.inference.generator as generation
     from workbench import Generator, Request
 

@@ -1,4 +1,4 @@
-"""The record of a run is the truth: its code in every session, its text, its duration, the digits of its settings."""
+"""The record of a run is true: the code of each session, the text, the duration, and the digits of the settings."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_damaged_token_file_is_noticed_and_encoded_again(tiny_corpus: Path, tm
     assert "damaged" in warnings[0]
     assert load() == tokens
     assert len(warnings) == 1
-    os.utime(tiny_corpus)  # young: no record is used, and the file is not trusted either
+    os.utime(tiny_corpus)  # changed just now, so its record is not used, nor is the token file trusted
     file.write_bytes(content[:100] + b"\xff\xff" + content[102:])
     assert load() == tokens
 
@@ -146,7 +146,7 @@ def test_the_duration_is_the_sum_of_the_sessions(tmp_path: Path, monkeypatch: py
     assert read_run(run.path).row()["duration"] == pytest.approx(5)
 
 
-def test_who_only_looks_after_a_crashed_run_does_not_prolong_it(tmp_path: Path) -> None:
+def test_inspecting_a_crashed_run_does_not_extend_its_duration(tmp_path: Path) -> None:
     run = make_run(tmp_path, "run", status="running", start="2026-01-01T00:00:00+00:00", end=None)
     died = datetime(2026, 1, 1, 0, 1, tzinfo=UTC).timestamp()
     with held_lock(run):
@@ -164,7 +164,7 @@ def test_who_only_looks_after_a_crashed_run_does_not_prolong_it(tmp_path: Path) 
     assert time.time() - (run / LOCK).stat().st_mtime < 60
 
 
-def test_the_duration_of_older_records_leaves_the_pauses_out(tmp_path: Path) -> None:
+def test_the_duration_of_older_records_excludes_the_pauses(tmp_path: Path) -> None:
     before = {"status": "interrupted", "end": "2026-01-01T00:00:02+00:00"}
     resumes = [{"time": "2026-01-06T00:00:00+00:00", "step": 1, "before": before}]
     times = {"start": "2026-01-01T00:00:00+00:00", "end": "2026-01-06T00:00:03+00:00"}
@@ -173,11 +173,11 @@ def test_the_duration_of_older_records_leaves_the_pauses_out(tmp_path: Path) -> 
     assert duration_of(tmp_path, record_of("old", **backwards), alive=False) == 0
 
 
-# ------------------------------------------------------------------------------------------------ grown
+# --------------------------------------------------------------------------------------------- extended
 
 
 @pytest.mark.slow
-def test_a_run_that_grew_is_reproduced_with_the_evaluation_at_its_old_end(
+def test_an_extended_run_is_reproduced_with_the_evaluation_at_its_old_end(
     tiny_argv: Argv, only_run: Callable[[], Path]
 ) -> None:
     words = ("--schedule", "constant", "--warmup-iters", "0", "--learning-rate", "0.3", "--export-weights", "best")
@@ -198,7 +198,7 @@ def test_a_run_that_grew_is_reproduced_with_the_evaluation_at_its_old_end(
 # ----------------------------------------------------------------------------------------------- digits
 
 
-def test_as_many_digits_as_tell_values_apart() -> None:
+def test_numbers_have_as_many_digits_as_distinguish_them() -> None:
     values = [0.00123456789, 0.00123456781, 1e-5, 3e-4, 64.0, 0.1 + 0.2]
     for text in (number_text, lambda value: column_text("learning_rate", value)):
         assert [float(text(value)) for value in values] == values

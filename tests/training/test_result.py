@@ -1,4 +1,4 @@
-"""What is said at the end of a run, and of a tracker that cannot be installed."""
+"""What is reported at the end of a run, about a tracker that cannot be installed, and about unknown characters."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_command_names_a_run_by_its_tag_unless_that_reads_as_a_flag(
     run.release()
 
 
-def test_where_aim_has_no_builds_no_rebuild_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_platforms_without_builds_of_aim_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, platform, words in (
         ((3, 12), "linux", None),
         ((3, 13), "linux", "aim has no builds for Python 3.13 on linux"),

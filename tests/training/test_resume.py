@@ -1,8 +1,9 @@
-"""A run that is stopped at any moment continues as if it had not been: bit for bit, in one directory and one view."""
+"""A run that is stopped at any moment resumes as if it had not been: bit for bit, in one directory and one view."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,13 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from equal_runs import assert_equal_runs
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import experiments
 import train
+import utils.checkpoints.files
 import utils.training.step
-from benchmarks.run_equality import differences, last_checkpoint
+from benchmarks.run_equality import last_checkpoint
 from utils.checkpoints.folder import list_checkpoints
 from utils.runs.log import read_metrics
 from utils.runs.run import Run, read_record, read_status
@@ -28,58 +31,46 @@ from utils.training.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("prompt_writes", "warm_processes")
 Argv = Callable[..., list[str]]
+RunOf = Callable[[str], Path]
+AfterStep = Callable[[int, Callable[[], None]], None]
 ROOT = Path(__file__).resolve().parents[2]
-SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}
+
 SIXTY = ("--max-iters", "60", "--eval-interval", "20", "--checkpoint-interval", "10", "--dropout", "0.2")
 HARD = (*SIXTY, "--gradient-accumulation-steps", "2", "--patience", "50", "--min-delta", "0.001")
-
-
-@pytest.fixture
-def run_of(runs_dir: Path) -> Callable[[str], Path]:
-    """The newest run with a tag."""
-
-    def find(tag: str) -> Path:
-        return max(path for path in runs_dir.iterdir() if path.name.endswith(tag))
-
-    return find
 
 
 def checkpoints(run: Path) -> Path:
     return run / "artifacts" / "checkpoints"
 
 
-def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
-    """Do something when update `step` is done, once."""
-    optimizer_step = utils.training.step.optimizer_step
-    done: list[int] = []
-
-    def patched(state: TrainState, *grad_norms: torch.Tensor) -> None:
-        optimizer_step(state, *grad_norms)
-        if state.step == step and not done:
-            done.append(step)
-            action()
-
-    monkeypatch.setattr(utils.training.step, "optimizer_step", patched)
-
-
 def send(signum: signal.Signals) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), signum)
+
+
+def fill_disk_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The checkpoint of `step` cannot be written."""
+    write = utils.checkpoints.files.write_tensors
+
+    def write_or_fail(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+        if path.parent.name.startswith(f".step_{step:06d}.tmp"):
+            raise OSError(28, "No space left on device")
+        return write(path, tensors)
+
+    monkeypatch.setattr(utils.checkpoints.files, "write_tensors", write_or_fail)
 
 
 # ------------------------------------------------------------------------------------------ killed
 
 
 def killed(words: list[str], moment: str, step: int) -> None:
-    """Train in a process that kills itself at the moment."""
+    """Train in a process that kills itself at this moment of this step."""
     script = [sys.executable, os.fspath(ROOT / "tests" / "killed_training.py"), moment, str(step)]
     result = subprocess.run([*script, *words], capture_output=True, text=True, timeout=120)
     assert result.returncode == -signal.SIGKILL, result.stderr
 
 
 @pytest.mark.slow
-def test_kills_in_a_micro_step_a_write_and_after_an_evaluation_change_nothing(
-    tiny_argv: Argv, run_of: Callable[[str], Path]
-) -> None:
+def test_kills_in_a_micro_step_a_write_and_after_an_evaluation_change_nothing(tiny_argv: Argv, run_of: RunOf) -> None:
     settings = (*SIXTY, "--gradient-accumulation-steps", "2")
     assert train.main(tiny_argv(*settings, "--run-tag", "straight")) == 0
     killed(tiny_argv(*settings, "--run-tag", "killed"), "micro_step", 7)
@@ -89,70 +80,69 @@ def test_kills_in_a_micro_step_a_write_and_after_an_evaluation_change_nothing(
     for moment, step in (("micro_step", 13), ("evaluation", 20), ("checkpoint", 30), ("step", 47)):
         killed(["--resume", str(run)], moment, step)
     assert train.main(["--resume", str(run)]) == 0
-    assert differences(run_of("straight"), run) == SAME
+    assert_equal_runs(run_of("straight"), run)
     record = read_record(run)
     assert [resume["step"] for resume in record["resumes"]] == [0, 10, 10, 20, 40]
     assert {resume["before"]["status"] for resume in record["resumes"]} == {"crashed"}
     assert (record["status"], record["last_step"]) == ("completed", 60)
     assert record["resolved"]["guarantee"].startswith("bit-exact")
-    assert not list(checkpoints(run).glob(".*"))  # what was half written is gone
+    assert not list(checkpoints(run).glob(".*"))  # partly written checkpoints were deleted
 
 
 @pytest.mark.slow
-def test_a_compiled_run_resumes_bit_for_bit(tiny_argv: Argv, run_of: Callable[[str], Path]) -> None:
+def test_a_compiled_run_resumes_bit_for_bit(tiny_argv: Argv, run_of: RunOf) -> None:
     compiled = (*SIXTY, "--compile")
     assert train.main(tiny_argv(*compiled, "--run-tag", "straight")) == 0
     killed(tiny_argv(*compiled, "--run-tag", "killed"), "step", 33)
     assert train.main(["--resume", str(run_of("killed"))]) == 0
     assert read_record(run_of("killed"))["resolved"]["compiled"] is True
-    assert differences(run_of("straight"), run_of("killed")) == SAME
+    assert_equal_runs(run_of("straight"), run_of("killed"))
 
 
 # ------------------------------------------------------------------------------------------ stopped
 
 
 @pytest.mark.parametrize(("signum", "exit_status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_resume_ends_as_if_it_had_not_come(
+def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(
     signum: signal.Signals,
     exit_status: int,
     tiny_argv: Argv,
-    run_of: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
+    run_of: RunOf,
+    after_step: AfterStep,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert train.main(tiny_argv(*HARD, "--run-tag", "straight")) == 0
-    stop_after(monkeypatch, 33, send(signum))
+    after_step(33, send(signum))
     assert train.main(tiny_argv(*HARD, "--run-tag", "stopped")) == exit_status
     run = run_of("stopped")
     assert last_checkpoint(run).step == 33
     assert (read_record(run)["status"], read_record(run)["exit_reason"]) == ("interrupted", signum.name)
     assert f"train.py --resume {run}" in capsys.readouterr().out.replace("\n", "")
     assert train.main(["--resume", str(run)]) == 0
-    assert differences(run_of("straight"), run) == SAME
+    assert_equal_runs(run_of("straight"), run)
 
 
 def test_sigusr1_saves_and_training_goes_on(
-    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+    tiny_argv: Argv, only_run: Callable[[], Path], after_step: AfterStep
 ) -> None:
-    stop_after(monkeypatch, 23, send(signal.SIGUSR1))
+    after_step(23, send(signal.SIGUSR1))
     assert train.main(tiny_argv("--max-iters", "30", "--checkpoint-interval", "0", "--no-keep-best")) == 0
     assert [step for step, _ in list_checkpoints(checkpoints(only_run()))] == [30, 23]
     assert read_record(only_run())["status"] == "completed"
 
 
-def test_a_second_signal_stops_at_once_and_leaves_nothing_half(
-    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+def test_a_second_signal_stops_at_once_and_the_run_can_be_resumed(
+    tiny_argv: Argv, only_run: Callable[[], Path], after_step: AfterStep
 ) -> None:
     def twice() -> None:
         send(signal.SIGINT)()
         send(signal.SIGINT)()
 
-    stop_after(monkeypatch, 13, twice)
+    after_step(13, twice)
     assert train.main(tiny_argv(*SIXTY)) == 130
     record = read_record(only_run())
     assert (record["status"], record["exit_reason"]) == ("interrupted", "SIGINT, at once")
     assert last_checkpoint(only_run()).step == 10
-    monkeypatch.undo()
     assert train.main(["--resume", str(only_run())]) == 0
 
 
@@ -168,12 +158,9 @@ def test_max_minutes_stops_in_time_with_a_checkpoint(
     assert last_checkpoint(only_run()).step == record["last_step"] > 0
 
 
-def test_the_time_limit_is_that_of_one_process(
-    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3, send(signal.SIGTERM))
-        assert train.main(tiny_argv("--max-minutes", "0.001")) == 0
+def test_a_resume_does_not_inherit_max_minutes(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+    assert train.main(tiny_argv("--max-minutes", "0.001")) == 0
+    assert read_record(only_run())["exit_reason"] == "max_minutes (0.001) is almost reached"
     assert train.main(["--resume", str(only_run())]) == 0
     assert read_record(only_run())["status"] == "completed"
 
@@ -183,13 +170,12 @@ def test_the_time_limit_is_that_of_one_process(
 
 @pytest.mark.slow
 def test_resume_auto_is_one_command_for_a_job_that_is_stopped_again_and_again(
-    tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_argv: Argv, runs_dir: Path, after_step: AfterStep
 ) -> None:
     command = tiny_argv(*SIXTY, "--run-tag", "job", "--resume", "auto")
     for step in (15, 37):
-        with monkeypatch.context() as patch:
-            stop_after(patch, step, send(signal.SIGTERM))
-            assert train.main(command) == 143
+        after_step(step, send(signal.SIGTERM))
+        assert train.main(command) == 143
     assert train.main(command) == 0
     (run,) = runs_dir.iterdir()
     assert [resume["step"] for resume in read_record(run)["resumes"]] == [15, 37]
@@ -198,10 +184,10 @@ def test_resume_auto_is_one_command_for_a_job_that_is_stopped_again_and_again(
 
 
 def test_resume_auto_never_takes_a_run_that_is_being_trained(
-    tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_argv: Argv, runs_dir: Path, after_step: AfterStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = tiny_argv(*SIXTY, "--run-tag", "job", "--resume", "auto")
-    stop_after(monkeypatch, 15, send(signal.SIGTERM))
+    after_step(15, send(signal.SIGTERM))
     assert train.main(command) == 143
     (first,) = runs_dir.iterdir()
     other = Run.resume(first)
@@ -254,10 +240,10 @@ def test_what_would_make_it_another_experiment_is_refused_with_the_reason(
     assert Run.resume(only_run()).release() is None  # the lock is free again
 
 
-def test_observation_settings_may_be_overridden_and_stay(
-    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+def test_observation_settings_may_be_overridden_and_are_recorded(
+    tiny_argv: Argv, only_run: Callable[[], Path], after_step: AfterStep
 ) -> None:
-    stop_after(monkeypatch, 15, send(signal.SIGTERM))
+    after_step(15, send(signal.SIGTERM))
     assert train.main(tiny_argv(*SIXTY)) == 143
     assert train.main(["--resume", str(only_run()), "--log-interval", "5"]) == 0
     steps = [step for step, _ in read_metrics(only_run() / "logs", "train/loss")]
@@ -267,14 +253,12 @@ def test_observation_settings_may_be_overridden_and_stay(
 
 
 @pytest.mark.slow
-def test_max_iters_may_grow_where_the_schedule_does_not_depend_on_it(
-    tiny_argv: Argv, run_of: Callable[[str], Path]
-) -> None:
+def test_max_iters_may_grow_if_the_schedule_does_not_depend_on_it(tiny_argv: Argv, run_of: RunOf) -> None:
     constant = (*HARD, "--schedule", "constant", "--warmup-iters", "3")
     assert train.main(tiny_argv(*constant, "--run-tag", "long")) == 0
     assert train.main(tiny_argv(*constant, "--max-iters", "40", "--run-tag", "short")) == 0
     assert train.main(["--resume", str(run_of("short")), "--max-iters", "60"]) == 0
-    assert differences(run_of("long"), run_of("short")) == SAME
+    assert_equal_runs(run_of("long"), run_of("short"))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +273,7 @@ def test_a_run_whose_checkpoints_were_pruned_keeps_its_log(
     again: tuple[str, ...],
     tiny_argv: Argv,
     runs_dir: Path,
-    run_of: Callable[[str], Path],
+    run_of: RunOf,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert train.main(tiny_argv(*first, "--run-tag", "kept")) == 0
@@ -308,14 +292,14 @@ def test_a_run_whose_checkpoints_were_pruned_keeps_its_log(
         assert len(list(runs_dir.iterdir())) == 2
 
 
-def test_a_missing_configuration_or_a_changed_corpus_is_a_mistake(
+def test_a_resume_without_configuration_or_with_another_corpus_is_refused(
     tiny_argv: Argv,
     tiny_corpus: Path,
     only_run: Callable[[], Path],
-    monkeypatch: pytest.MonkeyPatch,
+    after_step: AfterStep,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stop_after(monkeypatch, 3, send(signal.SIGTERM))
+    after_step(3, send(signal.SIGTERM))
     assert train.main(tiny_argv()) == 143
     text = tiny_corpus.read_text()
     tiny_corpus.write_text(text + "one line more\n")
@@ -333,7 +317,7 @@ def test_a_missing_configuration_or_a_changed_corpus_is_a_mistake(
     "words",
     [["--fork"], ["--resume", "auto", "--fork"], ["--strict-resume"], ["--resume", "a", "--init-from", "b"]],
 )
-def test_flags_that_do_not_go_together_are_a_mistake(words: list[str], tiny_argv: Argv, runs_dir: Path) -> None:
+def test_flags_that_do_not_go_together_are_refused(words: list[str], tiny_argv: Argv, runs_dir: Path) -> None:
     assert train.main(tiny_argv(*words)) == 2
     assert not runs_dir.exists()
 
@@ -344,12 +328,12 @@ def test_flags_that_do_not_go_together_are_a_mistake(words: list[str], tiny_argv
 @pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     tiny_argv: Argv,
-    run_of: Callable[[str], Path],
-    monkeypatch: pytest.MonkeyPatch,
+    run_of: RunOf,
+    after_step: AfterStep,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert train.main(tiny_argv(*HARD, "--run-tag", "straight")) == 0
-    stop_after(monkeypatch, 33, send(signal.SIGTERM))
+    after_step(33, send(signal.SIGTERM))
     assert train.main(tiny_argv(*HARD, "--run-tag", "stopped")) == 143
     run = run_of("stopped")
     weights = checkpoints(run) / "step_000033" / "model.safetensors"
@@ -363,28 +347,26 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(
     assert "model.safetensors: damaged: its CRC-32" in capsys.readouterr().out.replace("\n", " ")
     assert [resume["step"] for resume in read_record(run)["resumes"]] == [30]
     assert (checkpoints(run) / "step_000033_damaged").is_dir()
-    assert differences(run_of("straight"), run) == SAME
+    assert_equal_runs(run_of("straight"), run)
 
 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_reported_and_nothing_is_lost(
-    tiny_argv: Argv, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_argv: Argv, run_of: RunOf, after_step: AfterStep, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv(*SIXTY, "--run-tag", "straight")) == 0
     assert train.main(tiny_argv(*SIXTY, "--n-embd", "32", "--run-tag", "other")) == 0
-    stop_after(monkeypatch, 33, send(signal.SIGTERM))
+    after_step(33, send(signal.SIGTERM))
     assert train.main(tiny_argv(*SIXTY, "--run-tag", "stopped")) == 143
     run = run_of("stopped")
     shutil.copytree(checkpoints(run_of("other")) / "step_000060", checkpoints(run) / "step_000060")
     assert train.main(["--resume", str(run)]) == 0
     assert "it is of another model: n_embd: trying the checkpoint before it" in capsys.readouterr().out
     assert (checkpoints(run) / "step_000060_damaged").is_dir()
-    assert differences(run_of("straight"), run) == SAME
+    assert_equal_runs(run_of("straight"), run)
 
 
-def test_a_kill_before_the_pointer_is_written_loses_no_best_weights(
-    tiny_argv: Argv, run_of: Callable[[str], Path]
-) -> None:
+def test_a_kill_before_the_pointer_is_written_loses_no_best_weights(tiny_argv: Argv, run_of: RunOf) -> None:
     best = (*SIXTY, "--export-weights", "best")
     assert train.main(tiny_argv(*best, "--run-tag", "straight")) == 0
     killed(tiny_argv(*best, "--run-tag", "killed"), "pointer", 60)
@@ -392,22 +374,13 @@ def test_a_kill_before_the_pointer_is_written_loses_no_best_weights(
     assert json.loads((checkpoints(run) / "best.json").read_text())["step"] < 60
     assert train.main(["--resume", str(run)]) == 0
     assert json.loads((checkpoints(run) / "best.json").read_text())["step"] == 60
-    assert differences(run_of("straight"), run) == SAME
+    assert_equal_runs(run_of("straight"), run)
 
 
 def test_a_checkpoint_that_cannot_be_written_does_not_end_training(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import utils.checkpoints.files
-
-    write = utils.checkpoints.files.write_tensors
-
-    def full(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        if ".step_000010.tmp" < path.parent.name < ".step_000025.tmp":
-            raise OSError(28, "No space left on device")
-        return write(path, tensors)
-
-    monkeypatch.setattr(utils.checkpoints.files, "write_tensors", full)
+    fill_disk_at(monkeypatch, 20)
     assert train.main(tiny_argv(*SIXTY, "--max-iters", "25", "--no-keep-best")) == 0
     out = capsys.readouterr().out.replace("\n", " ")
     assert "the checkpoint of step 20 was not written: No space left on device; the newest is of step 10" in out
@@ -415,7 +388,7 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_training(
     assert not list(checkpoints(only_run()).glob(".*"))
 
 
-def test_the_steps_of_the_session_are_told_from_all_steps(
+def test_the_summary_counts_the_steps_of_this_session_apart(
     tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv("--max-iters", "6", "--stop-at-step", "4")) == 0
@@ -427,16 +400,7 @@ def test_the_steps_of_the_session_are_told_from_all_steps(
 def test_a_last_checkpoint_that_could_not_be_written_is_in_the_summary(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import utils.checkpoints.files
-
-    write = utils.checkpoints.files.write_tensors
-
-    def full(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        if path.parent.name.startswith(".step_000025.tmp"):
-            raise OSError(28, "No space left on device")
-        return write(path, tensors)
-
-    monkeypatch.setattr(utils.checkpoints.files, "write_tensors", full)
+    fill_disk_at(monkeypatch, 25)
     monkeypatch.setattr("utils.training.session.is_best", lambda state: state.step == 25)  # it is tried twice
     assert train.main(tiny_argv(*SIXTY, "--max-iters", "25")) == 0
     captured = capsys.readouterr()
@@ -450,9 +414,7 @@ def test_a_last_checkpoint_that_could_not_be_written_is_in_the_summary(
 # ------------------------------------------------------------------------------------------ fork, fine-tune
 
 
-def test_a_fork_goes_on_from_a_checkpoint_with_other_settings(
-    tiny_argv: Argv, runs_dir: Path, run_of: Callable[[str], Path]
-) -> None:
+def test_a_fork_continues_from_a_checkpoint_with_other_settings(tiny_argv: Argv, runs_dir: Path, run_of: RunOf) -> None:
     assert train.main(tiny_argv(*SIXTY, "--keep-last", "9", "--run-tag", "first")) == 0
     parent = run_of("first")
     words = ["--resume", f"{parent}:30", "--fork", "--learning-rate", "0.01", "--weight-decay", "0.3"]
@@ -467,16 +429,14 @@ def test_a_fork_goes_on_from_a_checkpoint_with_other_settings(
     assert (fork / "meta" / "git.txt").read_text() != ""
 
 
-def test_a_fork_without_another_setting_repeats_its_parent(tiny_argv: Argv, run_of: Callable[[str], Path]) -> None:
+def test_a_fork_without_another_setting_repeats_its_parent(tiny_argv: Argv, run_of: RunOf) -> None:
     assert train.main(tiny_argv(*SIXTY, "--keep-last", "9", "--run-tag", "first")) == 0
     assert train.main(["--resume", f"{run_of('first')}:30", "--fork"]) == 0
     one, other = last_checkpoint(run_of("first")), last_checkpoint(run_of("first-fork"))
     assert all(torch.equal(one.weights[name], other.weights[name]) for name in one.weights)
 
 
-def test_a_fork_with_another_batch_counts_on_the_tokens_of_its_parent(
-    tiny_argv: Argv, run_of: Callable[[str], Path]
-) -> None:
+def test_a_fork_with_another_batch_continues_the_token_count_of_its_parent(tiny_argv: Argv, run_of: RunOf) -> None:
     assert train.main(tiny_argv("--run-tag", "small")) == 0  # 6 steps of 4 x 8 tokens
     fork = ["--resume", f"{run_of('small')}:3", "--fork", "--batch-size", "8", "--max-iters", "8", "--run-tag", "large"]
     assert train.main([*fork, "--stop-at-step", "5"]) == 0
@@ -487,7 +447,7 @@ def test_a_fork_with_another_batch_counts_on_the_tokens_of_its_parent(
 
 
 def test_fine_tuning_starts_at_step_0_with_the_best_weights_of_another_run(
-    tiny_argv: Argv, tmp_path: Path, tiny_text: str, run_of: Callable[[str], Path]
+    tiny_argv: Argv, tmp_path: Path, tiny_text: str, run_of: RunOf
 ) -> None:
     assert train.main(tiny_argv(*SIXTY, "--run-tag", "base")) == 0
     base = run_of("base")
@@ -506,8 +466,8 @@ def test_fine_tuning_starts_at_step_0_with_the_best_weights_of_another_run(
 
 
 @pytest.mark.slow
-def test_fine_tuning_and_forks_that_die_before_their_first_checkpoint_begin_again_where_they_began(
-    tiny_argv: Argv, tmp_path: Path, tiny_text: str, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+def test_fine_tuning_and_forks_killed_before_their_first_checkpoint_start_again_from_their_parent(
+    tiny_argv: Argv, tmp_path: Path, tiny_text: str, run_of: RunOf
 ) -> None:
     assert train.main(tiny_argv(*SIXTY, "--keep-last", "9", "--run-tag", "base")) == 0
     base = run_of("base")
@@ -522,7 +482,7 @@ def test_fine_tuning_and_forks_that_die_before_their_first_checkpoint_begin_agai
         run = run_of(f"{tag}-killed")
         assert not list_checkpoints(checkpoints(run))
         assert train.main(["--resume", str(run)]) == 0
-        assert differences(straight, run) == SAME
+        assert_equal_runs(straight, run)
 
 
 @pytest.mark.parametrize(
@@ -530,7 +490,7 @@ def test_fine_tuning_and_forks_that_die_before_their_first_checkpoint_begin_agai
     [
         (("--n-embd", "32"), "n_embd 16, not 32; fitting: --n-embd 16"),
         (("--block-size", "16"), "block_size 8, not 16; fitting: --block-size 8"),
-        (("--mlp", "swiglu"), "mlp gelu, not swiglu, ffn_dim none, not none"),
+        (("--mlp", "swiglu"), "mlp gelu, not swiglu"),
     ],
 )
 def test_weights_of_another_model_are_refused_with_the_flags_that_fit(
@@ -539,11 +499,11 @@ def test_weights_of_another_model_are_refused_with_the_flags_that_fit(
     assert train.main(tiny_argv("--run-tag", "base")) == 0
     (base,) = runs_dir.iterdir()
     assert train.main(tiny_argv("--init-from", str(base), *words)) == 2
-    assert message.split(", ffn_dim")[0] in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert list(runs_dir.iterdir()) == [base]
 
 
-def test_a_longer_context_takes_the_weights_with_rope(tiny_argv: Argv, run_of: Callable[[str], Path]) -> None:
+def test_a_longer_context_takes_the_weights_with_rope(tiny_argv: Argv, run_of: RunOf) -> None:
     assert train.main(tiny_argv("--position", "rope", "--run-tag", "base")) == 0
     words = ("--init-from", str(run_of("base")), "--position", "rope", "--block-size", "16", "--run-tag", "longer")
     assert train.main(tiny_argv(*words)) == 0
@@ -551,7 +511,7 @@ def test_a_longer_context_takes_the_weights_with_rope(tiny_argv: Argv, run_of: C
 
 
 def test_characters_that_the_model_does_not_know_are_named(
-    tiny_argv: Argv, tmp_path: Path, tiny_text: str, run_of: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+    tiny_argv: Argv, tmp_path: Path, tiny_text: str, run_of: RunOf, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv("--run-tag", "base")) == 0
     other = tmp_path / "other.txt"
@@ -587,7 +547,7 @@ def test_early_stopping_exports_the_best_weights_and_says_so(
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int, where: str) -> None:
-    """A loss or gradient of update `step` becomes NaN."""
+    """Make the loss or a gradient of update `step` NaN."""
     forward_backward = utils.training.step.forward_backward
 
     def patched(state: TrainState, phase: Any) -> torch.Tensor:
@@ -625,12 +585,12 @@ def test_divergence_keeps_the_last_good_checkpoint_and_dumps_the_last_steps(
 
 
 def test_an_exception_dumps_the_last_steps_too(
-    tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+    tiny_argv: Argv, only_run: Callable[[], Path], after_step: AfterStep
 ) -> None:
     def fail() -> None:
         raise RuntimeError("the cat pulled the plug")
 
-    stop_after(monkeypatch, 4, fail)
+    after_step(4, fail)
     with pytest.raises(RuntimeError):
         train.main(tiny_argv())
     flight = json.loads((only_run() / "artifacts" / "flight_recorder.json").read_text())
@@ -638,16 +598,13 @@ def test_an_exception_dumps_the_last_steps_too(
     assert [step["step"] for step in flight["steps"]] == [0, 1, 2, 3]
 
 
-def test_float16_steps_in_a_row_may_be_bad(
+def test_float16_training_skips_as_many_nonfinite_steps_as_allowed(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, 5, "gradient")
     half = ("--dtype", "float16", "--max-iters", "20")
     assert train.main(tiny_argv(*half, "--skip-nonfinite", "1")) == 0
-    assert (
-        dict(read_metrics(only_run() / "logs", "grad_norm"))[5]
-        != dict(read_metrics(only_run() / "logs", "grad_norm"))[5]
-    )  # NaN
+    assert math.isnan(dict(read_metrics(only_run() / "logs", "grad_norm"))[5])
     assert all(tensor.isfinite().all() for tensor in last_checkpoint(only_run()).weights.values())
 
 
@@ -655,9 +612,7 @@ def test_float16_steps_in_a_row_may_be_bad(
 
 
 @pytest.mark.slow
-def test_a_resumed_run_is_one_continuous_curve_and_one_aim_run(
-    tiny_argv: Argv, tmp_path: Path, run_of: Callable[[str], Path]
-) -> None:
+def test_a_resumed_run_is_one_continuous_curve_and_one_aim_run(tiny_argv: Argv, tmp_path: Path, run_of: RunOf) -> None:
     from aim import Repo
     from aim.sdk.index_manager import RepoIndexManager
 
@@ -670,7 +625,7 @@ def test_a_resumed_run_is_one_continuous_curve_and_one_aim_run(
     fed = json.loads((run / "logs" / "fed_tensorboard.json").read_text())
     assert fed["last_step"] > 100  # beyond the checkpoint that the resume starts from
     assert train.main(["--resume", str(run)]) == 0
-    assert differences(run_of("straight"), run) == SAME
+    assert_equal_runs(run_of("straight"), run)
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0})
     events.Reload()
@@ -693,7 +648,7 @@ def test_a_resumed_run_is_one_continuous_curve_and_one_aim_run(
 
 @pytest.mark.slow
 def test_aim_shows_no_steps_that_a_shorter_resume_never_reached(
-    tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
+    tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path], after_step: AfterStep
 ) -> None:
     from aim import Repo
     from aim.sdk.index_manager import RepoIndexManager
@@ -702,7 +657,7 @@ def test_aim_shows_no_steps_that_a_shorter_resume_never_reached(
     killed([*words, "--checkpoint-interval", "100", "--eval-interval", "400"], "fed", 160)
     run = only_run()
     stale = read_record(run)["views"]["aim"]["hash"]
-    stop_after(monkeypatch, 110, send(signal.SIGTERM))
+    after_step(110, send(signal.SIGTERM))
     assert train.main(["--resume", str(run)]) == 143
     fresh = read_record(run)["views"]["aim"]["hash"]
     assert fresh != stale

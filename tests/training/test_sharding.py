@@ -1,4 +1,4 @@
-"""Models in shards on one rank, and what each of several would have; tests/test_sharded_run.py has two."""
+"""Sharded models on one rank, and the rows of each of several ranks; tests/test_sharded_run.py trains on two."""
 
 from __future__ import annotations
 
@@ -79,12 +79,11 @@ def train(state: TrainState, count: int) -> list[float]:
 
 @pytest.mark.parametrize("model", [{}, ALL_KINDS], ids=["default", "all kinds"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_model_in_shards_trains_as_one_that_is_whole(build: Build, model: dict[str, Any], optimizer: str) -> None:
-    """The first numbers and the random state are equal to the last bit, and so are gradients; norms are rounded."""
+def test_a_sharded_model_trains_like_a_whole_one(build: Build, model: dict[str, Any], optimizer: str) -> None:
+    """The initial weights are equal bit for bit; later numbers differ by the rounding of the norms."""
     states = []
     for shard in ("none", "fsdp"):
         states.append(build(shard, model=model, optimizer={"optimizer_name": optimizer}))
-        torch.rand(1)
     whole, shards = states
     for before, after in zip(own_weights(whole).items(), own_weights(shards).items(), strict=True):
         assert before[0] == after[0]
@@ -94,7 +93,7 @@ def test_a_model_in_shards_trains_as_one_that_is_whole(build: Build, model: dict
         assert torch.allclose(own_weights(shards)[name], weight, atol=1e-5)
 
 
-def test_initialisation_draws_the_random_numbers_of_a_whole_model(build: Build) -> None:
+def test_initialisation_draws_as_many_random_numbers_as_for_a_whole_model(build: Build) -> None:
     after = []
     for shard in ("none", "fsdp"):
         build(shard)
@@ -131,9 +130,18 @@ def test_each_rank_initialises_its_rows_of_one_parameter_at_a_time(
     assert max(sizes) <= max(p.numel() for p in whole.parameters())
 
 
-def test_a_parameter_that_cannot_be_followed_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("as a value", "is not initialised by"),
+        ("truncated", "is not initialised by"),
+        ("in parts", "does not fill a whole parameter"),
+        ("in steps", "does not fill a whole parameter"),
+    ],
+)
+def test_an_initialisation_that_cannot_be_sharded_is_refused(way: str, message: str) -> None:
     class Odd(nn.Module):
-        def __init__(self, way: str) -> None:
+        def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(3, 2) if way == "as a value" else torch.empty(3, 2))
             if way == "in parts":
@@ -144,16 +152,14 @@ def test_a_parameter_that_cannot_be_followed_is_refused() -> None:
                 nn.init.normal_(self.weight)
                 with torch.no_grad():
                     self.weight.mul_(2.0)
-            if way == "truncated":  # torch does nothing there
+            if way == "truncated":  # torch does nothing on the meta device
                 nn.init.trunc_normal_(self.weight)
 
-    messages = {"as a value": "is not initialised by", "truncated": "is not initialised by"}
-    for way in ("as a value", "truncated", "in parts", "in steps"):
-        initialisation = Initialisation(Ranks(0, 0, 2))
-        with pytest.raises(UserError, match=messages.get(way, "does not fill a whole parameter")):  # noqa: PT012
-            with torch.device("meta"), initialisation:
-                model = Odd(way)
-            initialisation.rows_of("weight", model.weight)
+    initialisation = Initialisation(Ranks(0, 0, 2))
+    with pytest.raises(UserError, match=message):  # noqa: PT012
+        with torch.device("meta"), initialisation:
+            model = Odd()
+        initialisation.rows_of("weight", model.weight)
 
 
 def test_a_step_with_a_non_finite_gradient_changes_nothing(build: Build) -> None:
@@ -188,7 +194,7 @@ def test_activation_checkpointing_changes_no_bit(build: Build) -> None:
     assert train(states[0], 2) == train(states[1], 2)
 
 
-def test_a_checkpoint_in_shards_continues_bit_for_bit_sharded_and_not(build: Build, tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_can_be_resumed_sharded_and_whole(build: Build, tmp_path: Path) -> None:
     from utils.runs.log import RunLog
     from utils.training.sharded_checkpointer import make_checkpointer
 
@@ -218,14 +224,14 @@ def test_a_checkpoint_in_shards_continues_bit_for_bit_sharded_and_not(build: Bui
     [{"compile": True}, {"fp8": True}, {"profile_step": 3}, {"batch_size": "auto"}, {"dtype": "float16"}],
     ids=lambda setting: next(iter(setting)),
 )
-def test_what_shards_do_not_support_is_refused_by_name(setting: dict[str, Any]) -> None:
+def test_settings_that_sharding_does_not_support_are_refused_by_name(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"shard fsdp does not work with {next(iter(setting))}"):
         TrainConfig(shard="fsdp", **setting)
     with contextlib.suppress(RuleError):
         TrainConfig(**setting)
 
 
-def test_adapters_are_refused_and_the_default_leaves_hashes_as_they_were() -> None:
+def test_adapters_are_refused_and_sharding_changes_the_hash() -> None:
     with pytest.raises(ValueError, match="shard fsdp does not work with lora_rank"):
         Config(train=TrainConfig(shard="fsdp"), optimizer=OptimizerConfig(lora_rank=2))
     hashes = {config_hash(Config(train=TrainConfig(shard=shard)), {}) for shard in ("none", "fsdp")}  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Capture and restore: training continues bit for bit from a checkpoint that was written to disk, or is refused."""
+"""Capture and restore: training continues bit for bit from a checkpoint on disk, or the checkpoint is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Build = Callable[..., TrainState]
 
 @pytest.fixture
 def build(tmp_path: Path, tiny_corpus: Path) -> Build:
-    """A tiny state on the CPU, with dropout; settings by section: `build(train={"seed": 1})`."""
+    """A tiny state on the CPU with dropout. Settings are given by section: `build(train={"seed": 1})`."""
 
     def make(seed: int = 0, **sections: dict[str, Any]) -> TrainState:
         small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "dropout": 0.2}
@@ -83,7 +83,7 @@ class Counter:
         self.count = state["count"]
 
 
-def test_training_goes_on_bit_for_bit_with_dropout(build: Build, tmp_path: Path) -> None:
+def test_training_with_dropout_continues_bit_for_bit(build: Build, tmp_path: Path) -> None:
     straight = build()
     train_steps(straight, 3)
     checkpoint = saved(straight, tmp_path / "step_000003")
@@ -96,7 +96,7 @@ def test_training_goes_on_bit_for_bit_with_dropout(build: Build, tmp_path: Path)
     assert weights_of(resumed) == weights_of(straight)
 
 
-def test_all_that_training_changes_comes_back(build: Build, tmp_path: Path) -> None:
+def test_everything_that_training_changes_is_restored(build: Build, tmp_path: Path) -> None:
     state = build()
     train_steps(state, 2)
     state.losses, state.losses_step = {"train/eval_loss": 3.1, "val/loss": 0.1 + 0.2}, 2
@@ -116,7 +116,7 @@ def test_all_that_training_changes_comes_back(build: Build, tmp_path: Path) -> N
     assert again.callbacks["counter"].state_dict() == {"count": 7}
 
 
-def test_a_state_before_any_evaluation_comes_back(build: Build, tmp_path: Path) -> None:
+def test_a_state_before_any_evaluation_is_restored(build: Build, tmp_path: Path) -> None:
     state = build()
     train_steps(state, 1)
     again = build()
@@ -144,7 +144,7 @@ def test_random_streams_continue() -> None:
     assert torch.equal(torch.rand(100), expected)
 
 
-def test_states_of_devices_that_are_not_here_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_states_of_missing_devices_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     torch.manual_seed(5)
     states = random_states() | {"cuda": ["AAAA"], "mps": "AAAA"}
@@ -163,29 +163,31 @@ def test_states_of_devices_that_are_not_here_are_left_out(monkeypatch: pytest.Mo
         ({}, ""),
     ],
 )
-def test_a_checkpoint_of_another_experiment_is_foreign(
+def test_a_checkpoint_of_another_experiment_is_a_mismatch(
     build: Build, tmp_path: Path, sections: dict[str, Any], reason: str
 ) -> None:
     checkpoint, own = saved(build(**sections), tmp_path / "step_000001"), build()
     assert mismatch(checkpoint, own.config.model, own.corpus) == reason
 
 
-def test_a_checkpoint_of_another_corpus_is_foreign(build: Build, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_corpus_is_a_mismatch(build: Build, tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("another text of the same experiment, and long enough\n" * 20)
     checkpoint, own = saved(build(data={"dataset": str(other)}), tmp_path / "step_000001"), build()
     assert mismatch(checkpoint, own.config.model, own.corpus) == "its corpus_hash is not that of this run"
 
 
-def test_a_state_that_says_nothing_is_foreign(build: Build, tmp_path: Path) -> None:
+def test_a_state_without_facts_is_a_mismatch(build: Build, tmp_path: Path) -> None:
     own = build()
     checkpoint = Checkpoint(**vars(saved(own, tmp_path / "step_000001")) | {"state": {"step": 1}})
     assert mismatch(checkpoint, own.config.model, own.corpus) == "state.json is damaged"
 
 
-def test_weights_of_another_model_are_told(build: Build, tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused(build: Build, tmp_path: Path) -> None:
     checkpoint = saved(build(model={"block_size": 4, "n_layer": 2}), tmp_path / "step_000001")
-    own = Checkpoint(**vars(checkpoint) | {"state": checkpoint.state | capture(build())[2]})  # with our state.json
+    own = Checkpoint(
+        **vars(checkpoint) | {"state": checkpoint.state | capture(build())[2]}
+    )  # with the state.json of this model
     for take_over in (load_weights, restore, branch):
         with pytest.raises(CheckpointError) as caught:
             take_over(build(), own)
@@ -208,7 +210,7 @@ def test_weights_of_another_model_are_told(build: Build, tmp_path: Path) -> None
         ("callbacks", {}),
     ],
 )
-def test_facts_that_cannot_be_used_are_damage(build: Build, tmp_path: Path, key: str, value: object) -> None:
+def test_unusable_facts_are_reported_as_damage(build: Build, tmp_path: Path, key: str, value: object) -> None:
     state = build()
     train_steps(state, 1)
     checkpoint = saved(state, tmp_path / "step_000001")
@@ -220,7 +222,7 @@ def test_facts_that_cannot_be_used_are_damage(build: Build, tmp_path: Path, key:
     assert str(caught.value).startswith(f"{checkpoint.path}/state.json: damaged (")
 
 
-def test_a_missing_tensor_of_the_optimizer_is_damage(build: Build, tmp_path: Path) -> None:
+def test_a_missing_tensor_of_the_optimizer_is_reported_as_damage(build: Build, tmp_path: Path) -> None:
     state = build()
     train_steps(state, 1)
     checkpoint = saved(state, tmp_path / "step_000001")
@@ -229,7 +231,7 @@ def test_a_missing_tensor_of_the_optimizer_is_damage(build: Build, tmp_path: Pat
         restore(build(), checkpoint)
 
 
-def test_new_weights_are_all_that_fine_tuning_takes(build: Build, tmp_path: Path) -> None:
+def test_fine_tuning_takes_the_weights_and_nothing_else(build: Build, tmp_path: Path) -> None:
     parent = build()
     train_steps(parent, 2)
     checkpoint = saved(parent, tmp_path / "step_000002")
@@ -241,7 +243,7 @@ def test_new_weights_are_all_that_fine_tuning_takes(build: Build, tmp_path: Path
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_larger_context_takes_the_weights_of_rotations(build: Build, tmp_path: Path) -> None:
+def test_a_longer_context_takes_the_weights_of_a_rotary_model(build: Build, tmp_path: Path) -> None:
     parent = build(model={"position": "rope"})
     child = build(seed=1, model={"position": "rope", "block_size": 16})
     load_weights(child, saved(parent, tmp_path / "step_000001"))
@@ -249,7 +251,7 @@ def test_a_larger_context_takes_the_weights_of_rotations(build: Build, tmp_path:
     assert len(child.model.cos) == 16
 
 
-def test_a_branch_goes_on_with_its_own_settings_and_a_best_of_its_own(build: Build, tmp_path: Path) -> None:
+def test_a_branch_continues_with_its_own_settings_and_best_loss(build: Build, tmp_path: Path) -> None:
     parent = build()
     train_steps(parent, 3)
     parent.best_val_loss, parent.best_step = 2.0, 3
@@ -261,17 +263,14 @@ def test_a_branch_goes_on_with_its_own_settings_and_a_best_of_its_own(build: Bui
     assert child.step == 3
     assert weights_of(child) == weights_of(parent)
     assert (child.best_val_loss, child.best_step, child.early_stopping.best) == (math.inf, None, math.inf)
-    assert [(group["weight_decay"], group["betas"][0]) for group in child.optimizer.param_groups] == [
-        (0.3, 0.5),
-        (0.3, 0.5),
-        (0.0, 0.5),
-    ]
+    groups = child.optimizer.param_groups
+    assert [(group["weight_decay"], group["betas"][0]) for group in groups] == [(0.3, 0.5), (0.3, 0.5), (0.0, 0.5)]
     weight = child.model.token_embedding.weight
     moment = parent.optimizer.state[parent.model.token_embedding.weight]["exp_avg"]
     assert torch.equal(child.optimizer.state[weight]["exp_avg"], moment)
 
 
-def test_a_branch_without_changes_is_the_parent_bit_for_bit(build: Build, tmp_path: Path) -> None:
+def test_a_branch_without_changes_repeats_its_parent_bit_for_bit(build: Build, tmp_path: Path) -> None:
     parent = build()
     train_steps(parent, 3)
     checkpoint = saved(parent, tmp_path / "step_000003")
@@ -281,7 +280,7 @@ def test_a_branch_without_changes_is_the_parent_bit_for_bit(build: Build, tmp_pa
     assert train_steps(child, 3) == expected
 
 
-def test_a_branch_with_another_seed_has_random_streams_of_its_own(build: Build, tmp_path: Path) -> None:
+def test_a_branch_with_another_seed_has_its_own_random_streams(build: Build, tmp_path: Path) -> None:
     parent = build()
     train_steps(parent, 3)
     checkpoint = saved(parent, tmp_path / "step_000003")
@@ -300,7 +299,7 @@ def test_early_stopping_finishes_a_run(build: Build) -> None:
     assert build().early_stopping.patience == 3
 
 
-def test_activation_checkpointing_may_change_within_a_run_and_keeps_its_bits(build: Build, tmp_path: Path) -> None:
+def test_switching_activation_checkpointing_on_resume_changes_no_bit(build: Build, tmp_path: Path) -> None:
     without = build()
     expected = train_steps(without, 6)
     state = build(train={"activation_checkpointing": True})
@@ -312,7 +311,7 @@ def test_activation_checkpointing_may_change_within_a_run_and_keeps_its_bits(bui
     assert weights_of(resumed) == weights_of(without)
 
 
-def test_with_fp8_blocks_and_logits_are_in_8_bits_and_parameters_are_not(build: Build) -> None:
+def test_fp8_applies_to_blocks_and_logits_and_not_to_parameters(build: Build) -> None:
     state, usual = build(train={"fp8": True}), build()
     assert state.model.fp8_logits
     assert "multiply" in vars(state.model.blocks[0].mlp.up)

@@ -1,4 +1,4 @@
-"""A non-finite gradient changes neither weights nor optimizer, on a CPU and on a device that is not waited for."""
+"""A non-finite gradient changes neither weights nor optimizer, on the CPU and on a device, without waiting for it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from utils.runs.run import read_record
 from utils.training.state import TrainState, capture
 from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
+StateWith = Callable[[str], TrainState]
 OPTIMIZERS = pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
 DEVICES = pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 
 
 class NoReads(TorchDispatchMode):
-    """Forbids what a device would have to be waited for: to read a number of a tensor on the host."""
+    """Fails if a number of a tensor is read on the host, which would have to wait for the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func is not torch.ops.aten._local_scalar_dense.default
@@ -32,35 +33,25 @@ class NoReads(TorchDispatchMode):
 
 
 def sgd(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """One that knows nothing of found_inf."""
+    """An optimizer that ignores found_inf."""
     return torch.optim.SGD(groups, lr=config.learning_rate, momentum=0.9)
 
 
 @pytest.fixture
-def new_state(
-    tiny_argv: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[str], TrainState]:
-    """A state before its first step."""
-    from utils.terminal.cli import Parser
-    from utils.terminal.config_flags import parse_experiment
-    from utils.terminal.console import Terminal
-    from utils.training.setup import make_setup
-    from utils.training.state import build_state
+def state_with(new_state: Callable[..., TrainState], monkeypatch: pytest.MonkeyPatch) -> StateWith:
+    """A state with this optimizer, before its first step."""
 
     def make(optimizer: str) -> TrainState:
         if optimizer == "sgd":
             monkeypatch.setitem(groups.OPTIMIZERS, "adamw", sgd)
         name = optimizer if optimizer == "muon" else "adamw"
-        words = tiny_argv("--optimizer-name", name, "--weight-decay", "0.1")
-        setup = make_setup(parse_experiment(words, Parser(prog="train.py")).load(), tmp_path)
-        torch.manual_seed(1)
-        return build_state(setup.config, 6, setup.corpus, setup.device, setup.dtype, Terminal(quiet=True))
+        return new_state("--optimizer-name", name, "--weight-decay", "0.1")
 
     return make
 
 
 def update(state: TrainState, device: str = "cpu", *, nan: bool = False) -> None:
-    """One update, as on this device: on another than a CPU nothing is read, and its kernel may ignore `found_inf`."""
+    """One update as on this device: except on the CPU, the optimizer must not read a number on the host."""
     forward_backward(state)
     if nan:
         next(state.model.parameters()).grad[0, 0] = torch.nan  # type: ignore[index]
@@ -79,9 +70,9 @@ def contents(state: TrainState) -> dict[str, torch.Tensor]:
 @OPTIMIZERS
 @DEVICES
 def test_a_nan_gradient_changes_no_weight_and_no_optimizer_state(
-    optimizer: str, device: str, new_state: Callable[[str], TrainState]
+    optimizer: str, device: str, state_with: StateWith
 ) -> None:
-    state = new_state(optimizer)
+    state = state_with(optimizer)
     for _ in range(3):
         update(state, device)
     before = contents(state)
@@ -94,8 +85,8 @@ def test_a_nan_gradient_changes_no_weight_and_no_optimizer_state(
 
 @OPTIMIZERS
 @DEVICES
-def test_a_first_gradient_may_be_nan(optimizer: str, device: str, new_state: Callable[[str], TrainState]) -> None:
-    state = new_state(optimizer)
+def test_the_first_gradient_may_be_nan(optimizer: str, device: str, state_with: StateWith) -> None:
+    state = state_with(optimizer)
     before = {name: p.clone() for name, p in state.model.named_parameters()}
     update(state, device, nan=True)
     assert all(torch.equal(p, before[name]) for name, p in state.model.named_parameters())
@@ -105,10 +96,8 @@ def test_a_first_gradient_may_be_nan(optimizer: str, device: str, new_state: Cal
 
 @OPTIMIZERS
 @pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_finite_updates_are_the_same_bits_on_any_device(
-    optimizer: str, device: str, new_state: Callable[[str], TrainState]
-) -> None:
-    host, other = new_state(optimizer), new_state(optimizer)
+def test_finite_updates_are_the_same_bits_on_any_device(optimizer: str, device: str, state_with: StateWith) -> None:
+    host, other = state_with(optimizer), state_with(optimizer)
     for _ in range(3):
         update(host)
         update(other, device)

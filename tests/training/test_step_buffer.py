@@ -1,4 +1,4 @@
-"""The step buffer: what was added is what the log holds."""
+"""The step buffer: the log holds what was added."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_flush_is_due_after_flush_interval_steps(writer: LogWriter, clock: Clo
     assert not buffer.due()
 
 
-def test_a_flush_is_due_after_a_while(writer: LogWriter, clock: Clock) -> None:
+def test_a_flush_is_due_after_flush_seconds(writer: LogWriter, clock: Clock) -> None:
     buffer = StepBuffer(writer, 1000, 1, 96)
     add(buffer, 0)
     clock.now += FLUSH_SECONDS - 0.1
@@ -123,7 +123,7 @@ def test_a_flush_is_due_after_a_while(writer: LogWriter, clock: Clock) -> None:
     assert not buffer.due()
 
 
-def test_what_was_not_training_is_not_in_the_step_time(writer: LogWriter, clock: Clock) -> None:
+def test_time_outside_training_is_not_in_the_step_time(writer: LogWriter, clock: Clock) -> None:
     buffer = StepBuffer(writer, 10, 1, 96)
     clock.now += 60
     buffer.restart_clock()
@@ -159,7 +159,7 @@ def test_a_nonfinite_gradient_norm_alone_raises_too(writer: LogWriter) -> None:
     assert records(writer)[0]["grad_norm"] == "inf"
 
 
-def test_steps_in_a_row_may_be_nonfinite_up_to_the_tolerance(writer: LogWriter) -> None:
+def test_as_many_steps_in_a_row_as_tolerated_may_be_nonfinite(writer: LogWriter) -> None:
     buffer = StepBuffer(writer, 10, 1, 96, tolerance=2, nonfinite_in_a_row=1)
     buffer.add(0, torch.tensor(1.0), torch.tensor([float("inf"), 0.0]), 0.1)
     add(buffer, 1)
@@ -172,7 +172,7 @@ def test_steps_in_a_row_may_be_nonfinite_up_to_the_tolerance(writer: LogWriter) 
         buffer.flush()
 
 
-def test_a_nonfinite_step_is_recorded_whatever_the_log_interval(writer: LogWriter) -> None:
+def test_a_nonfinite_step_is_recorded_at_any_log_interval(writer: LogWriter) -> None:
     buffer = StepBuffer(writer, 10, log_interval=5, tokens_per_step=96, tolerance=1)
     add(buffer, 0)
     buffer.add(1, torch.tensor(1.0), torch.tensor([float("inf"), 0.0]), 0.1)
@@ -181,7 +181,7 @@ def test_a_nonfinite_step_is_recorded_whatever_the_log_interval(writer: LogWrite
     assert [record["step"] for record in records(writer)] == [0, 1]
 
 
-def test_the_norm_is_that_of_all_groups(writer: LogWriter) -> None:
+def test_the_gradient_norm_is_that_of_all_groups(writer: LogWriter) -> None:
     buffer = StepBuffer(writer, 10, 1, 96)
     buffer.add(0, torch.tensor(1.0), torch.tensor([3.0, 4.0]), 0.1)
     buffer.flush()
@@ -199,7 +199,7 @@ def test_half_precision_losses_are_written_as_numbers(writer: LogWriter) -> None
 
 
 def other(writer: LogWriter) -> list[tuple[int, Any]]:
-    """(step, lr) of the records that hold it alone: any registered name will do."""
+    """(step, lr) of the records that hold lr alone, which stands for any registered name."""
     return [(record["step"], record["lr"]) for record in records(writer) if record.keys() == {"step", "time", "lr"}]
 
 
@@ -225,7 +225,7 @@ def test_any_number_can_be_logged(value: Any, logged: float | str, writer: LogWr
     buffer = StepBuffer(writer, 10, 1, 96)
     buffer.log(4, {"lr": value})
     assert records(writer) == []
-    assert not buffer.flush()  # no update was among it
+    assert not buffer.flush()  # no update was among the records
     assert other(writer) == [(4, logged)]
     buffer.flush()
     assert len(records(writer)) == 1
@@ -241,7 +241,7 @@ def test_any_number_can_be_logged(value: Any, logged: float | str, writer: LogWr
     ],
     ids=str,
 )
-def test_what_is_no_number_is_refused_where_it_is_logged(
+def test_a_value_that_is_not_a_number_is_refused_when_it_is_logged(
     values: dict[str, Any], error: type[Exception], writer: LogWriter
 ) -> None:
     buffer = StepBuffer(writer, 10, 1, 96)
@@ -262,7 +262,7 @@ def test_a_tensor_has_the_value_that_it_had_when_it_was_logged(writer: LogWriter
 
 
 @pytest.mark.parametrize("log_interval", [1, 3])
-def test_other_numbers_stand_after_the_update_that_they_belong_to(log_interval: int, writer: LogWriter) -> None:
+def test_other_numbers_follow_the_update_that_they_belong_to(log_interval: int, writer: LogWriter) -> None:
     buffer = StepBuffer(writer, 10, log_interval, 96)
     buffer.log(0, {"lr": 100.0})  # before the first update
     for step in range(7):
@@ -280,7 +280,7 @@ def test_other_numbers_stand_after_the_update_that_they_belong_to(log_interval: 
     assert [value for _, value in other(writer)] == [100.0, *map(float, range(7)), 200.0]
 
 
-def test_other_numbers_are_written_although_a_loss_is_not_finite(writer: LogWriter) -> None:
+def test_other_numbers_are_written_even_if_a_loss_is_not_finite(writer: LogWriter) -> None:
     buffer = StepBuffer(writer, 10, 1, 96)
     buffer.add(0, torch.tensor(float("nan")), torch.tensor([1.0]), 0.1)
     buffer.log(0, {"lr": torch.tensor(5.0)})

@@ -1,9 +1,8 @@
-"""A recorded update is the update: here `record` gives back what it was given, so that all but CUDA's part runs."""
+"""A recorded update equals an eager one. Without CUDA nothing is captured, and all other code of the recording runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +12,10 @@ import utils.training.feed as feed
 import utils.training.step_graph as step_graph
 from utils.inference.static import StaticDecoders
 from utils.optim.schedules import apply_schedules
-from utils.terminal.cli import Parser
-from utils.terminal.config_flags import parse_experiment
-from utils.terminal.console import Terminal
 from utils.training.callbacks import Callback
 from utils.training.evaluate import sample_text
 from utils.training.feed import Feed
-from utils.training.setup import make_setup
-from utils.training.state import TrainState, build_state, capture
+from utils.training.state import TrainState, capture
 from utils.training.step import EagerUpdate, PhaseClock, Update, no_phase
 from utils.training.step_graph import GraphUpdate, Recording, make_update
 
@@ -28,17 +23,12 @@ NewState = Callable[..., TrainState]
 
 
 @pytest.fixture
-def new_state(tiny_argv: Callable[..., list[str]], tmp_path: Path) -> NewState:
-    """A state before its first step."""
-
-    def make(*words: str) -> TrainState:
-        setup = make_setup(parse_experiment(tiny_argv(*words), Parser(prog="train.py")).load(), tmp_path)
-        torch.manual_seed(1)
-        state = build_state(setup.config, 20, setup.corpus, setup.device, setup.dtype, Terminal(quiet=True))
-        state.model.train()
-        return state
-
-    return make
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """The recordings that are made in the test."""
+    made: list[Recording] = []
+    init = Recording.__init__
+    monkeypatch.setattr(Recording, "__init__", lambda self, state: (made.append(self), init(self, state))[1])
+    return made
 
 
 def step(state: TrainState, update: Update, phase: Any = no_phase) -> tuple[float, list[float]]:
@@ -66,7 +56,7 @@ def no_warning(message: str) -> None:
         ("--gradient-accumulation-steps", "2", "--grad-clip", "0.1"),
     ],
 )
-def test_recorded_updates_are_those_without_a_recording(words: tuple[str, ...], new_state: NewState) -> None:
+def test_recorded_updates_equal_eager_ones(words: tuple[str, ...], new_state: NewState) -> None:
     runs = []
     for make in (EagerUpdate, lambda state: GraphUpdate(state, no_warning)):
         state = new_state(*words)
@@ -81,7 +71,7 @@ def test_recorded_updates_are_those_without_a_recording(words: tuple[str, ...], 
 
 
 @pytest.mark.parametrize("on_device", [True, False])
-def test_a_feed_gives_the_batches_of_the_sampler(
+def test_a_feed_yields_the_batches_of_the_sampler(
     on_device: bool, new_state: NewState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, "ON_DEVICE", 1 << 28 if on_device else 0)
@@ -96,19 +86,15 @@ def test_a_feed_gives_the_batches_of_the_sampler(
                 assert torch.equal(own, other)
 
 
-def test_a_setting_that_a_callback_changes_is_recorded_anew(
-    new_state: NewState, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Recording] = []
-    own = Recording.__init__
-    monkeypatch.setattr(Recording, "__init__", lambda self, state: (made.append(self), own(self, state))[1])
+def test_a_changed_optimizer_setting_is_recorded_anew(new_state: NewState, recordings: list[Recording]) -> None:
+
     state = new_state()
     update = GraphUpdate(state, no_warning)
     for index in range(6):
         if index == 4:
             state.optimizer.param_groups[0]["betas"] = (0.5, 0.5)
         step(state, update)
-    assert len(made) == 2
+    assert len(recordings) == 2
 
 
 def move(weight: torch.Tensor) -> None:
@@ -127,12 +113,10 @@ CHANGES: dict[str, Callable[[TrainState], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_a_callback_changes_in_the_model_is_recorded_anew(
-    change: str, new_state: NewState, monkeypatch: pytest.MonkeyPatch
+def test_a_model_that_a_callback_changes_is_recorded_anew(
+    change: str, new_state: NewState, recordings: list[Recording]
 ) -> None:
-    made: list[Recording] = []
-    own = Recording.__init__
-    monkeypatch.setattr(Recording, "__init__", lambda self, state: (made.append(self), own(self, state))[1])
+
     state = new_state("--dropout", "0.2")
     state.callbacks = {"own": Callback()}
     update = GraphUpdate(state, no_warning)
@@ -140,7 +124,7 @@ def test_what_a_callback_changes_in_the_model_is_recorded_anew(
         if index == 4:
             CHANGES[change](state)
         step(state, update)
-    assert len(made) == (1 if change == "nothing" else 2)
+    assert len(recordings) == (1 if change == "nothing" else 2)
 
 
 HOOKS: dict[str, Callable[[TrainState, Callable[..., None]], object]] = {
@@ -151,7 +135,7 @@ HOOKS: dict[str, Callable[[TrainState, Callable[..., None]], object]] = {
 
 
 @pytest.mark.parametrize("place", HOOKS)
-def test_a_hook_of_a_callback_ends_the_recordings(place: str, new_state: NewState) -> None:
+def test_a_hook_of_a_callback_ends_the_use_of_recordings(place: str, new_state: NewState) -> None:
     state, warnings, called = new_state(), list[str](), list[int]()
     state.callbacks = {"own": Callback()}
     update = GraphUpdate(state, warnings.append)
@@ -165,7 +149,7 @@ def test_a_hook_of_a_callback_ends_the_recordings(place: str, new_state: NewStat
 
 
 @pytest.mark.parametrize("obstacle", ["hook", "optimizer", "cuda"])
-def test_what_cannot_be_recorded_trains_on_after_one_warning(
+def test_an_update_that_cannot_be_recorded_runs_eagerly_after_one_warning(
     obstacle: str, new_state: NewState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, reference, warnings = new_state(), new_state(), list[str]()
@@ -181,23 +165,21 @@ def test_what_cannot_be_recorded_trains_on_after_one_warning(
             raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors ...")
 
         monkeypatch.setattr(step_graph, "capture_graph", refuse)
-    numbers = [step(state, GraphUpdate(state, warnings.append)) for _ in range(1)]
     update = GraphUpdate(state, warnings.append)
-    numbers += [step(state, update) for _ in range(4)]
+    numbers = [step(state, update) for _ in range(5)]
     assert numbers == [step(reference, EagerUpdate(reference)) for _ in range(5)]
-    assert len(warnings) == 1
-    assert {"hook": "hooks", "optimizer": "AdamW", "cuda": "not permitted when stream is capturing"}[
-        obstacle
-    ] in warnings[0]
-    assert "\n" not in warnings[0]
+    (warning,) = warnings
+    reasons = {"hook": "hooks", "optimizer": "AdamW", "cuda": "not permitted when stream is capturing"}
+    assert reasons[obstacle] in warning
+    assert "\n" not in warning
 
 
-def test_a_step_that_does_not_fit_twice_is_measured_before_the_optimizer_has_its_state(
+def test_the_memory_of_a_recording_is_measured_before_the_optimizer_has_its_state(
     new_state: NewState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state, warnings = new_state(), list[str]()
     update = GraphUpdate(state, warnings.append)
-    gigabyte, used, peak = 10**9, [2], [40]  # of an earlier training in this process
+    gigabyte, used, peak = 10**9, [2], [40]  # the peak is of an earlier training in this process
 
     def eager(_phase: Any) -> tuple[torch.Tensor, torch.Tensor]:
         peak[0] = max(peak[0], used[0] + 6)  # the gradients and what they are computed from
@@ -217,7 +199,7 @@ def test_a_step_that_does_not_fit_twice_is_measured_before_the_optimizer_has_its
     assert "it would keep 6.0 GB, evaluations need as much, and 10.0 GB are free" in warning
 
 
-def test_the_sample_text_of_static_decoders_is_that_of_the_loop(new_state: NewState) -> None:
+def test_static_decoders_sample_the_same_text_as_the_loop(new_state: NewState) -> None:
     state = new_state("--sample-tokens", "40")
     expected = sample_text(state)
     state.decoders = StaticDecoders()

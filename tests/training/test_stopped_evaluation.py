@@ -1,4 +1,4 @@
-"""A signal during an evaluation: the run stops between two batches, and a resume makes that evaluation."""
+"""A signal during an evaluation stops the run between two batches, and the resumed run makes that evaluation."""
 
 from __future__ import annotations
 
@@ -25,22 +25,28 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(record["step"], record["val/loss"]) for record in read_records(run / METRICS_LOG) if "val/loss" in record]
 
 
-def test_a_signal_ends_an_evaluation_and_a_resume_makes_it(
+def stop_during_evaluation(monkeypatch: pytest.MonkeyPatch, step: int) -> list[tuple[int, int]]:
+    """Send SIGTERM after four batches of the evaluation at `step`; returns (step, batches done) of every report."""
+    seen: list[tuple[int, int]] = []
+
+    def evaluating(_display: TrainingProgress, now: int, done: int, _total: int) -> None:
+        seen.append((now, done))
+        if (now, done) == (step, 4):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(TrainingProgress, "evaluating", evaluating)
+    return seen
+
+
+def test_a_signal_ends_an_evaluation_and_the_resumed_run_makes_it(
     tiny_argv: Argv, runs_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     assert train.main(tiny_argv("--run-tag", "whole")) == 0
     (whole,) = runs_dir.iterdir()
     for step in (0, 6):
-        seen: list[tuple[int, int]] = []
-
-        def evaluating(_display: TrainingProgress, now: int, done: int, _total: int) -> None:
-            seen.append((now, done))  # noqa: B023
-            if (now, done) == (step, 4):  # noqa: B023
-                os.kill(os.getpid(), signal.SIGTERM)
-
         with monkeypatch.context() as patch:
-            patch.setattr(TrainingProgress, "evaluating", evaluating)
+            seen = stop_during_evaluation(patch, step)
             assert train.main(tiny_argv("--run-tag", f"stopped-{step}")) == 143
         assert seen[-1] == (step, 4)
         (run,) = runs_dir.glob(f"*_stopped-{step}")
@@ -54,16 +60,13 @@ def test_a_signal_ends_an_evaluation_and_a_resume_makes_it(
         assert (run / EXPORT / "model.safetensors").read_bytes() == (whole / EXPORT / "model.safetensors").read_bytes()
 
 
-def test_the_export_of_the_best_weights_has_their_loss_though_their_checkpoint_came_before_the_evaluation(
+def test_an_export_of_the_best_weights_has_their_loss_even_if_their_checkpoint_preceded_the_evaluation(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def evaluating(_display: TrainingProgress, step: int, done: int, _total: int) -> None:
-        if (step, done) == (0, 4):
-            os.kill(os.getpid(), signal.SIGTERM)
 
     diverging = ("--learning-rate", "5", "--warmup-iters", "0", "--schedule", "constant")
     with monkeypatch.context() as patch:
-        patch.setattr(TrainingProgress, "evaluating", evaluating)
+        stop_during_evaluation(patch, 0)
         assert train.main(tiny_argv("--export-weights", "best", *diverging)) == 143
     run = only_run()
     assert train.main(["--resume", str(run)]) == 0

@@ -1,4 +1,4 @@
-"""What every server of the workbench does for safety: headers, host names, origins, keys, sizes, errors."""
+"""The safety of every server of the workbench: headers, host names, origins, keys, sizes, errors."""
 
 from __future__ import annotations
 
@@ -43,9 +43,8 @@ def add_routes(app: FastAPI) -> FastAPI:
 
     @app.get("/fails/{how}")
     def fail(how: str) -> None:
-        raise {"user": UserError("no such\nthing"), "api": ApiError(429, "busy", code="full"), "bug": ValueError("x")}[
-            how
-        ]
+        busy = ApiError(429, "busy", code="full")
+        raise {"user": UserError("no such\nthing"), "api": busy, "bug": ValueError("x")}[how]
 
     return app
 
@@ -74,21 +73,19 @@ def test_every_response_has_the_security_headers_and_no_cors(client: TestClient)
         policy = answer.headers["content-security-policy"].split("; ")
         assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'", "base-uri 'none'"} <= set(policy)
         assert "unsafe" not in answer.headers["content-security-policy"]
-        assert (answer.headers["x-content-type-options"], answer.headers["referrer-policy"]) == (
-            "nosniff",
-            "no-referrer",
-        )
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "no-referrer"
         assert not any(name.startswith("access-control") for name in answer.headers)
 
 
-def test_the_description_is_there_and_pages_that_load_scripts_from_elsewhere_are_not(client: TestClient) -> None:
+def test_the_description_is_served_without_pages_that_load_scripts_from_elsewhere(client: TestClient) -> None:
     description = client.get("/openapi.json").json()
     assert "4XX" in description["paths"]["/v1/sum"]["post"]["responses"]
     assert "422" not in description["paths"]["/v1/sum"]["post"]["responses"]
     assert [client.get(path).status_code for path in ("/docs", "/redoc")] == [404, 404]
 
 
-def test_errors_have_one_form(client: TestClient) -> None:
+def test_all_errors_have_the_same_form(client: TestClient) -> None:
     assert error_of(client.get("/fails/user")) == (400, "no such; thing")
     assert error_of(client.get("/fails/api")) == (429, "busy")
     assert error_of(client.get("/fails/bug")) == (500, "the server failed: ValueError")
@@ -104,14 +101,14 @@ def test_errors_have_one_form(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:99", "127.0.0.1", "127.1.2.3:1", "[::1]:8000"])
-def test_a_loopback_server_knows_its_names(client: TestClient, host: str) -> None:
+def test_a_loopback_server_accepts_the_names_of_the_loopback(client: TestClient, host: str) -> None:
     assert client.get("/health", headers={"host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
     "host", ["", "evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "[::2]", "[", "10.0.0.1"]
 )
-def test_a_name_that_was_made_to_point_here_is_refused(client: TestClient, host: str) -> None:
+def test_a_host_name_that_only_resolves_to_the_loopback_is_refused(client: TestClient, host: str) -> None:
     assert error_of(client.get("/health", headers={"host": host}))[0] == 403
 
 
@@ -126,7 +123,7 @@ def test_pages_of_other_origins_cannot_post(client: TestClient) -> None:
         assert status({"sec-fetch-site": site}) == 403
 
 
-def test_a_server_for_others_takes_any_name_and_asks_for_the_key() -> None:
+def test_a_public_server_accepts_any_name_and_requires_the_key() -> None:
     app = add_routes(create_app("a test", api_key="secret", loopback=False, open_paths=["/openapi.json"]))
     with TestClient(app, "http://models.example") as client:
         assert [client.get(path).status_code for path in ("/health", "/openapi.json", "/static/x")] == [200, 200, 404]
@@ -137,7 +134,7 @@ def test_a_server_for_others_takes_any_name_and_asks_for_the_key() -> None:
         assert client.post("/v1/sum", json={"a": 1}, headers={"authorization": "Bearer secret"}).json() == 1
 
 
-def test_a_body_has_a_limit_whether_its_length_is_given_or_not(client: TestClient) -> None:
+def test_a_body_has_a_limit_with_or_without_its_length(client: TestClient) -> None:
     def chunks(size: int) -> Iterator[bytes]:
         yield from [b"x" * 1000] * (size // 1000)
 
@@ -150,7 +147,7 @@ def test_a_body_has_a_limit_whether_its_length_is_given_or_not(client: TestClien
     assert error_of(client.post("/v1/length", headers={"content-length": "-1"}))[0] == 413
 
 
-def test_a_server_that_drains_refuses_new_requests_and_says_so() -> None:
+def test_a_draining_server_refuses_new_requests() -> None:
     app = add_routes(create_app("a test"))
     app.state.running.draining = True
     with TestClient(app, LOCAL) as client:
@@ -159,7 +156,7 @@ def test_a_server_that_drains_refuses_new_requests_and_says_so() -> None:
         assert client.get("/health").status_code == 200
 
 
-def test_a_port_in_use_and_a_foreign_address_are_one_line() -> None:
+def test_a_port_in_use_or_a_foreign_address_is_refused_in_one_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -170,7 +167,7 @@ def test_a_port_in_use_and_a_foreign_address_are_one_line() -> None:
             bind(host, 0)
 
 
-def test_an_address_that_others_reach_is_explained() -> None:
+def test_an_address_that_others_can_reach_is_explained() -> None:
     assert exposure("127.0.0.1") is exposure("localhost") is exposure("::1") is None
     for host in ("0.0.0.0", "::", "10.1.2.3", "models.example"):
         assert host in (exposure(host) or "")
@@ -191,7 +188,7 @@ def main(argv):
         return "done"
     run_server(app, "127.0.0.1", 0)
 if "background" in sys.argv:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell without a terminal starts `serve.py &`
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as if a shell without a terminal started `serve.py &`
 sys.exit(main([]))
 """
 
@@ -199,7 +196,7 @@ sys.exit(main([]))
 @pytest.mark.parametrize(
     ("signum", "words"), [(signal.SIGINT, []), (signal.SIGINT, ["background"]), (signal.SIGTERM, [])]
 )
-def test_a_signal_lets_running_requests_end(signum: signal.Signals, words: list[str]) -> None:
+def test_a_signal_lets_running_requests_finish(signum: signal.Signals, words: list[str]) -> None:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", SERVER, *words], cwd=ROOT, **pipes) as server:
         try:
