@@ -1,4 +1,4 @@
-"""What killed processes leave: prune counts and removes it, and a killed reproduce leaves nothing."""
+"""Files left by killed processes: prune removes them, and a killed reproduce leaves none."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAIT_SECONDS = 30.0
 
 
 def leave(runs_dir: Path, run: Path) -> list[Path]:
-    """Leftovers of 100 bytes each."""
+    """Write leftovers of 100 bytes each."""
     return [
         write(path, b"x" * 100)
         for path in (
@@ -69,7 +69,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_a_process_that_is_killed_takes_its_child_and_folder_with_it(tmp_path: Path) -> None:
+def test_killing_a_watched_process_ends_its_child_and_removes_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "temporary"
     folder.mkdir()
     code = "import subprocess, sys, time; from pathlib import Path; from utils.machine.watchdog import watched\n"

@@ -214,7 +214,7 @@ def test_resume_auto_never_takes_a_run_that_is_being_trained(
     assert last_checkpoint(first).step == 15
 
 
-def test_resuming_a_run_that_is_being_trained_is_refused_with_process_and_host(
+def test_a_run_that_is_being_trained_is_refused_with_process_and_host(
     tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv()) == 0
