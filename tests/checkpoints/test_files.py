@@ -241,28 +241,14 @@ def test_a_flipped_bit_is_found_in_every_file(tmp_path: Path, name: str, place: 
     assert issubclass(CheckpointError, UserError)
 
 
-@pytest.mark.parametrize("place", [0.0, 1.0])
-def test_a_flipped_bit_is_found_in_the_manifest(tmp_path: Path, place: float) -> None:
-    path = write(tmp_path / "step_000010")
-    flip(path / MANIFEST_FILE, place)
-    assert refusal(path) == f"{path / MANIFEST_FILE}: damaged"
-
-
-def test_a_flipped_bit_of_the_manifest_never_changes_the_tensors(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_in_every_byte_of_the_manifest(tmp_path: Path) -> None:
     path = write(tmp_path / "step_000010")
     good = (path / MANIFEST_FILE).read_bytes()
-    refused = 0
     for position in range(len(good)):
         data = bytearray(good)
         data[position] ^= 1 << position % 8
         (path / MANIFEST_FILE).write_bytes(data)
-        try:
-            found = read_checkpoint(path)
-        except CheckpointError:
-            refused += 1
-        else:
-            assert same(found.weights | found.optimizer_tensors, WEIGHTS | MOMENTS)
-    assert refused > 0.9 * len(good)  # in its first bytes, the version number for example, some flips are harmless
+        assert refusal(path).startswith(f"{path}/")  # a damaged manifest, or a file that does not fit it
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -128,9 +128,7 @@ def test_every_optimizer_continues_bit_for_bit(tmp_path: Path, name: str, dtype:
     assert same(resumed.state_dict(), model.state_dict())
     assert same(flatten_optimizer(resumed, again)[0], flatten_optimizer(model, optimizer)[0])
     assert flatten_optimizer(resumed, again)[1] == flatten_optimizer(model, optimizer)[1]
-    assert same(
-        read_checkpoint(checkpoint.path).weights, checkpoint.weights
-    )  # further training has not changed the file
+    assert same(read_checkpoint(checkpoint.path).weights, checkpoint.weights)  # the file has not changed
 
 
 def test_float32_state_of_bfloat16_weights_keeps_its_type(tmp_path: Path) -> None:

@@ -335,9 +335,10 @@ def test_the_source_of_settings_made_in_python_is_code() -> None:
     assert loaded.non_default() == [("n_layer", 2, "code"), ("max_iters", None, "code"), ("epochs", 1.0, "code")]
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("configs/[!c]*.*")), ids=lambda path: path.name
-)  # except cleaning.yaml, which is for prepare.py
+SHARED_FILES = sorted(ROOT.glob("configs/[!c]*.*"))  # without cleaning.yaml, which is for prepare.py
+
+
+@pytest.mark.parametrize("path", SHARED_FILES, ids=lambda path: path.name)
 def test_shipped_files_parse_and_name_existing_settings(path: Path) -> None:
     assert set(read_config_file(path, path.name)) <= set(FIELDS)
 
@@ -453,10 +454,7 @@ def test_a_mistake_in_a_yaml_file_is_one_line_with_its_place(
     [
         ('{\n "n_layr": 2}', "bad.json:2: unknown key n_layr; did you mean n_layer?"),
         ('{"model":\n {"batch_size": 2}}', "bad.json:2: batch_size belongs to section train, not model"),
-        (
-            '{\n "n_l\\u0061yr": 2}',
-            "bad.json:1: unknown key n_layr; did you mean n_layer?",
-        ),  # without its line, because the key is written with an escape
+        ('{\n "n_l\\u0061yr": 2}', "bad.json:1: unknown key n_layr; did you mean n_layer?"),  # an escape hides its line
         ('{"n_layer": 0}', "bad.json:1: n_layer: expected integer >= 1 and <= 1024, got 0"),
         ('{"batch_size": NaN}', "bad.json:1: batch_size: expected integer >= 1 or auto, got nan"),
         ('{"grad_clip": Infinity}', "bad.json:1: grad_clip: expected number >= 0, got inf"),

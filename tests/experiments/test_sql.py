@@ -42,6 +42,11 @@ def database(runs_dir: Path) -> RunDatabase:
     return RunDatabase(read_index(runs_dir))
 
 
+def rows_of(runs_dir: Path, query: str) -> list[tuple[Any, ...]]:
+    """The answer to a query over the runs of this folder."""
+    return RunDatabase(read_index(runs_dir)).select(query).rows
+
+
 def test_a_list_is_a_list_in_sql(runs_dir: Path) -> None:
     settings = {"callbacks": ["a:A", "b:B"], "eval_at": [3, 5]}
     make_run(runs_dir, "one", notes={"tags": ["mine", "old"]}, settings=settings)
@@ -59,7 +64,7 @@ def metrics_of(runs_dir: Path, log: str | bytes, columns: str = "step", registry
     write(run / "logs" / "metrics.jsonl", log)
     if registry is not None:
         write(run / "meta" / "metrics.json", registry)
-    return RunDatabase(read_index(runs_dir)).select(f"SELECT {columns} FROM metrics ORDER BY step").rows
+    return rows_of(runs_dir, f"SELECT {columns} FROM metrics ORDER BY step")
 
 
 def test_the_view_runs_has_a_row_for_each_run_with_typed_columns(database: RunDatabase) -> None:
@@ -341,16 +346,14 @@ def test_sql_smuggled_into_an_order_is_refused_or_has_no_effect(
 def test_runs_in_folders_with_odd_names_are_read(tmp_path: Path, name: str) -> None:
     make_run(tmp_path / name / "runs", name, metrics=training_records([2.0, 1.0]))
     make_run(tmp_path / name / "runs", "other", metrics=training_records([4.0]))
-    rows = (
-        RunDatabase(read_index(tmp_path / name / "runs")).select("SELECT run, step FROM metrics ORDER BY val_loss").rows
-    )
+    rows = rows_of(tmp_path / name / "runs", "SELECT run, step FROM metrics ORDER BY val_loss")
     assert rows == [(name, 10), (name, 0), ("other", 0)]
 
 
 def test_a_run_name_with_a_star_reads_no_other_run(runs_dir: Path) -> None:
     make_run(runs_dir, "st*r", metrics=training_records([2.0]))
     make_run(runs_dir, "star", metrics=training_records([1.0]))
-    rows = RunDatabase(read_index(runs_dir)).select("SELECT run, val_loss FROM metrics ORDER BY run").rows
+    rows = rows_of(runs_dir, "SELECT run, val_loss FROM metrics ORDER BY run")
     assert rows == [("st*r", 2.0), ("star", 1.0)]
 
 
@@ -359,13 +362,13 @@ def test_runs_in_a_relative_or_linked_folder_are_read(runs_dir: Path, monkeypatc
     monkeypatch.chdir(runs_dir.parent)
     os.symlink(runs_dir, "link")
     for folder in (Path("runs"), Path("link")):
-        assert RunDatabase(read_index(folder)).select("SELECT run, step FROM metrics").rows == [("run", 0)]
+        assert rows_of(folder, "SELECT run, step FROM metrics") == [("run", 0)]
 
 
 def test_nonfinite_numbers_are_doubles(runs_dir: Path) -> None:
     make_run(runs_dir, "run", metrics=training_records(["nan", "inf", "-inf", 1.0]))
     query = "SELECT val_loss, isnan(val_loss), isinf(val_loss) FROM metrics ORDER BY step"
-    rows = RunDatabase(read_index(runs_dir)).select(query).rows
+    rows = rows_of(runs_dir, query)
     assert [row[1:] for row in rows] == [(True, False), (False, True), (False, True), (False, False)]
     assert math.isnan(rows[0][0])
     assert [row[0] for row in rows[1:]] == [math.inf, -math.inf, 1.0]
@@ -374,7 +377,7 @@ def test_nonfinite_numbers_are_doubles(runs_dir: Path) -> None:
 @pytest.mark.parametrize("losses", [{"best_val_loss": "inf"}, {"best_val_loss": "nan"}])
 def test_nonfinite_losses_of_runs_are_doubles_too(runs_dir: Path, losses: dict[str, str]) -> None:
     make_run(runs_dir, "run", status="diverged", summary=losses)
-    (row,) = RunDatabase(read_index(runs_dir)).select("SELECT isfinite(val_loss) FROM runs").rows
+    (row,) = rows_of(runs_dir, "SELECT isfinite(val_loss) FROM runs")
     assert row == (False,)
 
 
@@ -428,14 +431,14 @@ def test_a_log_with_a_very_long_line_hides_no_other_run(runs_dir: Path) -> None:
     make_run(runs_dir, "good", metrics=training_records([1.0]))
     long = make_run(runs_dir, "long")
     write(long / "logs" / "metrics.jsonl", '{"step": 1, "text": "' + "x" * 17_000_000 + '"}\n')
-    rows = RunDatabase(read_index(runs_dir)).select("SELECT step FROM metrics WHERE run = 'good'").rows
+    rows = rows_of(runs_dir, "SELECT step FROM metrics WHERE run = 'good'")
     assert rows == [(0,)]
 
 
 def test_a_value_of_the_wrong_type_is_null_only_in_its_row(runs_dir: Path) -> None:
     make_run(runs_dir, "a", start="yesterday", git={"dirty": "perhaps"})
     make_run(runs_dir, "b")
-    rows = RunDatabase(read_index(runs_dir)).select("SELECT id, start IS NULL, dirty FROM runs ORDER BY id").rows
+    rows = rows_of(runs_dir, "SELECT id, start IS NULL, dirty FROM runs ORDER BY id")
     assert rows == [("a", True, None), ("b", False, False)]
 
 

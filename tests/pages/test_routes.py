@@ -111,13 +111,8 @@ def test_the_answer_about_a_run_has_the_facts_of_the_command_show(client: TestCl
     assert "val/loss" in run["metrics"]
 
 
-RAW = (
-    "notes",
-    "tag",
-    "metrics",
-    "key",
-    "name",
-)  # unescaped: the fields of the dialog, and names that a page sends back
+# Not escaped: fields of the dialog, and names that a page sends back.
+RAW = ("notes", "tag", "metrics", "key", "name")
 
 
 def shown_texts(value: Any) -> Iterator[str]:

@@ -112,9 +112,7 @@ def test_thinning_keeps_the_ends_and_the_extremes_of_each_stretch() -> None:
         assert {0, 77_777, 50_001, 99_999} <= set(kept)
         assert len(kept) <= 1002
     stretches = [list(kept_points(places[1:], values[1:], 1000, is_log)) for is_log in (False, True)]
-    assert sum(i < 1000 for i in stretches[1]) > 10 * sum(
-        i < 1000 for i in stretches[0]
-    )  # they are three of five decades
+    assert sum(i < 1000 for i in stretches[1]) > 10 * sum(i < 1000 for i in stretches[0])  # 3 of 5 decades
 
 
 @pytest.mark.parametrize("places", [[0.0] * 50, [*range(50)], [5.0, *[7.0] * 49]])

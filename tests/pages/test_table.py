@@ -64,7 +64,7 @@ def test_only_rows_that_have_changed_are_sent_again(tmp_path: Path) -> None:
     assert runs.changes(second["version"])["rows"] == []
     assert [row[0] for row in runs.changes(first["version"])["rows"]] == [
         "run3"
-    ]  # for a page that is still at the first version
+    ]  # for a page that has not seen the second
 
 
 @pytest.mark.parametrize("since", ["", "x", "0-0", "-", "{begun}-99999", "{begun}-x", "\x00"])

@@ -22,6 +22,12 @@ from utils.runs.run import read_status, status_of
 DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
+@pytest.fixture
+def good(runs_dir: Path) -> IndexedRun:
+    """A run without any damage."""
+    return indexed(runs_dir, "good")
+
+
 def use(run: IndexedRun, good: IndexedRun) -> None:
     """Use a run in every way that a list of runs, a filter or a comparison does."""
     assert {*FACTS} <= {*run.row()}
@@ -207,8 +213,9 @@ WRONG_TYPES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("key", "value"), WRONG_TYPES, ids=lambda value: str(value)[:30])
-def test_a_field_of_the_wrong_type_is_a_problem_but_raises_nothing(runs_dir: Path, key: str, value: Any) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_field_of_the_wrong_type_is_a_problem_but_raises_nothing(
+    runs_dir: Path, good: IndexedRun, key: str, value: Any
+) -> None:
     bad = indexed(runs_dir, "bad", **{key: value})
     use(bad, good)
     assert bad.problem
@@ -218,24 +225,21 @@ def test_a_field_of_the_wrong_type_is_a_problem_but_raises_nothing(runs_dir: Pat
     ("key", "value"),
     [*[(key, None) for key in ("summary", "resolved", "git", "parent", "host", "last_step", "end")], ("summary", {})],
 )
-def test_an_empty_field_is_not_a_problem(runs_dir: Path, key: str, value: Any) -> None:
-    good = indexed(runs_dir, "good")
+def test_an_empty_field_is_not_a_problem(runs_dir: Path, good: IndexedRun, key: str, value: Any) -> None:
     run = indexed(runs_dir, "run", **{key: value})
     use(run, good)
     assert run.problem is None
 
 
 @pytest.mark.parametrize("start", ["yesterday", "", "0001-01-01T00:00:00", "9999-12-31T23:59:59+00:00", "2026-01-31"])
-def test_a_run_with_an_odd_start_has_a_numeric_age_or_none(runs_dir: Path, start: str) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_run_with_an_odd_start_has_a_numeric_age_or_none(runs_dir: Path, good: IndexedRun, start: str) -> None:
     run = indexed(runs_dir, start=start)
     use(run, good)
     assert isinstance(run.row()["age"], float | None)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b"3", b'{"data": 3}', None, "folder", DEEP])
-def test_a_run_with_damaged_settings_is_listed_with_the_problem(runs_dir: Path, content: Any) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_run_with_damaged_settings_is_listed_with_the_problem(runs_dir: Path, good: IndexedRun, content: Any) -> None:
     path = make_run(runs_dir, "bad") / "meta" / "full_config.json"
     replace(path, content)
     bad = read_run(runs_dir / "bad")
@@ -260,8 +264,7 @@ def test_a_run_with_damaged_settings_is_listed_with_the_problem(runs_dir: Path, 
         b"{}",
     ],
 )
-def test_strange_settings_hide_no_run(runs_dir: Path, content: bytes) -> None:
-    good = indexed(runs_dir, "good")
+def test_strange_settings_hide_no_run(runs_dir: Path, good: IndexedRun, content: bytes) -> None:
     path = make_run(runs_dir, "bad")
     write(path / "meta" / "full_config.json", content)
     bad = read_run(path)
@@ -280,8 +283,7 @@ def replace(path: Path, content: Any) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b'{"tags": "a"}', "folder", DEEP])
-def test_a_run_with_damaged_notes_is_listed_with_the_problem(runs_dir: Path, content: Any) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_run_with_damaged_notes_is_listed_with_the_problem(runs_dir: Path, good: IndexedRun, content: Any) -> None:
     replace(make_run(runs_dir, "bad") / "notes.json", content)
     bad = read_run(runs_dir / "bad")
     assert bad.status == "completed"
@@ -293,8 +295,7 @@ def test_a_run_with_damaged_notes_is_listed_with_the_problem(runs_dir: Path, con
     "notes",
     [{"tags": [1, None]}, {"tags": [["a"]]}, {"note": 5}, {"note": 2**70}, {"pinned": "yes"}, {"pinned": [1]}],
 )
-def test_notes_of_the_wrong_type_are_a_problem(runs_dir: Path, notes: dict[str, Any]) -> None:
-    good = indexed(runs_dir, "good")
+def test_notes_of_the_wrong_type_are_a_problem(runs_dir: Path, good: IndexedRun, notes: dict[str, Any]) -> None:
     bad = indexed(runs_dir, "bad", notes=notes)
     use(bad, good)
     assert "notes.json" in (bad.problem or "")
@@ -328,8 +329,7 @@ BROKEN_LOGS = {
 
 @pytest.mark.parametrize("name", [*TORN_LOGS, *BROKEN_LOGS])
 @pytest.mark.parametrize("status", ["completed", "running"])
-def test_a_damaged_log_raises_nothing(runs_dir: Path, name: str, status: str) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_damaged_log_raises_nothing(runs_dir: Path, good: IndexedRun, name: str, status: str) -> None:
     ended = status == "completed"
     path = make_run(runs_dir, "bad", status=status, **({} if ended else {"last_step": None, "summary": {}}))
     write(path / "logs" / "metrics.jsonl", {**TORN_LOGS, **BROKEN_LOGS}[name])
@@ -344,8 +344,7 @@ def test_a_long_last_line_of_a_log_is_not_a_problem(runs_dir: Path) -> None:
     assert read_run(path).problem is None
 
 
-def test_a_log_that_is_missing_or_a_folder_raises_nothing(runs_dir: Path) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_log_that_is_missing_or_a_folder_raises_nothing(runs_dir: Path, good: IndexedRun) -> None:
     path = make_run(runs_dir, "bad", status="running", last_step=None, summary={})
     (path / "logs" / "metrics.jsonl").unlink()
     use(read_run(path), good)

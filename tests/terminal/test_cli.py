@@ -115,10 +115,7 @@ def test_the_last_of_repeated_flags_wins(root: Path) -> None:
         (["--batch_sise=8"], "unknown flag --batch_sise; did you mean --batch-size?"),
         (["--no-aim-loging"], "unknown flag --no-aim-loging; did you mean --no-aim-logging?"),
         (["--zzzzzzzz"], "unknown flag --zzzzzzzz"),
-        (
-            ["--batch", "8"],
-            "unknown flag --batch",
-        ),  # no abbreviations, because a new setting would change their meaning
+        (["--batch", "8"], "unknown flag --batch"),  # not an abbreviation: a new setting could make it ambiguous
         (["large"], "unknown argument large"),
         (["n_layer=3"], "unknown argument n_layer=3; did you mean --n-layer?"),
         (["--batch-size"], "argument --batch-size: expected one argument; a value that begins with a dash is"),

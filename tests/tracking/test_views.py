@@ -215,20 +215,28 @@ def test_feeders_share_one_budget(
     assert 0.5 * 0.02 * 60 < worked < 1.1 * 0.02 * 60 + 2 * feeder.SLICE_SECONDS
 
 
-def test_a_view_that_hangs_during_training_is_reported_once(
-    log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feeder, "HANGING_SECONDS", 0.05)
-    release, warnings, states = threading.Event(), [], []
+def watched(view: RecordingView, logs_dir: Path) -> tuple[Feeders, list[object], list[str]]:
+    """Feed a view during a training of 0.4 s; returns its feeders, the states that were recorded, and the warnings."""
+    states: list[object] = []
+    warnings: list[str] = []
 
     def record(name: str, **news: Any) -> None:
         states.append(news.get("state"))
 
-    one = Feeder(RecordingView(hang=release), tmp_path, Budget(1.0), record, warnings.append, "rebuild it")
+    one = Feeder(view, logs_dir, Budget(1.0), record, warnings.append, "rebuild it")
     feeders = Feeders([one], warnings.append, record)
     for _ in range(20):
         feeders.watch()
         time.sleep(0.02)
+    return feeders, states, warnings
+
+
+def test_a_view_that_hangs_during_training_is_reported_once(
+    log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeder, "HANGING_SECONDS", 0.05)
+    release = threading.Event()
+    feeders, states, warnings = watched(RecordingView(hang=release), tmp_path)
     assert warnings == ["recording hangs (no answer for 0.05 s); training continues without it"]
     release.set()
     feeders.finish(RunEnd("completed"), print, 20)
@@ -239,17 +247,7 @@ def test_a_view_that_is_off_is_not_reported_as_hanging(
     log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feeder, "HANGING_SECONDS", 0.05)
-    warnings: list[str] = []
-    states: list[object] = []
-
-    def record(name: str, **news: Any) -> None:
-        states.append(news.get("state"))
-
-    one = Feeder(RecordingView(failures=10**9), tmp_path, Budget(1.0), record, warnings.append, "rebuild it")
-    feeders = Feeders([one], warnings.append, record)
-    for _ in range(20):
-        feeders.watch()
-        time.sleep(0.02)
+    _, states, warnings = watched(RecordingView(failures=10**9), tmp_path)
     assert states == ["on", "off"]
     assert warnings == ["recording is off: ConnectionError: locked; to feed it later: rebuild it"]
 
