@@ -142,18 +142,18 @@ def test_the_environment_file_is_parsed(tmp_path: Path) -> None:
     assert parse_environment("") == {}
 
 
-def of_commits(runs_dir: Path, *commits: Any) -> list[IndexedRun]:
+def runs_of_commits(runs_dir: Path, *commits: Any) -> list[IndexedRun]:
     return [indexed(runs_dir, f"run{i}", git={**GIT, "commit": commit}) for i, commit in enumerate(commits)]
 
 
 def test_commits_between_are_listed(runs_dir: Path, repository: tuple[Path, list[str]]) -> None:
     root, (one, two, three) = repository
-    lines = commits_between(of_commits(runs_dir, one, three), root)
+    lines = commits_between(runs_of_commits(runs_dir, one, three), root)
     assert [line.split()[-1] for line in lines] == ["three", "two"]
     assert all(line.startswith(">") for line in lines)
-    assert [line[0] for line in commits_between(of_commits(runs_dir, three, two), root)] == ["<"]
-    assert commits_between(of_commits(runs_dir, one, one), root) == []
-    assert len(commits_between(of_commits(runs_dir, one, one, two), root)) == 1
+    assert [line[0] for line in commits_between(runs_of_commits(runs_dir, three, two), root)] == ["<"]
+    assert commits_between(runs_of_commits(runs_dir, one, one), root) == []
+    assert len(commits_between(runs_of_commits(runs_dir, one, one, two), root)) == 1
 
 
 @pytest.mark.parametrize("commit", [None, "0" * 40, "nonsense", "--all", "", 3, "HEAD"])
@@ -161,9 +161,9 @@ def test_commits_that_git_does_not_know_are_not_an_error(
     runs_dir: Path, repository: tuple[Path, list[str]], commit: Any
 ) -> None:
     root, (_, two, _) = repository
-    assert isinstance(commits_between(of_commits(runs_dir, two, commit), root), list)
-    assert isinstance(commits_between(of_commits(runs_dir, commit, two), root), list)
-    assert commits_between(of_commits(runs_dir, "a" * 40, two), runs_dir) == []  # no repository
+    assert isinstance(commits_between(runs_of_commits(runs_dir, two, commit), root), list)
+    assert isinstance(commits_between(runs_of_commits(runs_dir, commit, two), root), list)
+    assert commits_between(runs_of_commits(runs_dir, "a" * 40, two), runs_dir) == []  # no repository
 
 
 def test_a_recorded_commit_is_never_taken_for_an_option_of_git(
@@ -171,11 +171,11 @@ def test_a_recorded_commit_is_never_taken_for_an_option_of_git(
 ) -> None:
     root, (_, two, _) = repository
     before = sorted(tmp_path.iterdir())
-    commits_between(of_commits(tmp_path / "repository" / "runs", f"--output={tmp_path}/written", two), root)
+    commits_between(runs_of_commits(tmp_path / "repository" / "runs", f"--output={tmp_path}/written", two), root)
     assert sorted(tmp_path.iterdir()) == before
 
 
-def of_file(name: str, *lines: str) -> str:
+def patch_of_file(name: str, *lines: str) -> str:
     """The part of a patch that changes one file."""
     head = f"diff --git a/{name} b/{name}\nindex 123..456 100644\n--- a/{name}\n+++ b/{name}\n@@ -1 +1 @@\n"
     return head + "".join(f"{line}\n" for line in lines)
@@ -183,7 +183,9 @@ def of_file(name: str, *lines: str) -> str:
 
 def test_the_difference_of_patches_is_shown_as_a_diff(runs_dir: Path) -> None:
     runs = [
-        indexed(runs_dir, run_id, patch=of_file("model.py", "+x", line) + of_file("same.py", "-old", "+new"))
+        indexed(
+            runs_dir, run_id, patch=patch_of_file("model.py", "+x", line) + patch_of_file("same.py", "-old", "+new")
+        )
         for run_id, line in (("a", "+y"), ("b", "+y"), ("c", "+z"))
     ]
     assert patch_difference(runs) == ["@@ model.py", "@@ -1,2 +1,2 @@", " +x", "-+y", "++z"]
@@ -191,7 +193,7 @@ def test_the_difference_of_patches_is_shown_as_a_diff(runs_dir: Path) -> None:
 
 
 def test_a_long_difference_of_patches_is_cut(runs_dir: Path) -> None:
-    runs = [indexed(runs_dir, "a"), indexed(runs_dir, "b", patch=of_file("f.py", *(f"+{i}" for i in range(100))))]
+    runs = [indexed(runs_dir, "a"), indexed(runs_dir, "b", patch=patch_of_file("f.py", *(f"+{i}" for i in range(100))))]
     lines = patch_difference(runs)
     assert len(lines) == 61
     assert lines[:3] == ["@@ f.py", "@@ -0,0 +1,100 @@", "++0"]

@@ -83,7 +83,7 @@ def ask(runs_dir: Path, candidate: str, baseline: str = "base", **options: Any) 
     return gate(candidate, baseline, ROOT, runs_dir, output=io.StringIO(), **options)
 
 
-def of_flags(flags: dict[str, str]) -> float:
+def loss_of_flags(flags: dict[str, str]) -> float:
     """The loss falls by about 0.2 at the better learning rate, with a little noise."""
     seed = int(flags["seed"])
     better = 0.2 + 0.0001 * (seed % 3) if float(flags.get("learning_rate", 0)) == 0.003 else 0.0
@@ -94,7 +94,7 @@ def test_a_better_candidate_is_trained_with_the_seeds_of_the_baseline_and_kept(
     runs_dir: Path, training: Callable[..., Training]
 ) -> None:
     baseline_runs(runs_dir)
-    trained = training(of_flags)
+    trained = training(loss_of_flags)
     answer = ask(runs_dir, "learning_rate=3e-3")
     assert answer.verdict == "keep"
     assert answer.effect == pytest.approx(0.2001)
@@ -109,7 +109,7 @@ def test_a_better_candidate_is_trained_with_the_seeds_of_the_baseline_and_kept(
 
 def test_a_comparison_is_not_repeated(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir)
-    trained = training(of_flags)
+    trained = training(loss_of_flags)
     first = ask(runs_dir, "learning_rate=3e-3")
     again = ask(runs_dir, "learning_rate=0.003", max_seeds=20)
     assert len(trained.commands) == 3
@@ -123,7 +123,7 @@ def test_a_comparison_is_not_repeated(runs_dir: Path, training: Callable[..., Tr
 
 def test_the_ledger_identifies_configurations(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir)
-    training(of_flags)
+    training(loss_of_flags)
     ask(runs_dir, "learning_rate=3e-3")
     ask(runs_dir, "dropout=0.1")
     first, second = (json.loads(line) for line in (runs_dir / "gate.jsonl").read_text().splitlines())
@@ -172,7 +172,7 @@ def test_equal_accuracies_do_not_prove_that_nothing_changed(runs_dir: Path, trai
     assert (answer.verdict, answer.reason) == ("unsure", "5 seeds cannot tell the effect from the noise")
 
 
-def of_text(runs_dir: Path, text: str, seeds: Sequence[int], rate: float, tag: str) -> None:
+def make_runs_on_text(runs_dir: Path, text: str, seeds: Sequence[int], rate: float, tag: str) -> None:
     for seed in seeds:
         settings = {"seed": seed, "learning_rate": rate, "dataset": "notes.txt"}
         metrics = training_records([3.0, noisy(2.0, seed) + rate])
@@ -183,22 +183,22 @@ def of_text(runs_dir: Path, text: str, seeds: Sequence[int], rate: float, tag: s
 def test_runs_on_different_texts_of_the_same_name_are_not_compared(
     runs_dir: Path, training: Callable[..., Training]
 ) -> None:
-    of_text(runs_dir, "a", (1, 2, 3), 1e-3, "base")
-    trained = training(of_flags)  # on the text of RESOLVED, as if notes.txt had been replaced
+    make_runs_on_text(runs_dir, "a", (1, 2, 3), 1e-3, "base")
+    trained = training(loss_of_flags)  # on the text of RESOLVED, as if notes.txt had been replaced
     with pytest.raises(UserError, match=r"the text of notes\.txt is not the one that base_1 was trained on"):
         ask(runs_dir, "dropout=0.1", "base")
     with pytest.raises(UserError, match=r"the text of notes\.txt is not the one"):
         noise("base", ROOT, runs_dir, seeds=5, output=io.StringIO())
     assert len(trained.commands) == 2
     assert not read_ledger(runs_dir)
-    of_text(runs_dir, "b", (1, 2, 3), 3e-3, "other")
+    make_runs_on_text(runs_dir, "b", (1, 2, 3), 3e-3, "other")
     with pytest.raises(UserError, match=r"base_1 was trained on another text of notes\.txt than other_1"):
         ask(runs_dir, "other", "base")
 
 
 def test_only_existing_runs_on_the_newest_text_are_used(runs_dir: Path, tmp_path: Path) -> None:
-    of_text(runs_dir, "a", (1, 2, 3), 1e-3, "2025")
-    of_text(runs_dir, "b", (3, 4), 1e-3, "2026")
+    make_runs_on_text(runs_dir, "a", (1, 2, 3), 1e-3, "2025")
+    make_runs_on_text(runs_dir, "b", (3, 4), 1e-3, "2026")
     subjects = Subjects(ROOT, runs_dir, tmp_path)
     experiment = replace(subjects.pair("2025_1", "2026_3")[1], run=None)
     [found] = trials.Trials(ROOT, runs_dir, tmp_path, io.StringIO()).existing(experiment)
@@ -208,14 +208,14 @@ def test_only_existing_runs_on_the_newest_text_are_used(runs_dir: Path, tmp_path
 def test_two_names_of_one_configuration_get_no_verdict(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir)
     baseline_runs(runs_dir, (4, 5), "other")
-    training(of_flags)
+    training(loss_of_flags)
     assert ask(runs_dir, "other").verdict == "unsure"
     assert ask(runs_dir, "base_1", "base_2").reason.startswith("both are the same")
 
 
 def test_a_candidate_that_diverges_is_discarded(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir)
-    training(of_flags, status="diverged", exit_status=1)
+    training(loss_of_flags, status="diverged", exit_status=1)
     answer = ask(runs_dir, "learning_rate=3e-3")
     assert answer.verdict == "discard"
     assert "diverged" in answer.reason
@@ -234,9 +234,9 @@ def test_a_failure_of_the_machine_does_not_discard_a_candidate(
     runs_dir: Path, training: Callable[..., Training], status: str, reason: str | None, verdict: str
 ) -> None:
     baseline_runs(runs_dir)
-    training(of_flags, status=status, exit_status=1, exit_reason=reason)
+    training(loss_of_flags, status=status, exit_status=1, exit_reason=reason)
     assert ask(runs_dir, "learning_rate=3e-3").verdict == verdict
-    training(of_flags)
+    training(loss_of_flags)
     again = ask(runs_dir, "learning_rate=3e-3")
     assert again.verdict == ("discard" if verdict == "discard" else "keep")
 
@@ -255,7 +255,7 @@ def test_a_later_gate_begins_with_the_pairs_of_the_earlier_one(
 
 def test_a_baseline_that_fails_is_an_error(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir, (1,))
-    training(of_flags, status="failed", exit_status=1)
+    training(loss_of_flags, status="failed", exit_status=1)
     with pytest.raises(UserError, match=r"trained_1_dropout-0\.1-1 failed"):
         ask(runs_dir, "base", "dropout=0.1")
 
@@ -264,7 +264,7 @@ def test_a_gate_that_ran_out_of_budget_continues_with_its_number_of_seeds(
     runs_dir: Path, training: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     baseline_runs(runs_dir)
-    trained = training(of_flags)
+    trained = training(loss_of_flags)
     answer = ask(runs_dir, "learning_rate=3e-3", budget=1e-9, max_seeds=6)
     assert (answer.verdict, answer.pairs) == ("unsure", [])
     assert not trained.commands
@@ -275,7 +275,7 @@ def test_a_gate_that_ran_out_of_budget_continues_with_its_number_of_seeds(
 
 def test_a_signal_ends_the_gate_without_a_verdict(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir)
-    training(of_flags, status="interrupted", exit_status=143)
+    training(loss_of_flags, status="interrupted", exit_status=143)
     with pytest.raises(StopSignal) as stopped:
         ask(runs_dir, "learning_rate=3e-3")
     assert stopped.value.signum == 15
@@ -304,7 +304,7 @@ def test_the_gate_prints_json_and_sets_the_exit_status(
     runs_dir: Path, training: Callable[..., Training], capsys: pytest.CaptureFixture[str]
 ) -> None:
     baseline_runs(runs_dir)
-    training(of_flags)
+    training(loss_of_flags)
     words = ["base", "--runs-dir", str(runs_dir)]
     assert experiments.main(["gate", "learning_rate=3e-3", *words, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -428,7 +428,7 @@ def test_noise_trains_the_missing_seeds_and_estimates_the_deviation(
     runs_dir: Path, training: Callable[..., Training]
 ) -> None:
     baseline_runs(runs_dir)
-    trained = training(of_flags)
+    trained = training(loss_of_flags)
     found = noise("base", ROOT, runs_dir, seeds=5, effects=[0.01, 0.1], output=io.StringIO())
     assert [command["seed"] for command in trained.commands] == ["4", "5"]
     assert found.values == pytest.approx({1: 2.02, 2: 2.04, 3: 2.01, 4: 2.03, 5: 2.0})
@@ -443,7 +443,7 @@ def test_noise_prints_how_many_runs_it_trains(
     runs_dir: Path, training: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trials, "time", SimpleNamespace(monotonic=itertools.count(0, 100).__next__))
-    training(of_flags)
+    training(loss_of_flags)
     output = io.StringIO()
     noise("learning_rate=3e-3", ROOT, runs_dir, seeds=3, output=output)
     assert output.getvalue().splitlines() == [
@@ -458,7 +458,7 @@ def test_an_interrupted_command_prints_how_to_continue(
     words: list[str], runs_dir: Path, training: Callable[..., Training], capsys: pytest.CaptureFixture[str]
 ) -> None:
     baseline_runs(runs_dir)
-    training(of_flags, status="interrupted", exit_status=130)
+    training(loss_of_flags, status="interrupted", exit_status=130)
     assert experiments.main([*words, "--runs-dir", str(runs_dir)]) == 130
     out = capsys.readouterr().out
     assert out.endswith("complete runs are kept; the same command continues with the others\n")
@@ -484,7 +484,7 @@ def test_a_candidate_that_made_no_run_is_tried_again(
         answer = ask(runs_dir, "learning_rate=3e-3")
     assert answer.verdict == verdict
     assert "made no run with seed 1" in answer.reason
-    training(of_flags)
+    training(loss_of_flags)
     assert ask(runs_dir, "learning_rate=3e-3").verdict == "keep"
 
 

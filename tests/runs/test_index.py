@@ -116,9 +116,9 @@ def make_damaged(path: Path, kind: str) -> None:
     }
     if kind == "run.json is a folder":
         (path / "run.json").mkdir()
-    elif kind == "run.json leads nowhere":
+    elif kind == "run.json is a broken link":
         (path / "run.json").symlink_to("nowhere")
-    elif kind == "run.json leads to itself":
+    elif kind == "run.json links to itself":
         (path / "run.json").symlink_to("run.json")
     elif kind == "no run.json":
         write(path / "logs" / "metrics.jsonl", "")
@@ -147,8 +147,8 @@ def make_damaged(path: Path, kind: str) -> None:
         ("start is null", "not the record of a run"),
         ("tag is a list", "not the record of a run"),
         ("run.json is a folder", "Is a directory"),
-        ("run.json leads nowhere", "no run.json"),
-        ("run.json leads to itself", "run.json"),
+        ("run.json is a broken link", "no run.json"),
+        ("run.json links to itself", "run.json"),
     ],
 )
 def test_an_entry_that_is_not_a_run_is_listed_with_the_reason(runs_dir: Path, kind: str, problem: str) -> None:

@@ -49,7 +49,7 @@ def cached(runs_dir: Path) -> set[str]:
     return {*json.loads(body)}
 
 
-def afresh(runs_dir: Path) -> list[IndexedRun]:
+def read_without_cache(runs_dir: Path) -> list[IndexedRun]:
     """The index without a cache."""
     names = sorted(path.name for path in runs_dir.iterdir() if not path.name.startswith("."))
     return sorted((read_run(runs_dir / name) for name in names), key=lambda run: (run.record.get("start", ""), run.id))
@@ -72,8 +72,8 @@ def read_again(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_a_run_that_has_ended_is_read_only_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_again(runs, monkeypatch) == set()
     found = read_index(runs)
-    assert found == afresh(runs)
-    assert [run.row() | {"age": 0} for run in found] == [run.row() | {"age": 0} for run in afresh(runs)]
+    assert found == read_without_cache(runs)
+    assert [run.row() | {"age": 0} for run in found] == [run.row() | {"age": 0} for run in read_without_cache(runs)]
     assert found[0].evaluations == [EVALUATION]
 
 
@@ -103,11 +103,11 @@ CHANGES: dict[str, Any] = {  # called with the run
     "no log": lambda run: (run / METRICS_LOG).unlink(),
     "a torn log": lambda run: (run / METRICS_LOG).open("a").write('{"step"'),
     "no artifacts": lambda run: shutil.rmtree(run / "artifacts"),
-    "a folder that leads elsewhere": linked_out,
+    "a folder that links elsewhere": linked_out,
     "a damaged record": lambda run: write(run / RECORD, "{"),
-    "a run that goes on": lambda run: change_record(run, status="running"),
-    "no run": shutil.rmtree,
-    "a file": lambda run: (shutil.rmtree(run), write(run, "")),
+    "a resumed run": lambda run: change_record(run, status="running"),
+    "a deleted run": shutil.rmtree,
+    "a file in place of the run": lambda run: (shutil.rmtree(run), write(run, "")),
     "another run of that name": lambda run: (shutil.rmtree(run), make_run(run.parent, run.name, tag="new")),
 }
 
@@ -116,7 +116,7 @@ CHANGES: dict[str, Any] = {  # called with the run
 def test_a_run_that_changes_is_read_again(runs: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read_index(runs)
     CHANGES[change](runs / "a")
-    assert read_index(runs) == afresh(runs) != before
+    assert read_index(runs) == read_without_cache(runs) != before
     assert read_again(runs, monkeypatch) <= {"a"}
 
 
@@ -150,7 +150,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "cut": lambda content: content[: len(content) // 2],
     "another loss": lambda content: content.replace(b"2.25", b"2.75"),
     "another code": lambda content: content.replace(b'{"code":"', b'{"code":"0'),
-    "no JSON": lambda content: b"\xff\n\xff",
+    "not JSON": lambda content: b"\xff\n\xff",
     "a list": lambda content: b"[]\n[]",
     "deep": lambda content: b"[" * 100_000 + b"\n",
 }
@@ -163,7 +163,7 @@ def test_a_damaged_cache_is_replaced(runs: Path, damage: str, monkeypatch: pytes
     place.write_bytes(DAMAGE[damage](good))
     assert read_again(runs, monkeypatch) == {"a", "b"}
     assert place.read_bytes() == good
-    assert read_index(runs) == afresh(runs)
+    assert read_index(runs) == read_without_cache(runs)
 
 
 def test_a_cache_that_is_a_link_or_belongs_to_another_user_is_not_used(
@@ -182,14 +182,14 @@ def test_a_cache_that_is_a_link_or_belongs_to_another_user_is_not_used(
 def test_if_the_cache_cannot_be_written_the_runs_are_read(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (runs / INDEX_CACHE).unlink()
     (runs / INDEX_CACHE).mkdir()
-    assert read_index(runs) == afresh(runs)
+    assert read_index(runs) == read_without_cache(runs)
 
     def refuse(*args: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     (runs / INDEX_CACHE).rmdir()
     monkeypatch.setattr(index_cache, "write_atomic", refuse)
-    assert read_index(runs) == afresh(runs)
+    assert read_index(runs) == read_without_cache(runs)
     assert not (runs / INDEX_CACHE).exists()
 
 
@@ -203,7 +203,7 @@ def test_two_processes_each_write_a_complete_cache(runs: Path, monkeypatch: pyte
     one.write()
     other.write()
     assert cached(runs) == {"a", "b", "d"}
-    assert read_index(runs) == afresh(runs)
+    assert read_index(runs) == read_without_cache(runs)
 
 
 def test_the_cache_is_rewritten_only_after_enough_changes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

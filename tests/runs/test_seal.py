@@ -96,20 +96,20 @@ def test_missing_and_added_files_are_named(run: Path) -> None:
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "TensorBoard": lambda run: write(run / "logs" / "tensorboard" / "events.2", "new"),
-    "TensorBoard deleted": lambda run: (run / "logs" / "tensorboard" / "events.1").unlink(),
-    "fed": lambda run: write(run / "logs" / "fed_tensorboard.json", '{"offset": 3}'),
-    "fed by another view": lambda run: write(run / "logs" / "fed_aim.json", "{}"),
-    "notes": lambda run: write(run / "notes.json", '{"pinned": true}'),
-    "run.json": lambda run: write(run / "run.json", "{}"),
-    "curves": lambda run: (run / "artifacts" / "curves.png").unlink(),
-    "checkpoints deleted": lambda run: shutil.rmtree(run / CHECKPOINTS / "step_000005"),
+    "a new event file": lambda run: write(run / "logs" / "tensorboard" / "events.2", "new"),
+    "a deleted event file": lambda run: (run / "logs" / "tensorboard" / "events.1").unlink(),
+    "another offset of a view": lambda run: write(run / "logs" / "fed_tensorboard.json", '{"offset": 3}'),
+    "an offset of another view": lambda run: write(run / "logs" / "fed_aim.json", "{}"),
+    "other notes": lambda run: write(run / "notes.json", '{"pinned": true}'),
+    "another run.json": lambda run: write(run / "run.json", "{}"),
+    "no picture": lambda run: (run / "artifacts" / "curves.png").unlink(),
+    "a deleted checkpoint": lambda run: shutil.rmtree(run / CHECKPOINTS / "step_000005"),
     "another checkpoint": lambda run: make_checkpoint(run / CHECKPOINTS / "step_000010"),
-    "heartbeat": lambda run: os.utime(run / "lock", (0, 0)),
-    "times": lambda run: os.utime(run / "meta" / "code.patch", (0, 0)),
-    "a note that is being written": lambda run: write(run / "logs" / ".fed_aim.json.abc.tmp", ""),
-    "a note that was being written": lambda run: write(run / "logs" / "fed_aim.tmp", ""),
-    "Weights & Biases": lambda run: write(run / "logs" / "wandb" / "run-1.wandb", "new"),
+    "a heartbeat": lambda run: os.utime(run / "lock", (0, 0)),
+    "another file time": lambda run: os.utime(run / "meta" / "code.patch", (0, 0)),
+    "a temporary file of an offset": lambda run: write(run / "logs" / ".fed_aim.json.abc.tmp", ""),
+    "an older temporary file of an offset": lambda run: write(run / "logs" / "fed_aim.tmp", ""),
+    "files of Weights & Biases": lambda run: write(run / "logs" / "wandb" / "run-1.wandb", "new"),
 }
 
 

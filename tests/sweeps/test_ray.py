@@ -75,7 +75,7 @@ def test_a_killed_ray_worker_is_replaced_and_its_trial_continues(
 def test_a_signal_stops_the_trials_and_another_driver_continues_them(
     signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trainings save checkpoints before Ray ends their workers."""
+    """The trainings save checkpoints when Ray ends their workers."""
     monkeypatch.setenv("SWEEP_STEP_SECONDS", "1")
     (tmp_path / "space.yaml").write_text(SPACE)
     folder = tmp_path / "ray"

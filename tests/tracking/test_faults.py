@@ -230,7 +230,7 @@ def _assert_aim_run_equals_log(shown: Any, run: Path) -> None:
 
 
 @pytest.fixture
-def released() -> Iterator[None]:
+def aim_released() -> Iterator[None]:
     """Afterwards, close the files that Aim's caches keep open, because another test may reuse the path."""
     from aim.storage.structured.db import DB
 
@@ -248,7 +248,7 @@ HOLDERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("released")
+@pytest.mark.usefixtures("aim_released")
 @pytest.mark.parametrize("locked", HOLDERS)
 def test_training_survives_an_aim_repository_locked_by_another_process(
     locked: str,
@@ -276,7 +276,7 @@ def test_training_survives_an_aim_repository_locked_by_another_process(
 
 
 @pytest.fixture
-def disk(small_disk: Path, released: None) -> Path:
+def disk(small_disk: Path, aim_released: None) -> Path:
     """`small_disk`, which Aim releases at the end."""
     return small_disk
 
