@@ -1,4 +1,4 @@
-"""Checkpoints on disk: the safetensors library reads them, optimizers continue bit for bit, damage is found."""
+"""Checkpoints on disk: their files, frozen weights of adapters, every kind of damage, and disks that fail."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ MOMENTS = {"a/exp_avg": torch.linspace(0, 1, 6).reshape(2, 3), "a/step": torch.t
 
 
 def write(path: Path, step: int = 10, weights: Mapping[str, torch.Tensor] = WEIGHTS, **facts: Any) -> Path:
-    """A small checkpoint at `path`."""
+    """Write a small checkpoint at `path`."""
     write_checkpoint(path, weights, MOMENTS, TOKENIZER, {"step": step, **facts})
     return path
 
 
 def regenerate_manifest(path: Path) -> None:
-    """Make the manifest say what the files are now."""
+    """Rewrite the manifest for the current content of the files."""
     lines = {name: (path / name).read_bytes() for name in FILES}
     files = {name: {"size": len(data), "crc32": f"{zlib.crc32(data):08x}"} for name, data in lines.items()}
     (path / MANIFEST_FILE).write_text(json.dumps({"format_version": 1, "files": files}))
 
 
 def refusal(path: Path) -> str:
-    """The one line that says why a checkpoint is not read."""
+    """The one-line message with which reading the checkpoint fails."""
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
     message = str(caught.value)
@@ -69,7 +69,7 @@ def refusal(path: Path) -> str:
 # ------------------------------------------------------------------------------------- safetensors
 
 
-def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
+def test_a_checkpoint_is_read_as_it_was_saved(tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step_000010"
     write(path, 10, all_kinds(), text="über", nested={"a": [1, 2.5, None, True]})
     found = read_checkpoint(path)
@@ -80,7 +80,7 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_checkpoint_is_safetensors_and_json(tmp_path: Path) -> None:
+def test_a_checkpoint_consists_of_safetensors_json_and_a_manifest(tmp_path: Path) -> None:
     path = write(tmp_path / "step_000010")
     assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, MANIFEST_FILE])
     assert same(load_file(path / WEIGHTS_FILE), WEIGHTS)
@@ -106,7 +106,7 @@ def test_files_do_not_depend_on_the_size_of_a_write(
     assert same(read_checkpoint(parts).weights, WEIGHTS)
 
 
-def test_the_manifest_is_written_last_and_beside_the_place(tmp_path: Path) -> None:
+def test_a_checkpoint_is_written_to_a_temporary_folder_and_its_manifest_last(tmp_path: Path) -> None:
     path = tmp_path / "step_000010"
     seen: list[tuple[str, list[str]]] = []
 
@@ -133,7 +133,7 @@ def test_every_file_and_both_folders_are_synced(tmp_path: Path, monkeypatch: pyt
     assert synced[4:] == [MANIFEST_FILE, ".step_000010.tmp", tmp_path.name]
 
 
-def test_a_checkpoint_takes_the_place_of_a_damaged_one_and_of_leftovers(tmp_path: Path) -> None:
+def test_a_checkpoint_replaces_a_damaged_one_and_leftovers(tmp_path: Path) -> None:
     path = write(tmp_path / "step_000010", text="old")
     (path / MANIFEST_FILE).unlink()
     leftover = tmp_path / ".step_000010.tmp"
@@ -145,7 +145,7 @@ def test_a_checkpoint_takes_the_place_of_a_damaged_one_and_of_leftovers(tmp_path
     assert not (path / "stale").exists()
 
 
-def test_checkpoints_are_listed_newest_first_and_strangers_are_not(tmp_path: Path) -> None:
+def test_checkpoints_are_listed_newest_first_and_other_entries_ignored(tmp_path: Path) -> None:
     for name in (
         "step_000009",
         "step_000100",
@@ -170,19 +170,19 @@ FROZEN = {"frozen": torch.arange(4.0), "a": torch.zeros(2, 3)}
 
 @pytest.fixture
 def based(tmp_path: Path) -> Path:
-    """A checkpoint whose frozen weights lie beside it."""
+    """A checkpoint whose frozen weights are in a file beside it."""
     path = tmp_path / "step_000010"
     write_checkpoint(path, WEIGHTS, MOMENTS, TOKENIZER, {"step": 10}, base=write_base(tmp_path, FROZEN))
     return path
 
 
-def test_frozen_weights_lie_once_beside_the_checkpoints_and_are_read_with_them(based: Path) -> None:
+def test_frozen_weights_are_stored_once_and_read_with_each_checkpoint(based: Path) -> None:
     folder, data = based.parent, (based / BASE_FILE).read_bytes()
     entry = {"size": len(data), "crc32": f"{zlib.crc32(data):08x}"}
     assert sorted(path.name for path in folder.iterdir()) == ["base.safetensors", "step_000010"]
     assert same(load_file(folder / "base.safetensors"), FROZEN)
     found = read_checkpoint(based)
-    assert same(found.weights, FROZEN | WEIGHTS)  # what was trained wins
+    assert same(found.weights, FROZEN | WEIGHTS)  # trained weights take precedence
     assert found.base == entry
     write_checkpoint(folder / "step_000020", WEIGHTS, MOMENTS, TOKENIZER, {"step": 20}, base=found.base)
     assert read_checkpoint(folder / "step_000020").base == entry
@@ -190,7 +190,7 @@ def test_frozen_weights_lie_once_beside_the_checkpoints_and_are_read_with_them(b
     assert same(read_checkpoint(folder / "step_000030").weights, WEIGHTS)
 
 
-def test_damage_of_frozen_weights_is_damage_of_the_checkpoint(based: Path) -> None:
+def test_damaged_frozen_weights_make_the_checkpoint_damaged(based: Path) -> None:
     base = based / BASE_FILE
     flip(base, 1.0)
     assert refusal(based).startswith(f"{base}: damaged: its CRC-32 is ")
@@ -199,7 +199,7 @@ def test_damage_of_frozen_weights_is_damage_of_the_checkpoint(based: Path) -> No
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
-def test_frozen_weights_that_cannot_be_written_leave_those_before(
+def test_a_failed_write_of_frozen_weights_keeps_the_old_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     write_base(tmp_path, FROZEN)
@@ -241,28 +241,14 @@ def test_a_flipped_bit_is_found_in_every_file(tmp_path: Path, name: str, place: 
     assert issubclass(CheckpointError, UserError)
 
 
-@pytest.mark.parametrize("place", [0.0, 1.0])
-def test_a_flipped_bit_is_found_in_the_manifest(tmp_path: Path, place: float) -> None:
-    path = write(tmp_path / "step_000010")
-    flip(path / MANIFEST_FILE, place)
-    assert refusal(path) == f"{path / MANIFEST_FILE}: damaged"
-
-
-def test_no_flipped_bit_of_the_manifest_changes_what_is_read(tmp_path: Path) -> None:
+def test_a_flipped_bit_is_found_in_every_byte_of_the_manifest(tmp_path: Path) -> None:
     path = write(tmp_path / "step_000010")
     good = (path / MANIFEST_FILE).read_bytes()
-    refused = 0
     for position in range(len(good)):
         data = bytearray(good)
         data[position] ^= 1 << position % 8
         (path / MANIFEST_FILE).write_bytes(data)
-        try:
-            found = read_checkpoint(path)
-        except CheckpointError:
-            refused += 1
-        else:
-            assert same(found.weights | found.optimizer_tensors, WEIGHTS | MOMENTS)
-    assert refused > 0.9 * len(good)  # the rest is the manifest's own version number
+        assert refusal(path).startswith(f"{path}/")  # a damaged manifest, or a file that does not fit it
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -272,13 +258,13 @@ def test_a_missing_file_is_named(tmp_path: Path, name: str) -> None:
     assert refusal(path) == f"{path / name}: missing"
 
 
-def test_without_a_manifest_a_checkpoint_is_not_complete(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_manifest_is_not_complete(tmp_path: Path) -> None:
     path = write(tmp_path / "step_000010")
     (path / MANIFEST_FILE).unlink()
     assert refusal(path) == f"{path / MANIFEST_FILE}: missing: the checkpoint is not complete"
 
 
-def test_a_folder_without_checkpoints_is_reported(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_reported(tmp_path: Path) -> None:
     assert refusal(tmp_path / "step_000010") == f"{tmp_path / 'step_000010'}: no such checkpoint"
     (tmp_path / "step_000020").write_text("")
     assert refusal(tmp_path / "step_000020") == f"{tmp_path / 'step_000020'}: no such checkpoint"
@@ -312,7 +298,7 @@ def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path, name: str) -> None
 @pytest.mark.parametrize(
     "content", ["[]", "null", "{}", '{"files": []}', '{"files": {"model.safetensors": 1}}', "\xff"]
 )
-def test_a_file_that_is_no_manifest_is_reported(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_manifest_is_reported(tmp_path: Path, content: str) -> None:
     path = write(tmp_path / "step_000010")
     (path / MANIFEST_FILE).write_text(content, encoding="latin-1")
     assert refusal(path) == f"{path / MANIFEST_FILE}: damaged"
@@ -360,7 +346,7 @@ def test_an_unusable_state_is_reported(tmp_path: Path, content: str, message: st
         (None, "cannot be read: No such file or directory"),
     ],
 )
-def test_a_file_without_an_object_is_reported(tmp_path: Path, content: str | None, message: str) -> None:
+def test_a_json_file_without_an_object_is_reported(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "a.json"
     if content is not None:
         path.write_text(content)
@@ -369,22 +355,11 @@ def test_a_file_without_an_object_is_reported(tmp_path: Path, content: str | Non
     assert str(refusal.value) == f"{path}: {message}"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda manifest: manifest | {"format_version": 2}, "format version 2, this workbench reads 1"),
-        (lambda manifest: manifest["files"][WEIGHTS_FILE].update(size="12") or manifest, "damaged"),
-        (lambda manifest: manifest["files"][WEIGHTS_FILE].update(size=None) or manifest, "damaged"),
-        (lambda manifest: [], "damaged"),
-    ],
-)
-def test_an_unusable_manifest_is_reported(
-    tmp_path: Path, change: Callable[[dict[str, Any]], Any], message: str
-) -> None:
+def test_a_manifest_of_another_format_version_is_reported(tmp_path: Path) -> None:
     path = write(tmp_path / "step_000010")
     manifest = json.loads((path / MANIFEST_FILE).read_text())
-    (path / MANIFEST_FILE).write_text(json.dumps(change(manifest)))
-    assert refusal(path).startswith(f"{path / MANIFEST_FILE}: {message}")
+    (path / MANIFEST_FILE).write_text(json.dumps({**manifest, "format_version": 2}))
+    assert refusal(path).startswith(f"{path / MANIFEST_FILE}: format version 2, this workbench reads 1")
 
 
 def test_the_state_of_another_checkpoint_does_not_fit_the_manifest(tmp_path: Path) -> None:
@@ -393,7 +368,7 @@ def test_the_state_of_another_checkpoint_does_not_fit_the_manifest(tmp_path: Pat
     assert refusal(path).startswith(f"{path / STATE_FILE}: damaged: its CRC-32 is ")
 
 
-def test_differences_of_weights_are_named_three_at_a_time() -> None:
+def test_at_most_three_differences_of_weights_are_named() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert weight_differences(weights, model) == ""
@@ -407,7 +382,7 @@ def test_differences_of_weights_are_named_three_at_a_time() -> None:
     assert weight_differences({}, model) == ("0.weight is missing; 0.bias is missing; 1.weight is missing (and 1 more)")
 
 
-# ------------------------------------------------------------------------------------- disks that refuse
+# ------------------------------------------------------------------------------------- writes that fail
 
 
 def with_small_files(limit: int, action: Callable[[], object]) -> Any:
@@ -416,7 +391,7 @@ def with_small_files(limit: int, action: Callable[[], object]) -> Any:
 
 
 @pytest.mark.parametrize("limit", [0, 60, 200, 350, 100_000])
-def test_a_file_that_cannot_grow_leaves_earlier_checkpoints(tmp_path: Path, limit: int) -> None:
+def test_a_failed_write_keeps_earlier_checkpoints(tmp_path: Path, limit: int) -> None:
     good = write(tmp_path / "step_000010")
     large = {"a": torch.zeros(100_000)}
     error = with_small_files(limit, lambda: write(tmp_path / "step_000020", 20, large))
@@ -426,7 +401,7 @@ def test_a_file_that_cannot_grow_leaves_earlier_checkpoints(tmp_path: Path, limi
     assert same(read_checkpoint(good).weights, WEIGHTS)
 
 
-def test_a_failure_leaves_a_checkpoint_of_the_same_step_alone(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_an_earlier_checkpoint_of_the_same_step(tmp_path: Path) -> None:
     good = write(tmp_path / "step_000010")
     error = with_small_files(60, lambda: write(good, 10, {"a": torch.zeros(100)}))
     assert isinstance(error, OSError)
@@ -434,8 +409,8 @@ def test_a_failure_leaves_a_checkpoint_of_the_same_step_alone(tmp_path: Path) ->
     assert same(read_checkpoint(good).weights, WEIGHTS)
 
 
-def test_a_full_disk_leaves_earlier_checkpoints(small_disk: Path) -> None:
-    weights = {"a": torch.randn(80_000)}  # 320 kB: the third has no room
+def test_a_full_disk_keeps_earlier_checkpoints(small_disk: Path) -> None:
+    weights = {"a": torch.randn(80_000)}  # 320 kB, so that the third checkpoint does not fit
     write(small_disk / "step_000010", 10, weights)
     write(small_disk / "step_000020", 20, weights)
     free = os.statvfs(small_disk).f_bavail
@@ -449,7 +424,7 @@ def test_a_full_disk_leaves_earlier_checkpoints(small_disk: Path) -> None:
         assert same(read_checkpoint(path).weights, weights)
 
 
-def test_a_read_only_folder_leaves_earlier_checkpoints(small_disk: Path, make_read_only: Callable[[], None]) -> None:
+def test_a_read_only_disk_keeps_earlier_checkpoints(small_disk: Path, make_read_only: Callable[[], None]) -> None:
     good = write(small_disk / "step_000010")
     make_read_only()
     for path in (small_disk / "step_000020", good):
@@ -474,7 +449,7 @@ def test_a_failure_at_any_step_leaves_nothing_behind(
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_logs_that_cannot_be_synced_leave_no_checkpoint(tmp_path: Path, error: BaseException) -> None:
+def test_if_the_logs_cannot_be_synced_no_checkpoint_is_left(tmp_path: Path, error: BaseException) -> None:
     def fail() -> NoReturn:
         raise error
 
@@ -484,14 +459,14 @@ def test_logs_that_cannot_be_synced_leave_no_checkpoint(tmp_path: Path, error: B
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, torch.zeros(1), {1}])
-def test_a_state_that_is_no_json_is_refused_before_it_can_be_read(tmp_path: Path, value: object) -> None:
+def test_a_state_that_is_not_json_leaves_no_checkpoint(tmp_path: Path, value: object) -> None:
     with pytest.raises((ValueError, TypeError)):
         write(tmp_path / "step_000010", value=value)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("size", [-1, "7", 1.5, None, [7]])
-def test_a_size_that_is_no_number_of_bytes_is_a_damaged_manifest(tmp_path: Path, size: Any) -> None:
+def test_a_manifest_with_an_invalid_size_is_damaged(tmp_path: Path, size: Any) -> None:
     path = write(tmp_path / "step_000010")
     manifest = json.loads((path / MANIFEST_FILE).read_text())
     manifest["files"][FILES[-1]]["size"] = size
@@ -500,7 +475,7 @@ def test_a_size_that_is_no_number_of_bytes_is_a_damaged_manifest(tmp_path: Path,
 
 
 @pytest.mark.parametrize("which", ["", "\t", "a,b", "-1", "1_0", "१२", "lastest", "9" * 400])
-def test_what_names_no_checkpoint_is_one_error(tmp_path: Path, which: str) -> None:
+def test_text_that_names_no_checkpoint_is_reported(tmp_path: Path, which: str) -> None:
     with pytest.raises(CheckpointError) as refusal:
         choose_checkpoint(tmp_path, which, strict=False, warn=lambda line: None)
     hint = "; did you mean latest?" if which == "lastest" else ""
@@ -519,7 +494,9 @@ def test_what_names_no_checkpoint_is_one_error(tmp_path: Path, which: str) -> No
         (None, {}),
     ],
 )
-def test_a_damaged_pointer_names_nothing(tmp_path: Path, content: str | None, expected: dict[str, Any]) -> None:
+def test_a_damaged_pointer_points_to_no_checkpoint(
+    tmp_path: Path, content: str | None, expected: dict[str, Any]
+) -> None:
     write(tmp_path / "step_000020", 20)
     if content is not None:
         (tmp_path / BEST_FILE).write_text(content, encoding="latin-1")
@@ -528,14 +505,14 @@ def test_a_damaged_pointer_names_nothing(tmp_path: Path, content: str | None, ex
 
 
 @pytest.mark.parametrize("step", [10, "20", None, [20]])
-def test_a_pointer_to_no_checkpoint_names_nothing(tmp_path: Path, step: Any) -> None:
+def test_a_pointer_to_a_missing_checkpoint_points_to_none(tmp_path: Path, step: Any) -> None:
     write(tmp_path / "step_000020", 20)
     (tmp_path / BEST_FILE).write_text(json.dumps({"step": step}))
     assert best_path(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", [TOKENIZER_FILE, STATE_FILE, MANIFEST_FILE, WEIGHTS_FILE])
-def test_a_file_that_leads_out_of_the_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_link_out_of_the_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
     path = write(tmp_path / "step_000010")
     (path / name).rename(tmp_path / name)
     (path / name).symlink_to(tmp_path / name)

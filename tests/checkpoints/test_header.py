@@ -1,4 +1,4 @@
-"""Headers of safetensors files: read as the library reads them, and refused in one line where they lie."""
+"""Headers of safetensors files: they are read as the library reads them, and invalid ones are refused in one line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def entry(first: int, end: int, dtype: Any = "F32", shape: Any = None) -> dict[s
     return {"dtype": dtype, "shape": [(end - first) // 4] if shape is None else shape, "data_offsets": [first, end]}
 
 
-def test_a_file_of_the_library_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
+def test_a_header_written_by_the_library_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
     tensors = {
         "a.weight": torch.arange(6.0).view(2, 3),
         "b": torch.ones(3, dtype=torch.bfloat16),
@@ -83,7 +83,7 @@ MALICIOUS: dict[str, tuple[Any, int, str]] = {
     "beyond the file": ({"a": entry(0, 1 << 40)}, 4, "a lies outside the file"),
     "negative": ({"a": entry(-4, 0, shape=[1])}, 4, "a lies outside the file"),
     "backwards": ({"a": entry(4, 0, shape=[1])}, 4, "a lies outside the file"),
-    "offsets that are no numbers": ({"a": {**entry(0, 4), "data_offsets": [0, True]}}, 4, f"{OFFSETS} [0, True]"),
+    "offsets that are not numbers": ({"a": {**entry(0, 4), "data_offsets": [0, True]}}, 4, f"{OFFSETS} [0, True]"),
     "shape beyond its bytes": ({"a": entry(0, 4, shape=[2])}, 4, "a: F32 of shape (2,) needs 8 bytes, it has 4"),
     "half a byte": ({"a": entry(0, 4, "F4", [9])}, 4, "a: F4 of shape (9,) needs 5 bytes, it has 4"),
     "an enormous shape": (
@@ -93,19 +93,19 @@ MALICIOUS: dict[str, tuple[Any, int, str]] = {
     ),
     "a size below zero": ({"a": entry(0, 4, shape=[-1])}, 4, f"{SIZES} [-1]"),
     "a size beyond 63 bits": ({"a": entry(0, 4, shape=[2**63])}, 4, f"{SIZES} [{2**63}]"),
-    "a size that is no number": ({"a": entry(0, 4, shape=[True])}, 4, f"{SIZES} [True]"),
+    "a size that is not a number": ({"a": entry(0, 4, shape=[True])}, 4, f"{SIZES} [True]"),
     "a shape of many sizes": ({"a": entry(0, 4, shape=[1] * 65)}, 4, f"{SIZES} {shown([1] * 65)}"),
-    "a shape that is no list": ({"a": entry(0, 4, shape={"0": 1})}, 4, f"{SIZES} {{'0': 1}}"),
+    "a shape that is not a list": ({"a": entry(0, 4, shape={"0": 1})}, 4, f"{SIZES} {{'0': 1}}"),
     "three offsets": ({"a": {**entry(0, 4), "data_offsets": [0, 4, 4]}}, 4, f"{OFFSETS} [0, 4, 4]"),
-    "offsets that are no list": ({"a": {**entry(0, 4), "data_offsets": "04"}}, 4, f"{OFFSETS} '04'"),
+    "offsets that are not a list": ({"a": {**entry(0, 4), "data_offsets": "04"}}, 4, f"{OFFSETS} '04'"),
     "an empty shape beyond all memory": (
         {"a": {"dtype": "F32", "shape": [0, 2**63 - 1, 2**62], "data_offsets": [0, 0]}},
         0,
         f"a: shape {[0, 2**63 - 1, 2**62]}: too large, even for an empty tensor",
     ),
     "an unknown dtype": ({"a": entry(0, 4, "F33")}, 4, "a: unknown dtype 'F33'"),
-    "a dtype that is no text": ({"a": entry(0, 4, ["F32"])}, 4, "a: unknown dtype ['F32']"),
-    "another key": ({"a": {**entry(0, 4), "code": "import os"}}, 4, "a: expected dtype, shape and data_offsets"),
+    "a dtype that is not text": ({"a": entry(0, 4, ["F32"])}, 4, "a: unknown dtype ['F32']"),
+    "an unknown key": ({"a": {**entry(0, 4), "code": "import os"}}, 4, "a: expected dtype, shape and data_offsets"),
     "a name twice": (b'{"a": {}, "a": {}}', 0, "a is in the header twice"),
     "a long name twice": (b'{"%s": {}, "%s": {}}' % (b"x" * 5000, b"x" * 5000), 0, f"{LONG} is in the header twice"),
     "a name twice among others": (b'{"b": {}, "a": {}, "c": {}, "a": {}, "b": {}}', 0, "a is in the header twice"),
@@ -119,11 +119,19 @@ MALICIOUS: dict[str, tuple[Any, int, str]] = {
         1238,
         f"1,234 bytes before {LONG} belong to no tensor",
     ),
-    "bytes by the thousand": ({"a": entry(0, 4)}, 5004, "the last 5,000 bytes of the file belong to no tensor"),
-    "no entry": ({"a": 1}, 0, "a: expected dtype, shape and data_offsets"),
-    "metadata that is no object": ({"__metadata__": ["a"]}, 0, "__metadata__ is not an object of texts"),
+    "thousands of extra bytes": ({"a": entry(0, 4)}, 5004, "the last 5,000 bytes of the file belong to no tensor"),
+    "an entry that is not an object": ({"a": 1}, 0, "a: expected dtype, shape and data_offsets"),
+    "an entry without dtype": (
+        {"a": {"shape": [1], "data_offsets": [0, 4]}},
+        4,
+        "a: expected dtype, shape and data_offsets",
+    ),
+    "a file that is too short": ({"a": entry(0, 4)}, 3, "a lies outside the file"),
+    "too few bytes for the shape": ({"a": entry(0, 3, shape=[1])}, 3, "a: F32 of shape (1,) needs 4 bytes, it has 3"),
+    "metadata that is not an object": ({"__metadata__": ["a"]}, 0, "__metadata__ is not an object of texts"),
     "metadata of numbers": ({"__metadata__": {"a": 1}}, 0, "__metadata__ is not an object of texts"),
     "a list": ([1, 2], 0, "the header is not an object"),
+    "null": (None, 0, "the header is not an object"),
     "nested deeply": (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, 0, "the header is nested too deeply"),
     "many values": (b"[" + b"0," * 5_000_000 + b"0]", 0, "the header has more values than any model needs"),
     "a number of a million digits": (b'{"a": ' + b"9" * 1_000_000 + b"}", 0, DIGITS),
@@ -133,7 +141,7 @@ MALICIOUS: dict[str, tuple[Any, int, str]] = {
 
 
 @pytest.mark.parametrize("case", MALICIOUS)
-def test_a_header_that_lies_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
+def test_an_invalid_header_is_refused_in_one_line(tmp_path: Path, case: str) -> None:
     header, body, problem = MALICIOUS[case]
     path = write(tmp_path / "a.safetensors", header, body)
     for read in (read_header, map_tensors):
@@ -144,7 +152,7 @@ def test_a_header_that_lies_is_refused_in_one_line(tmp_path: Path, case: str) ->
     assert len(problem) < 1000
 
 
-def test_what_the_format_allows_is_read_up_to_its_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_are_read_up_to_the_limits_of_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {
         "b": entry(0, 4, shape=[1] * 64),
         "a": entry(4, 4, shape=[2**63 - 1, 0]),
@@ -157,7 +165,7 @@ def test_what_the_format_allows_is_read_up_to_its_limits(tmp_path: Path, monkeyp
     monkeypatch.setattr(header_module, "HEADER_BYTES", start - 8)
     monkeypatch.setattr(header_module, "HEADER_VALUES", values)
     header = read_header(path)
-    assert list(header.tensors) == ["b", "a", "packed", "c"]  # in the order of their bytes
+    assert list(header.tensors) == ["b", "a", "packed", "c"]  # in the order of their offsets
     assert [found.elements for found in header.tensors.values()] == [1, 0, 4, 2]
     assert [found.bytes for found in header.tensors.values()] == [4, 0, 3, 1]
     assert [found.begin - start for found in header.tensors.values()] == [0, 4, 4, 7]
@@ -176,7 +184,7 @@ def read_tensors(path: Path, expected: str) -> dict[str, torch.Tensor]:
         return tensors
 
 
-def test_only_a_named_file_may_be_a_link_that_leads_elsewhere(tmp_path: Path) -> None:
+def test_a_link_that_leads_elsewhere_is_followed_only_if_the_user_named_it(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     path, link = tmp_path / "a.safetensors", tmp_path / "run" / "a.safetensors"
     save_file({"a": torch.tensor([1.0])}, path)
@@ -192,7 +200,7 @@ def test_only_a_named_file_may_be_a_link_that_leads_elsewhere(tmp_path: Path) ->
             read(tmp_path / "none", named=True)
 
 
-def test_tensors_at_known_places_of_a_named_file_are_views_of_it(tmp_path: Path) -> None:
+def test_entries_map_tensors_at_given_offsets_of_a_file(tmp_path: Path) -> None:
     path, link = tmp_path / "a.bin", tmp_path / "b" / "a.bin"
     path.write_bytes(b"head" + torch.arange(6.0).numpy().tobytes())
     link.parent.mkdir()
@@ -209,11 +217,11 @@ def test_tensors_at_known_places_of_a_named_file_are_views_of_it(tmp_path: Path)
 
 
 @pytest.mark.parametrize("length", [HEADER_BYTES + 1, 1 << 40, (1 << 64) - 1])
-def test_a_length_that_lies_allocates_nothing(tmp_path: Path, length: int) -> None:
-    """Read with 600 MB of address space: a header of 100 MB could be read, one of a terabyte not."""
+def test_a_false_header_length_allocates_no_memory(tmp_path: Path, length: int) -> None:
+    """Reads with 600 MB of address space, which is enough for a header of 100 MB but not of a terabyte."""
     path = write(tmp_path / "a.safetensors", b"{}", length=length)
     with path.open("r+b") as file:
-        file.truncate(min(length + 8, 1 << 41))  # sparse: the file is as long as it says
+        file.truncate(min(length + 8, 1 << 41))  # a sparse file of the claimed length
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (600 << 20,) * 2)\n"
         "from pathlib import Path\nfrom utils.checkpoints.header import read_header\n"
@@ -245,14 +253,14 @@ def test_tensors_are_mapped_while_the_file_is_checked(tmp_path: Path, monkeypatc
         with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
             read_tensors(path, "00000000")
         read["a"].zero_()
-        with path.open("r+b") as file:  # what was written to a tensor is not in the file
+        with path.open("r+b") as file:  # `zero_` has not changed the file
             file.seek(-9000, 2)
             file.write(b"?")
         with pytest.raises(CheckpointError, match="damaged: its CRC-32 is"):
             read_tensors(path, crc32)
 
 
-def test_what_is_written_here_begins_where_it_can_be_mapped(tmp_path: Path) -> None:
+def test_written_tensors_begin_at_multiples_of_64_bytes(tmp_path: Path) -> None:
     for name in ("a", "a" * 60):
         write_tensors(tmp_path / "a.safetensors", {name: torch.zeros(3)}, {"format": "pt"})
         assert read_header(tmp_path / "a.safetensors").tensors[name].begin % 64 == 0
@@ -260,7 +268,7 @@ def test_what_is_written_here_begins_where_it_can_be_mapped(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("read_bytes", [1, 7, 64, 1 << 22])
 @pytest.mark.parametrize("tensors", [{}, {"a": torch.arange(9.0), "b": torch.tensor([7], dtype=torch.uint8)}])
-def test_a_flipped_bit_is_found_at_the_end(
+def test_a_flipped_bit_is_found_after_reading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int, tensors: dict[str, torch.Tensor]
 ) -> None:
     monkeypatch.setattr(crc32_module, "READ_BYTES", read_bytes)
@@ -278,7 +286,7 @@ def test_a_flipped_bit_is_found_at_the_end(
             read_tensors(path, crc32)
 
 
-def test_a_file_that_shrinks_while_it_is_checked_is_one_error(tmp_path: Path) -> None:
+def test_a_file_that_shrinks_while_it_is_checked_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"a": torch.zeros(100_000)})
     with path.open("rb") as file:
@@ -287,7 +295,7 @@ def test_a_file_that_shrinks_while_it_is_checked_is_one_error(tmp_path: Path) ->
             part_crc32(file.fileno(), 0, 400_000)
 
 
-def test_weights_are_the_same_whatever_their_header(tmp_path: Path) -> None:
+def test_the_hash_of_tensors_does_not_depend_on_the_header(tmp_path: Path) -> None:
     first, second = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     write_tensors(first, {"a": torch.arange(3.0), "b": torch.zeros(1)})
     save_file({"a": torch.arange(3.0), "b": torch.zeros(1)}, second, metadata={"format": "pt"})
@@ -299,15 +307,15 @@ def test_weights_are_the_same_whatever_their_header(tmp_path: Path) -> None:
         assert tensors_sha256(first) != tensors_sha256(second)
 
 
-def test_a_type_that_torch_is_not_asked_for_is_one_error(tmp_path: Path) -> None:
+def test_an_unsupported_dtype_is_reported(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", {"a": entry(0, 1, "F4", [2])}, 1)
     for read in (map_tensors, lambda path: read_tensors(path, "")):
         with pytest.raises(CheckpointError, match=f"^{path}: not a safetensors file: a: dtype F4 is not supported$"):
             read(path)
 
 
-def test_torch_load_is_called_in_one_place_only() -> None:
-    """Another one could run what is in a file."""
+def test_pickles_are_loaded_in_only_one_place() -> None:
+    """A pickle loaded anywhere else could run code from a file."""
     calls = [
         path.relative_to(ROOT).as_posix()
         for path in [*ROOT.glob("*.py"), *ROOT.glob("utils/**/*.py"), *ROOT.glob("benchmarks/*.py")]

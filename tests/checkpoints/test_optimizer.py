@@ -1,4 +1,4 @@
-"""The state of an optimizer comes back from a checkpoint bit for bit."""
+"""The state of an optimizer is restored from a checkpoint bit for bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENIZER = {"type": "char", "version": 1, "vocabulary": ["\n", "ü", "🙂"], "
 
 
 class FullPrecisionMomentum(torch.optim.Optimizer):
-    """Momentum that keeps what it knows in float32, with a master copy, whatever the type of the weights."""
+    """Momentum with float32 state and a float32 master copy, whatever the type of the weights."""
 
     def __init__(self, params: Iterable[Any], lr: float) -> None:
         super().__init__(params, {"lr": lr, "name": "all"})
@@ -70,7 +70,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 
 
 def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    """Vectors first: an order that is not the model's."""
+    """Two groups, vectors first, so that the order differs from that of the model."""
     parameters = list(model.parameters())
     return [{"params": [p for p in parameters if p.dim() < 2]}, {"params": [p for p in parameters if p.dim() == 2]}]
 
@@ -81,7 +81,7 @@ def small_model(dtype: torch.dtype, seed: int = 0) -> nn.Module:
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Update `step`: its data and learning rate are functions of the step."""
+    """Make the update of `step`, whose data and learning rate are functions of the step."""
     generator = torch.Generator().manual_seed(step)
     dtype = next(model.parameters()).dtype
     inputs, targets = torch.randn(8, 4, generator=generator).to(dtype), torch.randn(8, 3, generator=generator).to(dtype)
@@ -128,7 +128,7 @@ def test_every_optimizer_continues_bit_for_bit(tmp_path: Path, name: str, dtype:
     assert same(resumed.state_dict(), model.state_dict())
     assert same(flatten_optimizer(resumed, again)[0], flatten_optimizer(model, optimizer)[0])
     assert flatten_optimizer(resumed, again)[1] == flatten_optimizer(model, optimizer)[1]
-    assert same(read_checkpoint(checkpoint.path).weights, checkpoint.weights)  # training on changed no file
+    assert same(read_checkpoint(checkpoint.path).weights, checkpoint.weights)  # the file has not changed
 
 
 def test_float32_state_of_bfloat16_weights_keeps_its_type(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_float32_state_of_bfloat16_weights_keeps_its_type(tmp_path: Path) -> Non
     assert not torch.equal(tensors["0.weight/master"], tensors["0.weight/master"].bfloat16().float())
 
 
-def test_an_optimizer_before_its_first_step_comes_back(tmp_path: Path) -> None:
+def test_an_optimizer_without_state_is_restored(tmp_path: Path) -> None:
     model = small_model(torch.float32)
     checkpoint = through_disk(tmp_path / "step_000003", model, OPTIMIZERS["AdamW fused"](model))
     assert checkpoint.optimizer_tensors == {}
@@ -183,7 +183,7 @@ def test_tensors_are_named_by_parameter_and_key() -> None:
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_settings_are_those_of_the_checkpoint_or_kept(keep: bool) -> None:
+def test_the_settings_of_the_checkpoint_replace_those_of_the_optimizer_unless_kept(keep: bool) -> None:
     model = small_model(torch.float32)
     optimizer = torch.optim.AdamW(groups_of(model), lr=0.01, betas=(0.8, 0.9), weight_decay=0.5)
     update(model, optimizer, 0)
@@ -205,7 +205,7 @@ def test_another_optimizer_or_other_groups_are_refused() -> None:
             restore_optimizer(model, other, tensors, structure)
 
 
-def test_what_a_checkpoint_cannot_hold_is_refused() -> None:
+def test_state_that_a_checkpoint_cannot_hold_is_refused() -> None:
     model = small_model(torch.float32)
     optimizer = OPTIMIZERS["AdamW fused"](model)
     optimizer.state[model[0].bias]["odd"] = object()

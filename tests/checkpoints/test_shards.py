@@ -1,4 +1,4 @@
-"""Checkpoints in shards: what ranks write side by side, and what any other number of them reads."""
+"""Sharded checkpoints: ranks write them together, and any other number of ranks reads them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOMENTS = {"a.weight/step": torch.tensor(3.0), "a.weight/exp_avg": torch.randn(7
 
 
 def write(path: Path, world_size: int, change: Callable[[Path], None] = lambda folder: None) -> None:
-    """A checkpoint of step 5 as that many ranks write it."""
+    """Write a checkpoint of step 5 as `world_size` ranks would."""
 
     def own(tensors: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
         return {
@@ -65,7 +65,7 @@ def test_whole_tensors_and_any_rows_are_read_from_the_shards(tmp_path: Path, wor
     assert "a.weight is unexpected" in weight_differences(found.weights, torch.nn.Linear(2, 2))
 
 
-def test_rows_are_mapped_and_only_from_the_files_that_have_them(tmp_path: Path) -> None:
+def test_rows_are_mapped_only_from_the_files_that_contain_them(tmp_path: Path) -> None:
     write(tmp_path / "step_000005", 3)
     found = JoinedTensors(tmp_path / "step_000005", "model")
     found.rows("a.weight", 0, 3)
@@ -74,7 +74,7 @@ def test_rows_are_mapped_and_only_from_the_files_that_have_them(tmp_path: Path) 
     assert len(found._mapped) == 3
 
 
-def test_tools_read_the_whole_tensors(tmp_path: Path) -> None:
+def test_the_weight_tools_read_whole_tensors_from_shards(tmp_path: Path) -> None:
     stored = []
     for world_size in (1, 3):
         write(path := tmp_path / f"of_{world_size}", world_size)
@@ -159,8 +159,8 @@ def test_an_index_that_does_not_describe_the_files_is_refused(
         read_checkpoint(tmp_path / "step_000005", checked=True)
 
 
-def test_the_file_of_another_checkpoint_is_not_read_in_place_of_a_missing_one(tmp_path: Path) -> None:
-    """It describes the same rows, but the manifest, which names what the checkpoint consists of, does not have it."""
+def test_a_shard_that_is_not_in_the_manifest_is_not_read(tmp_path: Path) -> None:
+    """The file of another checkpoint may have the same rows, but only the manifest names the files of this one."""
     path, other = tmp_path / "step_000005", "model-00002-of-00003.safetensors"
     write(path, 2)
     (path / other).write_bytes((path / "model-00002-of-00002.safetensors").read_bytes())
@@ -174,7 +174,7 @@ def test_the_file_of_another_checkpoint_is_not_read_in_place_of_a_missing_one(tm
             read()
 
 
-def test_nothing_is_left_of_a_checkpoint_that_could_not_be_written(tmp_path: Path) -> None:
+def test_a_failed_write_of_shards_leaves_nothing_behind(tmp_path: Path) -> None:
     def full(folder: Path) -> None:
         assert (folder / "model-00002-of-00002.safetensors").is_file()
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""A flat config.json with the names of other programs."""
+"""A flat config.json with the setting names of other programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def project(folder: Path, **settings: object) -> ConfigLoader:
     return ConfigLoader(folder)
 
 
-def test_old_names_map_by_themselves_with_their_place(tmp_path: Path) -> None:
+def test_old_names_are_renamed_and_keep_their_place(tmp_path: Path) -> None:
     loaded = project(
         tmp_path, embedding_dim=96, num_heads=3, num_layers=5, feedforward_dim=200, max_seq_len=32, num_epochs=2
     ).load()
@@ -30,7 +30,7 @@ def test_old_names_map_by_themselves_with_their_place(tmp_path: Path) -> None:
     assert loaded.ignored == ()
 
 
-def test_each_name_without_counterpart_is_one_line(tmp_path: Path) -> None:
+def test_each_ignored_name_is_reported_in_one_line(tmp_path: Path) -> None:
     loaded = project(tmp_path, vocab_size=65, n_embd=96, n_head=3, wandb_project="x").load()
     assert loaded.config.model.n_embd == 96
     assert loaded.ignored == (
@@ -49,7 +49,7 @@ def test_what_the_files_in_configs_replace_is_one_line(tmp_path: Path) -> None:
     )
 
 
-def test_an_old_and_a_new_name_together_are_a_mistake(tmp_path: Path) -> None:
+def test_an_old_and_a_new_name_for_one_setting_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json:3: n_embd is set twice in this file"):
         project(tmp_path, n_embd=96, embedding_dim=96).load()
 
@@ -63,13 +63,13 @@ def test_all_unknown_names_are_listed_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_other_files_have_the_names_of_this_project_and_hint_at_them(tmp_path: Path) -> None:
+def test_other_files_accept_only_the_new_names_and_suggest_them(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text("feedforward_dim: 3")
     with pytest.raises(ConfigError, match=r"own\.yaml:1: unknown key feedforward_dim; did you mean ffn_dim"):
         ConfigLoader(tmp_path).load([tmp_path / "own.yaml"])
 
 
-def test_the_tables_are_those_of_the_documentation() -> None:
+def test_the_documentation_lists_all_old_names() -> None:
     assert set(RENAMED.values()) <= FIELDS.keys()
     assert not (RENAMED.keys() | NO_COUNTERPART.keys()) & FIELDS.keys()
     assert not RENAMED.keys() & NO_COUNTERPART.keys()

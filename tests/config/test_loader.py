@@ -1,4 +1,4 @@
-"""Layers of settings: their priority, where each value came from, and one clear line for every mistake."""
+"""Layers of settings: their priority, the source of each value, and one line for every mistake."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write(project: Path) -> Write:
 
 
 def refusal(project: Path, *files: Path, **overrides: str | bool) -> str:
-    """The one line that says why the configuration is refused."""
+    """The one-line message that refuses the configuration."""
     with pytest.raises(ConfigError) as caught:
         ConfigLoader(project).load(files, overrides)
     message = str(caught.value)
@@ -103,7 +103,7 @@ def test_non_default_lists_values_that_differ_with_their_source(project: Path, w
     ]
 
 
-def test_no_files_at_all_give_the_defaults(tmp_path: Path) -> None:
+def test_without_files_all_settings_are_defaults(tmp_path: Path) -> None:
     assert ConfigLoader(tmp_path).load().config == Config()
 
 
@@ -132,13 +132,13 @@ def test_empty_files_set_nothing(project: Path, write: Write, content: str) -> N
     assert ConfigLoader(project).load([write("empty.yaml", content)]).config == Config()
 
 
-def test_a_key_may_stand_in_any_shared_file_when_flat(project: Path, write: Write) -> None:
+def test_a_flat_key_may_be_in_any_shared_file(project: Path, write: Write) -> None:
     write("configs/train.yaml", "aim_logging: true\nseed: 7\n")
     config = ConfigLoader(project).load().config
     assert (config.tracking.aim_logging, config.train.seed) == (True, 7)
 
 
-def test_config_dir_takes_the_place_of_configs(project: Path, write: Write, tmp_path: Path) -> None:
+def test_config_dir_replaces_configs(project: Path, write: Write, tmp_path: Path) -> None:
     write("configs/a.yaml", "n_layer: 2\n")
     other = tmp_path / "other"
     other.mkdir()
@@ -154,7 +154,7 @@ def test_presets_and_other_suffixes_are_not_shared_files(project: Path, write: W
     assert ConfigLoader(project).load().config == Config()
 
 
-def test_json_in_the_shared_folder_counts(project: Path, write: Write) -> None:
+def test_json_files_in_the_shared_folder_are_read(project: Path, write: Write) -> None:
     write("configs/a.json", '{"n_layer": 3}')
     assert ConfigLoader(project).load().source("n_layer") == "configs/a.json:1"
 
@@ -192,7 +192,7 @@ def test_text_of_a_flag_becomes_a_value(project: Path, key: str, text: str, valu
 @pytest.mark.parametrize(
     ("text", "key", "value"),
     [
-        ("max_iters: 0100", "max_iters", 100),  # in YAML 1.1: 64
+        ("max_iters: 0100", "max_iters", 100),  # 64 in YAML 1.1
         ("max_iters: +0_100", "max_iters", 100),
         ("max_iters: 0x40", "max_iters", 64),
         ("max_minutes: 07.5", "max_minutes", 7.5),
@@ -202,13 +202,15 @@ def test_text_of_a_flag_becomes_a_value(project: Path, key: str, text: str, valu
         ("note: 1:30:00", "note", "1:30:00"),
     ],
 )
-def test_yaml_means_what_flags_and_help_mean(project: Path, write: Write, text: str, key: str, value: Any) -> None:
+def test_numbers_and_none_mean_the_same_in_yaml_as_in_flags(
+    project: Path, write: Write, text: str, key: str, value: Any
+) -> None:
     below = write("below.yaml", "max_minutes: 3\n")
     assert flat(ConfigLoader(project).load([below, write("a.yaml", text)]).config)[key] == value
 
 
 @pytest.mark.parametrize("text", ["max_iters: 1:30:00", "max_iters: 0b11", "max_minutes: 1:30.5"])
-def test_a_number_that_only_yaml_1_1_has_is_refused(project: Path, write: Write, text: str) -> None:
+def test_number_formats_of_yaml_1_1_are_refused(project: Path, write: Write, text: str) -> None:
     with pytest.raises(ConfigError, match=r"a\.yaml:1: max_\w+: expected"):
         ConfigLoader(project).load([write("a.yaml", text)])
 
@@ -282,7 +284,7 @@ MULTIPLE = "must be a multiple of block_size"
         ("tokens_per_step: 64\n", {"block_size": "100"}, f"--block-size: tokens_per_step (64) {MULTIPLE} (100): 100"),
     ],
 )
-def test_a_batch_that_is_named_twice_or_in_part_is_refused_with_its_place(
+def test_conflicting_batch_settings_are_refused_with_their_place(
     project: Path, write: Write, text: str, overrides: dict[str, str], message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -290,7 +292,7 @@ def test_a_batch_that_is_named_twice_or_in_part_is_refused_with_its_place(
     assert str(caught.value).startswith(message)
 
 
-def test_epochs_on_the_command_line_are_the_source_of_the_cleared_max_iters(project: Path, write: Write) -> None:
+def test_epochs_as_a_flag_clear_max_iters_and_are_named_as_its_source(project: Path, write: Write) -> None:
     write("configs/a.yaml", "max_iters: 50")
     loaded = ConfigLoader(project).load(overrides={"epochs": "2"})
     assert loaded.config.train.max_iters is None
@@ -314,14 +316,12 @@ def test_dumped_config_reloads_as_the_same_experiment(project: Path, write: Writ
 
 
 @pytest.mark.parametrize("words", ["tracking:\n  qa_stop: a\n", "tracking:\n  qa_template: '{question}'\n"])
-def test_a_setting_that_has_moved_is_an_error_with_its_section(write: Write, project: Path, words: str) -> None:
+def test_a_setting_that_moved_is_reported_with_its_new_section(write: Write, project: Path, words: str) -> None:
     key = words.split()[1].rstrip(":")
     assert f"a.yaml:2: {key} belongs to section inference, not tracking" in refusal(project, write("a.yaml", words))
 
 
-def test_the_recorded_configuration_of_an_older_run_may_have_settings_in_their_old_section(
-    write: Write, project: Path
-) -> None:
+def test_recorded_configurations_may_have_settings_in_their_old_section(write: Write, project: Path) -> None:
     full = write("full_config.json", json.dumps({"tracking": {"qa_stop": "a", "note": "b"}, "seed": 7}))
     for loaded in (ConfigLoader(project).load([full]), ConfigLoader(project).load_only(full)):
         assert (loaded.config.inference.qa_stop, loaded.config.tracking.note, loaded.config.train.seed) == ("a", "b", 7)
@@ -329,16 +329,17 @@ def test_the_recorded_configuration_of_an_older_run_may_have_settings_in_their_o
     assert "qa_stop belongs to section inference, not train" in refusal(project, wrong)
 
 
-def test_a_config_made_in_code_says_so() -> None:
+def test_the_source_of_settings_made_in_python_is_code() -> None:
     loaded = LoadedConfig.from_config(Config(model=ModelConfig(n_layer=2), train=TrainConfig(max_iters=None, epochs=1)))
     assert loaded.source("n_layer") == "code"
     assert loaded.source("n_head") == "default"
     assert loaded.non_default() == [("n_layer", 2, "code"), ("max_iters", None, "code"), ("epochs", 1.0, "code")]
 
 
-@pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("configs/[!c]*.*")), ids=lambda path: path.name
-)  # cleaning.yaml is for prepare.py
+SHARED_FILES = sorted(ROOT.glob("configs/[!c]*.*"))  # without cleaning.yaml, which is for prepare.py
+
+
+@pytest.mark.parametrize("path", SHARED_FILES, ids=lambda path: path.name)
 def test_shipped_files_parse_and_name_existing_settings(path: Path) -> None:
     assert set(read_config_file(path, path.name)) <= set(FIELDS)
 
@@ -454,10 +455,7 @@ def test_a_mistake_in_a_yaml_file_is_one_line_with_its_place(
     [
         ('{\n "n_layr": 2}', "bad.json:2: unknown key n_layr; did you mean n_layer?"),
         ('{"model":\n {"batch_size": 2}}', "bad.json:2: batch_size belongs to section train, not model"),
-        (
-            '{\n "n_l\\u0061yr": 2}',
-            "bad.json:1: unknown key n_layr; did you mean n_layer?",
-        ),  # not found as it is spelled
+        ('{\n "n_l\\u0061yr": 2}', "bad.json:1: unknown key n_layr; did you mean n_layer?"),  # an escape hides its line
         ('{"n_layer": 0}', "bad.json:1: n_layer: expected integer >= 1 and <= 1024, got 0"),
         ('{"batch_size": NaN}', "bad.json:1: batch_size: expected integer >= 1 or auto, got nan"),
         ('{"grad_clip": Infinity}', "bad.json:1: grad_clip: expected number >= 0, got inf"),
@@ -504,7 +502,7 @@ def test_a_mistake_on_the_command_line_names_its_flag(project: Path, overrides: 
 
 
 @pytest.mark.parametrize("flag", [True, False])
-def test_a_broken_rule_names_what_was_set_last(flag: bool, project: Path, write: Write) -> None:
+def test_a_broken_rule_names_the_setting_of_the_highest_layer(flag: bool, project: Path, write: Write) -> None:
     write("configs/model.yaml", "n_embd: 64\nn_head: 4\n")
     if flag:
         assert refusal(project, n_head="5").startswith("--n-head: n_embd (64) must be divisible by n_head (5)")
@@ -512,7 +510,7 @@ def test_a_broken_rule_names_what_was_set_last(flag: bool, project: Path, write:
         assert refusal(project, write("mine.yaml", "n_head: 5\n")).startswith("mine.yaml:1: n_embd (64) must be")
 
 
-def test_a_length_that_is_wrong_is_said_as_such(project: Path, write: Write) -> None:
+def test_an_unknown_token_of_two_characters_is_reported_as_too_long(project: Path, write: Write) -> None:
     assert "one character" in refusal(project, write("a.yaml", "unknown_token: ab\n"))
 
 
@@ -543,21 +541,21 @@ def test_several_mistakes_are_one_line_each(project: Path, write: Write) -> None
     assert [line.split(": ")[0] for line in str(caught.value).splitlines()] == ["bad.yaml:1", "bad.yaml:2"]
 
 
-def test_a_key_in_two_shared_files_names_both(project: Path, write: Write) -> None:
+def test_a_key_in_two_shared_files_is_reported_with_both(project: Path, write: Write) -> None:
     write("configs/model.yaml", "model:\n  n_layer: 2\n")
     write("configs/train.yml", "seed: 1\nn_layer: 2\n")
     message = "configs/train.yml:2: n_layer is also set in configs/model.yaml:2: keep one of them"
     assert refusal(project) == message
 
 
-def test_a_missing_file_names_its_nearest_sibling(project: Path, write: Write) -> None:
+def test_a_missing_file_is_reported_with_the_nearest_name(project: Path, write: Write) -> None:
     write("small.yaml", "")
     message = "smal.yaml: no such configuration file; did you mean small.yaml?"
     assert refusal(project, project / "smal.yaml") == message
     assert refusal(project, project / "nowhere" / "a.yaml") == "nowhere/a.yaml: no such configuration file"
 
 
-def test_a_folder_in_place_of_a_file_cannot_be_read(project: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_reported(project: Path) -> None:
     (project / "configs" / "x.yaml").mkdir()
     assert refusal(project) == "configs/x.yaml: cannot be read: Is a directory"
 
@@ -571,7 +569,7 @@ def test_a_missing_config_dir_is_an_error(project: Path) -> None:
         ConfigLoader(project, project / "nowhere")
 
 
-def test_python_tags_run_nothing(project: Path, write: Write, tmp_path: Path) -> None:
+def test_python_tags_in_yaml_execute_nothing(project: Path, write: Write, tmp_path: Path) -> None:
     witness = tmp_path / "witness"
     message = refusal(project, write("a.yaml", f'seed: !!python/object/apply:os.mkdir ["{witness}"]\n'))
     assert re.match(r"a\.yaml:1: refused the YAML tag .*python/object/apply:os\.mkdir", message)
@@ -585,12 +583,12 @@ def test_nearest_finds_a_misspelling_but_nothing_for_an_unrelated_name() -> None
     assert issubclass(ConfigError, UserError)
 
 
-def test_a_tag_may_look_like_a_date(project: Path, write: Write) -> None:
+def test_a_run_tag_may_look_like_a_date(project: Path, write: Write) -> None:
     loaded = ConfigLoader(project).load([write("dated.yaml", "run_tag: 2026-01-31\n")])
     assert loaded.config.tracking.run_tag == "2026-01-31"
 
 
-def test_one_file_alone_ignores_the_shared_ones(project: Path, write: Write) -> None:
+def test_load_only_ignores_the_shared_files(project: Path, write: Write) -> None:
     write("config.json", '{"seed": 1}')
     write("configs/a.yaml", "n_layer: 2\n")
     loaded = ConfigLoader(project).load_only(write("alone.yaml", "\nn_head: 2\n"))
@@ -599,7 +597,7 @@ def test_one_file_alone_ignores_the_shared_ones(project: Path, write: Write) -> 
     assert loaded.source("n_layer") == "default"
 
 
-def test_one_file_alone_is_checked_like_any_other(project: Path, write: Write) -> None:
+def test_load_only_reports_mistakes(project: Path, write: Write) -> None:
     for content, message in (("n_layer: 0\n", "alone.yaml:1: n_layer: "), ("n_layers: 1\n", "did you mean n_layer?")):
         with pytest.raises(ConfigError) as caught:
             ConfigLoader(project).load_only(write("alone.yaml", content))
@@ -608,7 +606,7 @@ def test_one_file_alone_is_checked_like_any_other(project: Path, write: Write) -
         ConfigLoader(project).load_only(project / "nowhere.yaml")
 
 
-def test_a_base_takes_the_place_of_defaults_and_shared_files(project: Path, write: Write) -> None:
+def test_a_base_replaces_defaults_and_shared_files(project: Path, write: Write) -> None:
     base = ConfigLoader(project).load_only(write("base.yaml", "seed: 7\nn_layer: 2\nn_head: 2\n"))
     write("configs/a.yaml", "n_layer: 3\nbatch_size: 24\n")
     loaded = ConfigLoader(project).load_onto(base, [write("more.yaml", "\nn_head: 8\n")], {"eval_iters": "5"})
@@ -651,7 +649,7 @@ def test_mistakes_on_top_of_a_base_are_reported_with_their_place(project: Path, 
         ConfigLoader(project).load_onto(base, (), {"seed": "x"})
 
 
-# ------------------------------------------------------------------------------------- files that are too much
+# ------------------------------------------------------------------------------------- files that are too large
 
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{name}: &{name} [{','.join([f'*{before}'] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -678,7 +676,9 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ),
     ],
 )
-def test_what_a_file_builds_and_what_a_message_shows_is_bounded(tmp_path: Path, text: str, expected: str) -> None:
+def test_the_size_of_a_configuration_file_and_of_its_messages_is_limited(
+    tmp_path: Path, text: str, expected: str
+) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -695,7 +695,7 @@ def test_what_a_file_builds_and_what_a_message_shows_is_bounded(tmp_path: Path, 
         f"seed: 1\nqa_stop: &a x\ntags: [{','.join(['*a'] * 9993)}]\n",
     ],
 )
-def test_a_file_may_have_as_much_as_its_bounds_say(tmp_path: Path, text: str) -> None:
+def test_files_are_read_up_to_the_limits(tmp_path: Path, text: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(text)
     assert read_config_file(path, "x.yaml")["seed"].value == 1
@@ -713,7 +713,7 @@ def test_an_alias_may_be_used_and_a_link_may_lead_anywhere(tmp_path: Path) -> No
     assert (tracking.tags, tracking.note, tracking.experiment) == (("x", "y"), "text", "text")
 
 
-def test_a_pipe_or_device_is_no_configuration_file(tmp_path: Path) -> None:
+def test_a_pipe_or_device_in_place_of_a_file_is_reported(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.yaml")
     (tmp_path / "y.yaml").symlink_to("/dev/zero")
     for name, kind in (("x", "a pipe"), ("y", "a device")):
@@ -724,7 +724,7 @@ def test_a_pipe_or_device_is_no_configuration_file(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- settings in Python
 
 
-def test_settings_in_python_are_a_layer_of_their_own(project: Path, write: Write) -> None:
+def test_settings_in_python_are_a_separate_layer(project: Path, write: Write) -> None:
     write("configs/a.yaml", "seed: 4\nn_layer: 4\neval_iters: 4\n")
     loader = ConfigLoader(project)
     loaded = loader.load_code({"seed": 5, "model": {"n_layer": 6}})
@@ -754,8 +754,8 @@ def test_settings_in_python_are_a_layer_of_their_own(project: Path, write: Write
         ("rope_scaling", "none", "none"),
     ],
 )
-def test_a_value_in_python_is_recorded_as_a_file_would_have_it(project: Path, key: str, value: Any, plain: Any) -> None:
-    """A generator was read by the first check, so nothing of it was left; a shadowed range could not be written."""
+def test_a_value_set_in_python_is_recorded_as_plain_json(project: Path, key: str, value: Any, plain: Any) -> None:
+    """Without that, checking a generator would exhaust it, and a shadowed range could not be written as JSON."""
     loaded = ConfigLoader(project).load_code({key: value})
     assert loaded.layers[key][-1] == Setting(plain, "code")
     assert type(loaded.layers[key][-1].value) is type(plain)
@@ -780,13 +780,13 @@ def test_a_value_in_python_is_recorded_as_a_file_would_have_it(project: Path, ke
     ],
     ids=str,
 )
-def test_a_mistake_in_python_is_named(project: Path, settings: dict[str, Any], message: str) -> None:
+def test_a_mistake_in_python_is_reported(project: Path, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ConfigLoader(project).load_code(settings)
     assert str(caught.value).startswith(message)
 
 
-def test_a_rule_that_is_broken_later_has_the_place_that_was_set_last(project: Path, write: Write) -> None:
+def test_a_rule_broken_after_loading_names_the_place_of_the_highest_layer(project: Path, write: Write) -> None:
     write("configs/a.yaml", "warmup_iters: 5\n")
     loaded = ConfigLoader(project).load((), {"max_iters": "100"})
     for keys, place in (
@@ -798,7 +798,7 @@ def test_a_rule_that_is_broken_later_has_the_place_that_was_set_last(project: Pa
         assert str(rule_error(RuleError("too long", *keys), loaded)) == f"{place}: too long"
 
 
-def test_the_files_that_settings_come_from_are_those_of_all_layers(project: Path, write: Write) -> None:
+def test_config_files_lists_the_files_of_all_layers(project: Path, write: Write) -> None:
     write("configs/a.yaml", "warmup_iters: 5\nmin_lr: 0\n")
     write("configs/b.yml", "# nothing\n")
     more = write("more.json", '{"seed": 1}')
@@ -807,7 +807,7 @@ def test_the_files_that_settings_come_from_are_those_of_all_layers(project: Path
     assert config_files(LoadedConfig.from_config(Config())) == set()
 
 
-def test_one_layer_alone_is_on_top_of_the_defaults() -> None:
+def test_load_layer_puts_one_layer_on_top_of_the_defaults() -> None:
     loaded = load_layer({"n_layer": Setting(3, "foreign.json: layers"), "n_head": Setting(2, "--n-head")})
     assert loaded.config == Config(model={"n_layer": 3, "n_head": 2})
     assert [setting.source for setting in loaded.layers["n_layer"]] == ["default", "foreign.json: layers"]

@@ -1,4 +1,4 @@
-"""The settings themselves: facts, bounds, rules between them, kinds, hash and schema."""
+"""The settings: their facts and bounds, rules between them, kinds, hash and schema."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ def test_every_setting_has_a_meaning_a_kind_and_a_default_within_its_bounds(key:
     assert len(FIELDS[key].description or "") > 5
     assert field_fact(key, "kind") in ("trajectory", "observation", "machine")
     assert isinstance(field_fact(key, "unit"), str)
+    assert expected(key).strip()
     default = FIELDS[key].default
     assert flat(config_of(**{key: default}))[key] == default
 
@@ -129,7 +130,7 @@ def test_kind_says_whether_a_setting_changes_the_numbers(key: str, kind: str) ->
         ("mlp", ["gelu", "swiglu"], ["relu"]),
     ],
 )
-def test_bounds_hold_at_their_edges(key: str, inside: list[Any], outside: list[Any]) -> None:
+def test_values_at_the_edges_of_the_bounds(key: str, inside: list[Any], outside: list[Any]) -> None:
     for value in inside:
         assert flat(config_of(**{key: value}))[key] == value
     for value in outside:
@@ -146,7 +147,7 @@ def test_nan_and_infinity_are_refused(key: str, value: float) -> None:
 
 @pytest.mark.parametrize("value", [True, False, "many", [1], {"a": 1}])
 @pytest.mark.parametrize("key", NUMBERS)
-def test_numbers_are_numbers(key: str, value: Any) -> None:
+def test_a_number_is_not_a_switch_text_list_or_mapping(key: str, value: Any) -> None:
     with pytest.raises(ValidationError, match=key):
         config_of(**{key: value})
 
@@ -168,7 +169,7 @@ def test_settings_are_frozen() -> None:
     assert config.model_copy(update={"train": TrainConfig(seed=7)}).train.seed == 7
 
 
-def test_a_copy_has_the_settings_of_the_original_only() -> None:
+def test_a_copy_cannot_have_unknown_settings() -> None:
     with pytest.raises(UserError, match=r"^Config has no n_layer$"):
         Config().model_copy(update={"n_layer": 2})
     with pytest.raises(UserError, match=r"^ModelConfig has no n_layers; did you mean n_layer\?$"):
@@ -260,7 +261,7 @@ def test_broken_rules_between_settings_are_reported_with_the_values(settings: di
         {"qkv_bias": False, "bias": False},
     ],
 )
-def test_settings_that_keep_the_rules_are_accepted(settings: dict[str, Any]) -> None:
+def test_settings_that_satisfy_the_rules_are_accepted(settings: dict[str, Any]) -> None:
     config = flat(config_of(**settings))
     assert {key: config[key] for key in settings} == settings
 
@@ -276,7 +277,7 @@ def test_settings_that_are_none_are_derived() -> None:
     assert config_of(min_lr=0.0).optimizer.final_lr == 0.0
 
 
-def test_warmup_is_a_twentieth_of_the_run_unless_given() -> None:
+def test_warmup_is_5_percent_of_the_run_unless_set() -> None:
     assert warmup_steps(OptimizerConfig(), 2000) == 100
     assert warmup_steps(OptimizerConfig(), 19) == 0
     assert warmup_steps(OptimizerConfig(warmup_iters=7), 10) == 7
@@ -314,7 +315,7 @@ def test_the_hash_of_the_defaults_is_that_of_runs_before_packing_and_arithmetic(
     assert config_hash(Config(), {}) == "e31d42b3ba382f034835a5b5f2b9d9a4233eb72fdf474fc1e73d4958e23c2c8d"
 
 
-def test_hash_sees_resolved_values_in_place_of_settings() -> None:
+def test_the_hash_uses_resolved_values_instead_of_settings() -> None:
     auto, cpu = config_of(device="auto"), config_of(device="cpu")
     assert config_hash(auto, {}) != config_hash(cpu, {})
     assert config_hash(auto, {"device": "cpu"}) == config_hash(cpu, {"device": "cpu"})
@@ -355,13 +356,8 @@ def test_the_hash_of_a_run_does_not_change_when_settings_are_added() -> None:
         ("ngram_rows", "list of integers >= 1 (in a file: [1024, 512])"),
     ],
 )
-def test_expectation_is_said_in_words(key: str, words: str) -> None:
+def test_the_expected_values_are_described_in_words(key: str, words: str) -> None:
     assert expected(key) == words
-
-
-@pytest.mark.parametrize("key", FIELDS)
-def test_every_setting_has_an_expectation_in_words(key: str) -> None:
-    assert expected(key).strip()
 
 
 def test_dump_and_validate_is_the_identity() -> None:
@@ -369,7 +365,7 @@ def test_dump_and_validate_is_the_identity() -> None:
     assert Config.model_validate(json.loads(json.dumps(config.model_dump(mode="json")))) == config
 
 
-def test_shipped_schema_is_the_one_that_the_settings_give() -> None:
+def test_the_shipped_schema_is_up_to_date() -> None:
     shipped = json.loads((ROOT / "docs" / "config.schema.json").read_text(encoding="utf-8"))
     assert shipped == json.loads(json.dumps(json_schema())), "run: make schema"
 
@@ -391,7 +387,7 @@ def test_a_callback_is_named_by_module_and_class(name: str) -> None:
     "name",
     ["", ":", "a", "a:", ":B", "a:B:C", "a..b:C", ".a:B", "a.:B", "a b:C", "a:B.c", "1a:B", "a:1B", "a-b:C", "a/b:C"],
 )
-def test_another_form_of_a_callback_is_refused(name: str) -> None:
+def test_an_invalid_callback_name_is_refused(name: str) -> None:
     with pytest.raises(UserError) as caught:
         TrainConfig(callbacks=(name,))
     assert str(caught.value) == f"code: callbacks: a callback is named module:Class, not {name!r}"
@@ -421,7 +417,7 @@ def test_another_form_of_a_callback_is_refused(name: str) -> None:
         ),
     ],
 )
-def test_a_mistake_in_a_section_made_by_hand_has_the_words_of_the_command_line(
+def test_a_mistake_in_a_section_made_in_python_has_the_message_of_the_command_line(
     by_hand: Callable[[], Section], message: str
 ) -> None:
     with pytest.raises(UserError) as caught:
@@ -430,7 +426,7 @@ def test_a_mistake_in_a_section_made_by_hand_has_the_words_of_the_command_line(
     assert caught.value.__suppress_context__
 
 
-def test_derived_settings_are_those_of_the_run() -> None:
+def test_derived_settings_depend_on_the_length_of_the_run() -> None:
     config = Config(
         model={"n_embd": 24, "n_head": 3, "block_size": 10},
         optimizer={"learning_rate": 0.5, "min_lr": 0.125, "warmup_iters": 7},
@@ -453,12 +449,12 @@ def test_an_aim_repository_is_a_folder_or_a_server(repo: str) -> None:
     ("repo", "folder"),
     [(".aim", "."), (".aim/", "."), ("/.aim", "/"), ("a/.aim", "a"), ("/a/.aim/", "/a"), ("a.aim", "a.aim")],
 )
-def test_an_aim_repository_is_the_folder_of_its_dot_aim(repo: str, folder: str) -> None:
+def test_an_aim_repository_given_as_dot_aim_is_its_parent_folder(repo: str, folder: str) -> None:
     assert config_of(aim_repo=repo).tracking.aim_repo == folder
 
 
 @pytest.mark.parametrize("repo", ["http://host:53800", "aim://host", "aim://host:", "aim://u@host:1", "aim://host:1/x"])
-def test_another_address_is_no_aim_repository(repo: str) -> None:
+def test_an_invalid_aim_address_is_refused(repo: str) -> None:
     with pytest.raises(ValidationError) as caught:
         config_of(aim_repo=repo)
     (detail,) = caught.value.errors()
@@ -466,7 +462,7 @@ def test_another_address_is_no_aim_repository(repo: str) -> None:
     assert detail["msg"] == f"Value error, expected a folder or aim://HOST:PORT, got {repo!r}"
 
 
-def test_a_template_for_questions_says_where_they_stand() -> None:
+def test_a_question_template_must_contain_the_question() -> None:
     assert config_of(qa_template="{question}").inference.qa_template == "{question}"
     with pytest.raises(ValidationError, match=r"expected text that contains \{question\}, got 'Q: \{\}' "):
         config_of(qa_template="Q: {}")

@@ -1,4 +1,4 @@
-"""Bisection: the smallest set of settings and the first commit. Training is replaced by a formula."""
+"""Bisection finds the smallest set of settings and the first bad commit. A formula replaces training."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_the_smallest_set_of_changes_is_found(culprits: set[int]) -> None:
     assert len(tested) == len({tuple(some) for some in tested}) <= 60
 
 
-def test_combinations_that_cannot_be_tested_are_passed_over() -> None:
+def test_combinations_that_cannot_be_tested_are_skipped() -> None:
     def test(some: Sequence[int]) -> Outcome:
-        if (2 in some) != (3 in some):  # one needs the other
+        if (2 in some) != (3 in some):  # neither works without the other
             return "unresolved"
         return "bad" if {2, 7} <= set(some) else "good"
 
@@ -49,7 +49,7 @@ def test_combinations_that_cannot_be_tested_are_passed_over() -> None:
 
 
 @pytest.mark.parametrize("first", range(1, 17))
-def test_the_first_bad_one_of_sixteen_takes_at_most_four_tests(first: int) -> None:
+def test_the_first_bad_commit_of_sixteen_takes_at_most_four_tests(first: int) -> None:
     tested: list[int] = []
 
     def test(index: int) -> Outcome:
@@ -60,14 +60,14 @@ def test_the_first_bad_one_of_sixteen_takes_at_most_four_tests(first: int) -> No
     assert len(tested) <= 4
 
 
-def test_what_cannot_be_judged_is_named_as_doubtful() -> None:
+def test_commits_that_cannot_be_judged_remain_between_good_and_bad() -> None:
     outcomes: list[Outcome] = ["good", "good", "unresolved", "unresolved", "bad", "bad"]
     assert first_bad(6, outcomes.__getitem__) == (1, 4)
 
 
 @pytest.fixture
 def training(monkeypatch: pytest.MonkeyPatch) -> Callable[[Loss], list[dict[str, str]]]:
-    """Replaces train.py; returns the flags of each call."""
+    """Replace train.py with a formula for the loss, and return the flags of each call."""
 
     def replace(loss: Loss) -> list[dict[str, str]]:
         commands: list[dict[str, str]] = []
@@ -100,7 +100,7 @@ def seeds_of(runs_dir: Path, tag: str, settings: dict[str, Any], losses: Sequenc
         make_run(runs_dir, f"{tag}_{seed}", tag=tag, settings={"seed": seed, **settings}, metrics=metrics, git=NO_GIT)
 
 
-def test_a_pair_of_interacting_settings_among_ten(
+def test_a_pair_of_interacting_settings_among_ten_is_found(
     runs_dir: Path, training: Callable[[Loss], list[dict[str, str]]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     seeds_of(runs_dir, "good", {}, [2.01, 2.02, 2.03])
@@ -133,7 +133,7 @@ def test_a_difference_within_the_noise_is_not_bisected(
 
 @pytest.fixture
 def sixteen(tmp_path: Path) -> Path:
-    """A repository with a first commit and sixteen more; code.py says which it is."""
+    """A repository with a first commit and sixteen more, whose numbers are in code.py."""
     folder = tmp_path / "project"
     folder.mkdir()
     git(folder, "init", "-q")
@@ -145,7 +145,7 @@ def sixteen(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("oracle", ["bits", "loss"])
-def test_a_commit_among_sixteen(
+def test_the_first_bad_commit_of_sixteen_is_found(
     sixteen: Path, runs_dir: Path, training: Callable[[Loss], list[dict[str, str]]], oracle: Any
 ) -> None:
     def loss(flags: dict[str, str], project: Path) -> float:
@@ -161,7 +161,7 @@ def test_a_commit_among_sixteen(
     assert len(commands) <= {"bits": 8, "loss": 21}[oracle]
 
 
-def test_a_commit_that_cannot_be_trained_is_passed_over(
+def test_a_commit_that_cannot_be_trained_is_skipped_and_named_as_doubtful(
     sixteen: Path, runs_dir: Path, training: Callable[[Loss], list[dict[str, str]]]
 ) -> None:
     def loss(_: dict[str, str], project: Path) -> float:
@@ -174,7 +174,7 @@ def test_a_commit_that_cannot_be_trained_is_passed_over(
     assert [commit[13:] for commit in found.doubtful] == ["change 10", "change 11"]
 
 
-def test_the_same_numbers_are_not_bisected(
+def test_subjects_with_the_same_numbers_are_not_bisected(
     sixteen: Path, runs_dir: Path, training: Callable[[Loss], list[dict[str, str]]]
 ) -> None:
     training(lambda *_: 2.0)
@@ -182,7 +182,7 @@ def test_the_same_numbers_are_not_bisected(
     assert find("HEAD", "HEAD", runs_dir, sixteen).problem == "no setting and no code differs"
 
 
-def test_the_good_code_without_its_patch_is_a_step_of_its_own(
+def test_dropping_the_changes_of_the_good_side_is_a_separate_step(
     sixteen: Path, runs_dir: Path, training: Callable[[Loss], list[dict[str, str]]], tmp_path: Path
 ) -> None:
     patch = tmp_path / "good.patch"
@@ -199,7 +199,7 @@ def test_the_good_code_without_its_patch_is_a_step_of_its_own(
     assert str(found.commit).endswith("without its uncommitted changes")
 
 
-def test_histories_without_a_common_commit_name_none(
+def test_histories_without_a_common_commit_blame_the_code_but_no_commit(
     sixteen: Path, runs_dir: Path, training: Callable[[Loss], list[dict[str, str]]]
 ) -> None:
     git(sixteen, "checkout", "-q", "--orphan", "other")

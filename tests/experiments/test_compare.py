@@ -37,7 +37,7 @@ def group(values: Iterable[float], name: str = "a") -> SeedGroup:
 
 
 def seeds(runs_dir: Path, tag: str, finals: Sequence[Any], **facts: Any) -> list[IndexedRun]:
-    """Runs that differ in their seed, with these last losses."""
+    """Runs that differ only in their seed, with these last losses."""
     settings = facts.pop("settings", {})
     return [
         indexed(
@@ -56,7 +56,7 @@ def seeds(runs_dir: Path, tag: str, finals: Sequence[Any], **facts: Any) -> list
     ("count", "other_count", "deviation", "other_deviation"),
     [(5, 5, 1.0, 1.0), (4, 8, 1.0, 1.0), (3, 3, 1.0, 10.0), (3, 10, 10.0, 1.0), (10, 3, 10.0, 1.0)],
 )
-def test_equal_means_give_a_false_alarm_in_a_twentieth_of_the_cases(
+def test_equal_means_give_a_false_alarm_in_about_5_percent_of_cases(
     count: int, other_count: int, deviation: float, other_deviation: float
 ) -> None:
     random = np.random.default_rng(7)
@@ -69,7 +69,7 @@ def test_equal_means_give_a_false_alarm_in_a_twentieth_of_the_cases(
     assert {"better", "worse"} <= {*verdicts}
 
 
-def test_a_difference_of_several_deviations_is_found_nearly_always() -> None:
+def test_a_difference_of_several_deviations_is_nearly_always_found() -> None:
     random = np.random.default_rng(7)
     for count, difference in ((3, 8.0), (5, 4.0)):
         verdicts = [
@@ -103,7 +103,7 @@ def test_a_verdict_needs_a_probability_below_the_level(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("counts", [(2, 3), (3, 2), (1, 50), (0, 3), (2, 2)])
-def test_fewer_than_three_seeds_a_side_are_too_few(counts: tuple[int, int]) -> None:
+def test_fewer_than_three_seeds_on_a_side_are_too_few(counts: tuple[int, int]) -> None:
     first, second = (group(range(count), name) for count, name in zip(counts, "ab", strict=True))
     verdict = judge(first, second)
     assert (verdict.first, verdict.second) == (first.name, second.name)
@@ -111,7 +111,7 @@ def test_fewer_than_three_seeds_a_side_are_too_few(counts: tuple[int, int]) -> N
     assert (verdict.difference is None) == (0 in counts)
 
 
-def test_values_that_do_not_vary_differ_if_they_are_different() -> None:
+def test_values_without_variance_are_compared_exactly() -> None:
     same, less, more = (
         judge(group([1, 1, 1]), group([other] * 3))
         for other in (1, 2, 0)  # scipy's p would be NaN for the first
@@ -122,7 +122,7 @@ def test_values_that_do_not_vary_differ_if_they_are_different() -> None:
 
 
 @pytest.mark.parametrize("others", [[1.0, 1.1, 1.2], [2.0, 2.1, 2.2]])
-def test_one_side_that_does_not_vary_is_judged_without_a_warning(others: list[float]) -> None:
+def test_one_side_without_variance_is_judged_without_a_warning(others: list[float]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         verdict = judge(group([1, 1, 1]), group(others))
@@ -130,7 +130,7 @@ def test_one_side_that_does_not_vary_is_judged_without_a_warning(others: list[fl
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_mean_that_is_not_finite_is_named_as_such(broken: float) -> None:
+def test_a_mean_that_is_not_finite_has_its_own_verdict(broken: float) -> None:
     verdict = judge(group([1, 2, broken], "a"), group([1, 2, 3], "b"))
     assert (verdict.first, verdict.second) == ("a", "b")
     assert (verdict.verdict, verdict.p) == ("not finite", None)
@@ -138,7 +138,7 @@ def test_a_mean_that_is_not_finite_is_named_as_such(broken: float) -> None:
     assert repr(verdict.difference) == repr(broken)
 
 
-def test_runs_that_differ_in_their_seed_only_are_one_group(runs_dir: Path) -> None:
+def test_runs_that_differ_only_in_their_seed_are_one_group(runs_dir: Path) -> None:
     runs = [*seeds(runs_dir, "a", [1, 1.1, 0.9]), *seeds(runs_dir, "b", [2, 2.1, 1.9], settings={"n_embd": 64})]
     comparison = compare(runs)
     assert [(group.name, group.runs, group.finals) for group in comparison.groups] == [
@@ -150,7 +150,7 @@ def test_runs_that_differ_in_their_seed_only_are_one_group(runs_dir: Path) -> No
     assert comparison.left_out == []
 
 
-def test_what_is_recorded_and_where_does_not_split_a_group(runs_dir: Path) -> None:
+def test_settings_of_logging_and_folders_do_not_split_a_group(runs_dir: Path) -> None:
     runs = [
         indexed(runs_dir, "a", settings={"seed": 1}, metrics=training_records([1.0])),
         indexed(runs_dir, "b", settings={"seed": 2, "log_interval": 5, "note": "x"}, metrics=training_records([1.0])),
@@ -197,7 +197,7 @@ def test_what_is_recorded_and_where_does_not_split_a_group(runs_dir: Path) -> No
     ],
     ids=str,
 )
-def test_other_code_corpus_or_settings_are_another_group_and_it_says_which(
+def test_runs_with_other_code_corpus_or_settings_are_separate_groups_with_the_reason(
     runs_dir: Path, change: dict[str, Any], words: str
 ) -> None:
     runs = [
@@ -214,7 +214,7 @@ def test_other_code_corpus_or_settings_are_another_group_and_it_says_which(
 
 
 @pytest.mark.parametrize(("chosen", "words"), [(2, "n_head 2, not 1"), (1, "head_dim 2, not 1")])
-def test_what_was_derived_is_named_only_where_nothing_else_differs(runs_dir: Path, chosen: int, words: str) -> None:
+def test_a_derived_setting_is_named_only_if_nothing_else_differs(runs_dir: Path, chosen: int, words: str) -> None:
     runs = [
         indexed(
             runs_dir,
@@ -229,7 +229,7 @@ def test_what_was_derived_is_named_only_where_nothing_else_differs(runs_dir: Pat
     assert [split.split(": ")[1] for split in compare(runs).splits] == [words]
 
 
-def test_a_reproduction_is_in_the_group_of_the_run_that_it_repeats(runs_dir: Path) -> None:
+def test_a_reproduction_belongs_to_the_group_of_the_run_that_it_repeats(runs_dir: Path) -> None:
     again = {"run": "a", "path": "/a", "step": 0, "relation": "reproduction"}
     runs = [
         indexed(runs_dir, "a", metrics=training_records([1.0])),
@@ -246,7 +246,7 @@ def test_groups_of_the_same_tag_are_named_by_their_settings(runs_dir: Path) -> N
     assert [group.name for group in compare(runs).groups] == ["x n_layer=1", "x n_layer=2"]
 
 
-def test_a_name_has_three_settings_at_most_and_a_number_where_that_is_not_enough(runs_dir: Path) -> None:
+def test_a_group_name_has_at_most_three_settings_and_a_number_if_still_ambiguous(runs_dir: Path) -> None:
     settings = [{"n_layer": 1, "n_head": 2, "dropout": 0.1, "beta1": beta1} for beta1 in (0.5, 0.6)]
     changes: list[dict[str, Any]] = [{"settings": {**one, "seed": i}} for i, one in enumerate(settings)]
     changes.append({"settings": {"n_layer": 2, "n_head": 1, "dropout": 0.2, "seed": 7}})
@@ -265,7 +265,7 @@ def test_a_name_has_three_settings_at_most_and_a_number_where_that_is_not_enough
     assert [group.name for group in compare(alike).groups] == ["y (1)", "y (2)"]
 
 
-def test_a_run_that_is_named_twice_counts_once(runs_dir: Path) -> None:
+def test_a_run_given_twice_counts_once(runs_dir: Path) -> None:
     one = seeds(runs_dir, "a", [1.0])
     other = seeds(runs_dir, "b", [1.01], settings={"n_embd": 64})
     comparison = compare([*one * 3, *other * 3])
@@ -273,7 +273,7 @@ def test_a_run_that_is_named_twice_counts_once(runs_dir: Path) -> None:
     assert comparison.verdicts[0].verdict == "too few seeds"
 
 
-def test_repetitions_with_the_same_seed_are_no_further_seeds(runs_dir: Path) -> None:
+def test_repetitions_with_the_same_seed_count_as_one_seed(runs_dir: Path) -> None:
     runs = [
         indexed(runs_dir, f"{tag}{i}", tag=tag, settings={"n_embd": width}, metrics=training_records([9, final]))
         for tag, width, final in (("a", 64, 1.0), ("b", 128, 1.01))
@@ -282,7 +282,7 @@ def test_repetitions_with_the_same_seed_are_no_further_seeds(runs_dir: Path) -> 
     assert compare(runs).verdicts[0].verdict == "too few seeds"
 
 
-def test_the_interval_is_students_t_around_the_mean(runs_dir: Path) -> None:
+def test_the_interval_around_the_mean_is_that_of_students_t(runs_dir: Path) -> None:
     (group,) = compare(seeds(runs_dir, "a", [1.0, 2.0, 3.0])).groups
     assert (group.mean, group.deviation) == (2.0, 1.0)
     half = 4.302653 / math.sqrt(3)  # the 97.5% point of t with 2 degrees of freedom
@@ -321,7 +321,7 @@ def test_a_run_without_the_metric_is_left_out_with_the_reason(runs_dir: Path) ->
     assert sorted(comparison.left_out, reverse=True) == ["silent: no val/loss in its log", "empty: an empty folder"]
 
 
-def test_fewer_than_two_runs_with_the_metric_are_told(runs_dir: Path) -> None:
+def test_fewer_than_two_runs_with_the_metric_are_reported(runs_dir: Path) -> None:
     run = seeds(runs_dir, "a", [1.0])
     with pytest.raises(UserError, match=r"a comparison needs two runs with val/loss; silent: no val/loss"):
         compare([*run, indexed(runs_dir, "silent")])
@@ -332,7 +332,7 @@ def test_fewer_than_two_runs_with_the_metric_are_told(runs_dir: Path) -> None:
 @pytest.mark.parametrize(
     "line", ["{\n", "[1]\n", '{"val/loss": 1}\n', '{"step": 1, "time": 1.0, "val/loss": "low"}\n', b"\xff\n"]
 )
-def test_a_damaged_log_spoils_no_comparison(runs_dir: Path, line: str | bytes) -> None:
+def test_a_run_with_a_damaged_log_is_left_out_of_the_comparison(runs_dir: Path, line: str | bytes) -> None:
     runs = seeds(runs_dir, "a", [1.0, 2.0])
     bad = make_run(runs_dir, "bad")
     write(bad / "logs" / "metrics.jsonl", line)
@@ -342,7 +342,7 @@ def test_a_damaged_log_spoils_no_comparison(runs_dir: Path, line: str | bytes) -
 
 
 def curve_records(losses: Sequence[float], tokens: int, seconds: float) -> list[dict[str, Any]]:
-    """A loss every 10 steps, with so many tokens and seconds a step, and records without a loss between them."""
+    """A val/loss every 10 steps, with other records in between, and this many tokens and seconds per step."""
     records = []
     for i, loss in enumerate(losses):
         for step, facts in ((10 * i, {"val/loss": loss}), (10 * i + 5, {"train/loss": 0.5})):
@@ -356,9 +356,9 @@ def test_metrics_are_compared_at_equal_steps_tokens_and_time(runs_dir: Path) -> 
         runs_dir, "b", settings={"batch_size": 48}, metrics=curve_records([6, 5.5, 5], tokens=400, seconds=2)
     )
     at = compare([one, other]).at
-    assert at["step"] == [(10, [4.0, 5.5]), (20, [3.0, 5.0])]  # where both were evaluated
+    assert at["step"] == [(10, [4.0, 5.5]), (20, [3.0, 5.0])]  # the steps at which both were evaluated
     interpolated = [(1000.0, [4.0, 5.875]), (2000.0, [3.0, 5.75]), (3000.0, [2.0, 5.625]), (4000.0, [1.0, 5.5])]
-    assert at["tokens"] == interpolated  # both were evaluated at 4000 only
+    assert at["tokens"] == interpolated  # only at 4000 were both evaluated
     assert at["time"] == [(20.0, [3.0, 5.5]), (40.0, [1.0, 5.0])]
 
 
@@ -375,33 +375,33 @@ def test_a_run_without_a_value_yet_leaves_the_place_empty(runs_dir: Path) -> Non
     assert compare(runs).at["step"] == [(5.0, [None]), (10.0, [None]), (15.0, [None]), (20.0, [1.0])]
 
 
-def test_a_curve_leaves_pauses_between_sessions_out(runs_dir: Path) -> None:
+def test_a_curve_leaves_out_pauses_between_sessions(runs_dir: Path) -> None:
     records = training_records([3.0, 2.0, 1.0])
     records[2]["time"] += 86_400  # resumed the next day
     resumed = [{"time": datetime.fromtimestamp(records[2]["time"] - 5, UTC).isoformat()}]
     run = make_run(runs_dir, "run", metrics=records, resumes=resumed)
     assert read_curve(run, "val/loss") == Curve([0, 10, 20], [0, 1000, 2000], [0.0, 10.0, 10.0], [3.0, 2.0, 1.0])
-    at_once = [{"time": datetime.fromtimestamp(records[2]["time"], UTC).isoformat()}]  # with the first record after it
+    at_once = [{"time": datetime.fromtimestamp(records[2]["time"], UTC).isoformat()}]  # at the time of the next record
     assert read_curve(make_run(runs_dir, "b", metrics=records, resumes=at_once), "val/loss").time == [0.0, 10.0, 10.0]
 
 
-def test_a_clock_that_is_set_back_takes_no_time_from_a_curve(runs_dir: Path) -> None:
+def test_a_clock_that_was_set_back_takes_no_time_from_a_curve(runs_dir: Path) -> None:
     times = (1000.0, 1010.0, 500.0, 520.0)
     metrics = [{"step": i, "time": time, "val/loss": 3.0} for i, time in enumerate(times)]
     assert read_curve(make_run(runs_dir, "run", metrics=metrics), "val/loss").time == [0.0, 10.0, 10.0, 30.0]
 
 
-def test_a_record_without_tokens_is_at_none(runs_dir: Path) -> None:
+def test_a_record_without_tokens_counts_zero_tokens(runs_dir: Path) -> None:
     run = make_run(runs_dir, "run", metrics=[{"step": 1, "time": 1.0, "val/loss": 3.0}])
     assert read_curve(run, "val/loss").tokens == [0]
 
 
-def test_slow_steps_of_one_session_are_no_pauses(runs_dir: Path) -> None:
+def test_slow_steps_within_a_session_are_not_pauses(runs_dir: Path) -> None:
     run = make_run(runs_dir, "run", metrics=[{**r, "time": 9.0 * r["time"]} for r in training_records([3, 2, 1])])
     assert read_curve(run, "val/loss").time == [0.0, 90.0, 180.0]
 
 
-def test_a_curve_may_be_empty_and_knows_nothing_before_its_start(runs_dir: Path) -> None:
+def test_a_curve_has_no_value_before_its_start_and_may_be_empty(runs_dir: Path) -> None:
     assert read_curve(runs_dir / "nowhere", "val/loss").values == []
     curve = Curve([10], [100], [1.0], [3.0])
     assert (curve.at("step", 9), curve.at("step", 10), curve.at("step", 99)) == (None, 3.0, 3.0)
@@ -412,7 +412,7 @@ def test_the_metrics_of_a_log_are_its_names_without_step_and_time(runs_dir: Path
     assert logged_metrics(make_run(runs_dir, "run", metrics=records)) == {"tokens", "lr", "val/loss"}
 
 
-def test_more_of_a_metric_that_should_be_high_is_better(runs_dir: Path) -> None:
+def test_a_higher_value_is_better_if_the_metric_says_so(runs_dir: Path) -> None:
     assert [metric_direction(name, []) for name in ("val/loss", "tokens_per_second", "lr")] == [
         "lower",
         "higher",
@@ -426,7 +426,7 @@ def test_more_of_a_metric_that_should_be_high_is_better(runs_dir: Path) -> None:
     assert compare(runs, "tokens_per_second").verdicts[0].verdict == "worse"
 
 
-def test_a_metric_of_a_callback_has_the_direction_that_its_run_recorded(runs_dir: Path) -> None:
+def test_a_metric_of_a_callback_has_the_direction_in_the_registry_of_the_run(runs_dir: Path) -> None:
     runs = []
     for tag, width, base in (("bad", 64, 0.1), ("good", 32, 0.9)):
         for i in range(3):
@@ -446,14 +446,14 @@ def test_three_groups_have_three_verdicts(runs_dir: Path) -> None:
 @pytest.mark.parametrize(
     "registry", ["{", 7, [7], [{"direction": "higher"}], [{"name": "val/loss"}], {"name": "val/loss"}]
 )
-def test_a_damaged_registry_leaves_the_direction_that_is_known(runs_dir: Path, registry: Any) -> None:
+def test_a_damaged_registry_does_not_change_known_directions(runs_dir: Path, registry: Any) -> None:
     path = make_run(runs_dir, "run")
     write(path / "meta" / "metrics.json", registry)
     assert metric_direction("val/loss", [read_run(path)]) == "lower"
     assert metric_direction("of_a_callback", [read_run(path)]) == "none"
 
 
-def test_a_group_of_several_tags_has_the_name_of_the_first_that_counts(runs_dir: Path) -> None:
+def test_a_group_of_several_tags_is_named_after_its_first_complete_run(runs_dir: Path) -> None:
     runs = [
         indexed(runs_dir, tag, tag=tag, settings={"seed": i}, metrics=training_records([1.0]))
         for i, tag in enumerate(("wide-seed2", "wide-seed10", "wide", "thin"))
@@ -466,14 +466,14 @@ def test_a_group_of_several_tags_has_the_name_of_the_first_that_counts(runs_dir:
 @pytest.mark.parametrize("other", ["tokenizer", "another"])
 @pytest.mark.parametrize("asked", [None, "val/loss", "train/loss", "lr"])
 @pytest.mark.parametrize("logged", [True, False])
-def test_losses_of_different_tokens_are_compared_by_bits_per_byte(
+def test_losses_of_different_tokenizers_are_compared_by_bits_per_byte(
     runs_dir: Path, other: str, asked: str | None, logged: bool
 ) -> None:
     summary = {"val/loss": 2.0, **({"val/bits_per_byte": 1.0} if logged else {})}
     runs = [
         indexed(runs_dir, "a", summary={"val/loss": 2.0, "val/bits_per_byte": 1.0}),
         indexed(runs_dir, "b", summary=summary, resolved={**RESOLVED, "tokenizer_hash": other}),
-        indexed(runs_dir, "c", summary={}),  # it has no loss at all
+        indexed(runs_dir, "c", summary={}),  # without any loss
     ]
     differ = "the tokenizers differ"
     if other == "tokenizer" or asked == "lr":
@@ -491,7 +491,7 @@ def test_losses_of_different_tokens_are_compared_by_bits_per_byte(
     assert comparable_metric(runs, asked) == expected
 
 
-def test_a_run_that_crashed_early_does_not_end_the_tables(runs_dir: Path) -> None:
+def test_an_unfinished_run_does_not_shorten_the_tables(runs_dir: Path) -> None:
     for seed, losses in ((1, [9, 5, 3]), (2, [9, 6, 4])):
         make_run(runs_dir, f"base{seed}", settings={"seed": seed}, metrics=training_records(losses), tag="base")
         make_run(
@@ -516,7 +516,7 @@ def test_a_repeated_seed_counts_once_in_the_tables_too(runs_dir: Path) -> None:
     assert found.at["step"][-1] == (10.0, [3.0])
 
 
-def test_copies_of_a_run_keep_their_own_numbers(runs_dir: Path, tmp_path: Path) -> None:
+def test_runs_with_the_same_id_in_different_folders_keep_their_numbers(runs_dir: Path, tmp_path: Path) -> None:
     first = indexed(runs_dir, "run", settings={"seed": 1}, metrics=training_records([9, 2.0]), tag="a")
     other = indexed(
         tmp_path / "other", "run", settings={"seed": 1, "dropout": 0.1}, metrics=training_records([9, 3.0]), tag="b"
@@ -527,7 +527,7 @@ def test_copies_of_a_run_keep_their_own_numbers(runs_dir: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("direction", "green"), [("lower", ["0.5000"]), ("higher", ["0.9000"]), ("none", [])])
-def test_green_is_the_better_value(runs_dir: Path, direction: str, green: list[str]) -> None:
+def test_the_better_value_is_green(runs_dir: Path, direction: str, green: list[str]) -> None:
     runs = []
     for name, value in (("a", 0.9), ("b", 0.5)):
         records = [{"step": 10, "time": 1.0, "tokens": 1, "mine": value}]

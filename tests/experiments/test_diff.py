@@ -1,4 +1,4 @@
-"""What differs between runs: settings with their sources, code, corpus, environment, results, and the first step."""
+"""Differences between runs: settings with their sources, code, corpus, environment, results, and the first step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def section(result: RunDiff, title: str) -> dict[str, list[Any]]:
 
 @pytest.fixture
 def repository(tmp_path: Path) -> tuple[Path, list[str]]:
-    """A git repository with three commits, and these, the oldest first."""
+    """A git repository, and its three commits from the oldest to the newest."""
     root = tmp_path / "repository"
     root.mkdir()
     commit = "git -c user.email=a@b -c user.name=a commit -q --allow-empty -m"
@@ -93,7 +93,7 @@ def test_likely_causes_come_first(runs_dir: Path, tmp_path: Path) -> None:
     }
 
 
-def test_the_first_step_that_differs_is_told(runs_dir: Path, tmp_path: Path) -> None:
+def test_the_first_differing_step_is_reported(runs_dir: Path, tmp_path: Path) -> None:
     after = [dict(record) for record in LOSSES]
     after[3]["train/loss"] = 9.0
     runs = [indexed(runs_dir, "a", metrics=LOSSES), indexed(runs_dir, "b", metrics=after)]
@@ -102,7 +102,7 @@ def test_the_first_step_that_differs_is_told(runs_dir: Path, tmp_path: Path) -> 
     assert (curve.difference.step, curve.difference.name, curve.difference.after) == (3, "train/loss", 9.0)
 
 
-def test_a_run_that_cannot_be_read_is_told(runs_dir: Path, tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_read_is_reported(runs_dir: Path, tmp_path: Path) -> None:
     (runs_dir / "empty").mkdir(parents=True)
     with pytest.raises(UserError, match="empty: an empty folder"):
         diff([indexed(runs_dir, "a"), read_run(runs_dir / "empty")], tmp_path)
@@ -127,7 +127,7 @@ def test_a_run_that_cannot_be_read_is_told(runs_dir: Path, tmp_path: Path) -> No
         ("meta/code.patch", None),
     ],
 )
-def test_a_damaged_part_of_a_run_is_reported_or_stops_nothing(
+def test_a_damaged_part_of_a_run_causes_at_most_a_user_error(
     runs_dir: Path, tmp_path: Path, name: str, content: bytes | None
 ) -> None:
     good = indexed(runs_dir, "good", settings={"seed": 1}, samples=[{"step": 1, "text": "a"}])
@@ -139,52 +139,56 @@ def test_a_damaged_part_of_a_run_is_reported_or_stops_nothing(
         assert diff([good, read_run(bad)], tmp_path).runs == ["good", "bad"]
 
 
-def test_environments_are_read(tmp_path: Path) -> None:
+def test_the_environment_file_is_parsed(tmp_path: Path) -> None:
     text = "python: 3.11.2 (CPython)\ncpu: A: B\n\npackages:\n  torch==2.4.0\n  a-b==1.0\nnonsense\n"
     assert parse_environment(text) == {"python": "3.11.2 (CPython)", "cpu": "A: B", "torch": "2.4.0", "a-b": "1.0"}
     assert parse_environment("") == {}
 
 
-def of_commits(runs_dir: Path, *commits: Any) -> list[IndexedRun]:
+def runs_of_commits(runs_dir: Path, *commits: Any) -> list[IndexedRun]:
     return [indexed(runs_dir, f"run{i}", git={**GIT, "commit": commit}) for i, commit in enumerate(commits)]
 
 
 def test_commits_between_are_listed(runs_dir: Path, repository: tuple[Path, list[str]]) -> None:
     root, (one, two, three) = repository
-    lines = commits_between(of_commits(runs_dir, one, three), root)
+    lines = commits_between(runs_of_commits(runs_dir, one, three), root)
     assert [line.split()[-1] for line in lines] == ["three", "two"]
     assert all(line.startswith(">") for line in lines)
-    assert [line[0] for line in commits_between(of_commits(runs_dir, three, two), root)] == ["<"]
-    assert commits_between(of_commits(runs_dir, one, one), root) == []
-    assert len(commits_between(of_commits(runs_dir, one, one, two), root)) == 1
+    assert [line[0] for line in commits_between(runs_of_commits(runs_dir, three, two), root)] == ["<"]
+    assert commits_between(runs_of_commits(runs_dir, one, one), root) == []
+    assert len(commits_between(runs_of_commits(runs_dir, one, one, two), root)) == 1
 
 
 @pytest.mark.parametrize("commit", [None, "0" * 40, "nonsense", "--all", "", 3, "HEAD"])
-def test_commits_that_git_does_not_know_are_no_error(
+def test_commits_that_git_does_not_know_are_not_an_error(
     runs_dir: Path, repository: tuple[Path, list[str]], commit: Any
 ) -> None:
     root, (_, two, _) = repository
-    assert isinstance(commits_between(of_commits(runs_dir, two, commit), root), list)
-    assert isinstance(commits_between(of_commits(runs_dir, commit, two), root), list)
-    assert commits_between(of_commits(runs_dir, "a" * 40, two), runs_dir) == []  # no repository
+    assert isinstance(commits_between(runs_of_commits(runs_dir, two, commit), root), list)
+    assert isinstance(commits_between(runs_of_commits(runs_dir, commit, two), root), list)
+    assert commits_between(runs_of_commits(runs_dir, "a" * 40, two), runs_dir) == []  # no repository
 
 
-def test_a_commit_is_never_an_option_of_git(runs_dir: Path, repository: tuple[Path, list[str]], tmp_path: Path) -> None:
+def test_a_recorded_commit_is_never_taken_for_an_option_of_git(
+    runs_dir: Path, repository: tuple[Path, list[str]], tmp_path: Path
+) -> None:
     root, (_, two, _) = repository
     before = sorted(tmp_path.iterdir())
-    commits_between(of_commits(tmp_path / "repository" / "runs", f"--output={tmp_path}/written", two), root)
+    commits_between(runs_of_commits(tmp_path / "repository" / "runs", f"--output={tmp_path}/written", two), root)
     assert sorted(tmp_path.iterdir()) == before
 
 
-def of_file(name: str, *lines: str) -> str:
-    """The part of a patch that is about one file."""
+def patch_of_file(name: str, *lines: str) -> str:
+    """The part of a patch that changes one file."""
     head = f"diff --git a/{name} b/{name}\nindex 123..456 100644\n--- a/{name}\n+++ b/{name}\n@@ -1 +1 @@\n"
     return head + "".join(f"{line}\n" for line in lines)
 
 
-def test_patches_that_differ_are_shown_as_a_diff(runs_dir: Path) -> None:
+def test_the_difference_of_patches_is_shown_as_a_diff(runs_dir: Path) -> None:
     runs = [
-        indexed(runs_dir, run_id, patch=of_file("model.py", "+x", line) + of_file("same.py", "-old", "+new"))
+        indexed(
+            runs_dir, run_id, patch=patch_of_file("model.py", "+x", line) + patch_of_file("same.py", "-old", "+new")
+        )
         for run_id, line in (("a", "+y"), ("b", "+y"), ("c", "+z"))
     ]
     assert patch_difference(runs) == ["@@ model.py", "@@ -1,2 +1,2 @@", " +x", "-+y", "++z"]
@@ -192,14 +196,14 @@ def test_patches_that_differ_are_shown_as_a_diff(runs_dir: Path) -> None:
 
 
 def test_a_long_difference_of_patches_is_cut(runs_dir: Path) -> None:
-    runs = [indexed(runs_dir, "a"), indexed(runs_dir, "b", patch=of_file("f.py", *(f"+{i}" for i in range(100))))]
+    runs = [indexed(runs_dir, "a"), indexed(runs_dir, "b", patch=patch_of_file("f.py", *(f"+{i}" for i in range(100))))]
     lines = patch_difference(runs)
     assert len(lines) == 61
     assert lines[:3] == ["@@ f.py", "@@ -0,0 +1,100 @@", "++0"]
     assert lines[-1] == "... and 42 more lines"
 
 
-def test_an_absent_patch_is_an_empty_one(runs_dir: Path) -> None:
+def test_a_missing_patch_equals_an_empty_one(runs_dir: Path) -> None:
     runs = [indexed(runs_dir, "a"), indexed(runs_dir, "b")]
     (runs[0].path / "meta" / "code.patch").unlink()
     assert patch_difference(runs) == []

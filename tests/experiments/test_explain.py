@@ -1,4 +1,4 @@
-"""Where a setting came from: value, source, what it shadows, and what it means."""
+"""Explaining a setting: its value, its source, the values that it shadows, and its meaning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.experiments.explain import explain, explain_of_run, known_key, settin
 
 @pytest.fixture
 def loaded(tmp_path: Path) -> LoadedConfig:
-    """batch_size is set by all five layers."""
+    """A configuration whose batch_size is set in all layers."""
     root = tmp_path / "project"
     write(root / "config.json", '{"batch_size": 2}')
     write(root / "configs" / "train.yaml", "seed: 1\nbatch_size: 4\n")
@@ -25,7 +25,7 @@ def loaded(tmp_path: Path) -> LoadedConfig:
     return ConfigLoader(root).load([first, second], {"batch_size": "32"})
 
 
-def test_a_setting_is_explained_with_all_its_layers(loaded: LoadedConfig) -> None:
+def test_a_setting_is_explained_with_the_values_that_it_shadows(loaded: LoadedConfig) -> None:
     found = explain("batch_size", loaded)
     assert (found.key, found.section, found.value, found.source) == ("batch_size", "train", 32, "--batch-size")
     assert found.shadowed == [
@@ -57,7 +57,7 @@ def test_every_setting_has_an_explanation(loaded: LoadedConfig, key: str) -> Non
 
 
 @pytest.mark.parametrize("spelling", ["batch_size", "batch-size", "--batch-size", "--batch_size", "train.batch_size"])
-def test_a_setting_has_several_spellings(loaded: LoadedConfig, spelling: str) -> None:
+def test_a_setting_may_be_spelled_in_several_ways(loaded: LoadedConfig, spelling: str) -> None:
     assert explain(spelling, loaded).key == "batch_size"
 
 
@@ -77,23 +77,23 @@ def test_an_unknown_setting_is_reported_with_the_nearest(loaded: LoadedConfig, k
     assert str(caught.value).startswith(message)
 
 
-def test_a_setting_is_not_found_in_a_wrong_section(loaded: LoadedConfig) -> None:
+def test_a_setting_is_not_found_in_the_wrong_section(loaded: LoadedConfig) -> None:
     with pytest.raises(UserError):
         explain("model.batch_size", loaded)
 
 
-def test_known_keys_may_be_any(loaded: LoadedConfig) -> None:
+def test_the_known_keys_may_be_given(loaded: LoadedConfig) -> None:
     assert known_key("--gone-setting", {"gone_setting": 1}) == "gone_setting"
 
 
-def test_a_setting_of_a_run_is_explained_as_it_was(runs_dir: Path) -> None:
+def test_a_setting_of_a_run_is_explained_with_its_recorded_value(runs_dir: Path) -> None:
     run = indexed(runs_dir, settings={"seed": 5})
     found = explain_of_run("--seed", run)
     assert (found.value, found.source, found.shadowed, found.default) == (5, "code", [(1337, "default")], 1337)
     assert found.resolved is None
 
 
-def test_an_open_setting_of_a_run_shows_what_it_resolved_to(runs_dir: Path) -> None:
+def test_a_setting_of_a_run_that_was_none_or_auto_shows_its_resolved_value(runs_dir: Path) -> None:
     run = indexed(runs_dir, resolved={"n_kv_head": 4, "dtype": "float32", "seed": 1337})
     assert (explain_of_run("n_kv_head", run).value, explain_of_run("n_kv_head", run).resolved) == (None, 4)
     assert (explain_of_run("dtype", run).value, explain_of_run("dtype", run).resolved) == ("auto", "float32")
@@ -101,7 +101,7 @@ def test_an_open_setting_of_a_run_shows_what_it_resolved_to(runs_dir: Path) -> N
     assert explain_of_run("head_dim", run).resolved is None
 
 
-def test_a_setting_of_another_version_is_explained_as_far_as_it_is_known(runs_dir: Path) -> None:
+def test_a_setting_of_another_version_is_explained_without_its_meaning(runs_dir: Path) -> None:
     run = indexed(runs_dir)
     sources = {"gone": {"value": 3, "source": "--gone", "shadowed": [{"value": 2, "source": "default"}]}}
     write(run.path / "meta" / "config_sources.json", sources)
@@ -127,7 +127,7 @@ def test_an_unknown_setting_of_a_run_is_reported_with_the_nearest(runs_dir: Path
     ],
     ids=lambda content: repr(content and content[:50]),
 )
-def test_a_damaged_record_of_sources_is_told(runs_dir: Path, content: bytes | None) -> None:
+def test_damaged_sources_are_reported_in_one_line(runs_dir: Path, content: bytes | None) -> None:
     run = indexed(runs_dir)
     path = run.path / "meta" / "config_sources.json"
     path.unlink()
@@ -152,13 +152,13 @@ def test_the_sources_of_all_settings_are_read(runs_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[]", b"3", b'{"seed": 3}', b'{"seed": {}}', b"[" * 100_000])
-def test_sources_that_cannot_be_read_are_none(runs_dir: Path, content: bytes) -> None:
+def test_damaged_sources_are_treated_as_empty(runs_dir: Path, content: bytes) -> None:
     run = indexed(runs_dir)
     write(run.path / "meta" / "config_sources.json", content)
     assert settings_with_sources(run) == {}
 
 
-def test_an_explanation_holds_json_values_only(loaded: LoadedConfig) -> None:
+def test_an_explanation_holds_only_json_values(loaded: LoadedConfig) -> None:
     found = explain("tags", loaded)
     assert (found.value, found.default) == ([], [])
     assert json.loads(json.dumps(found.shadowed)) == found.shadowed

@@ -1,4 +1,4 @@
-"""The gate: what it compares, what it trains, and its ledger. Training is replaced by runs written by hand."""
+"""The gate: its comparisons, the runs that it trains, and its ledger. Runs written by hand replace training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Losses = Callable[[dict[str, str]], float]
 
 
 class Training:
-    """Stands in for train.py: the loss of a run follows from its flags."""
+    """Replaces train.py: writes a run whose loss is a function of its flags."""
 
     def __init__(
         self, loss: Losses, status: str = "completed", exit_status: int = 0, exit_reason: str | None = None
@@ -83,18 +83,18 @@ def ask(runs_dir: Path, candidate: str, baseline: str = "base", **options: Any) 
     return gate(candidate, baseline, ROOT, runs_dir, output=io.StringIO(), **options)
 
 
-def of_flags(flags: dict[str, str]) -> float:
-    """A better learning rate helps, with a little noise of its own."""
+def loss_of_flags(flags: dict[str, str]) -> float:
+    """The loss falls by about 0.2 at the better learning rate, with a little noise."""
     seed = int(flags["seed"])
     better = 0.2 + 0.0001 * (seed % 3) if float(flags.get("learning_rate", 0)) == 0.003 else 0.0
     return noisy(2.0, seed) - better
 
 
-def test_overrides_are_trained_with_the_seeds_of_the_baseline_and_kept(
+def test_a_better_candidate_is_trained_with_the_seeds_of_the_baseline_and_kept(
     runs_dir: Path, training: Callable[..., Training]
 ) -> None:
     baseline_runs(runs_dir)
-    trained = training(of_flags)
+    trained = training(loss_of_flags)
     answer = ask(runs_dir, "learning_rate=3e-3")
     assert answer.verdict == "keep"
     assert answer.effect == pytest.approx(0.2001)
@@ -107,9 +107,9 @@ def test_overrides_are_trained_with_the_seeds_of_the_baseline_and_kept(
     assert answer.trained == 3
 
 
-def test_nothing_is_tried_twice(runs_dir: Path, training: Callable[..., Training]) -> None:
+def test_a_comparison_is_not_repeated(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir)
-    trained = training(of_flags)
+    trained = training(loss_of_flags)
     first = ask(runs_dir, "learning_rate=3e-3")
     again = ask(runs_dir, "learning_rate=0.003", max_seeds=20)
     assert len(trained.commands) == 3
@@ -121,9 +121,9 @@ def test_nothing_is_tried_twice(runs_dir: Path, training: Callable[..., Training
     assert len(trained.commands) == 3
 
 
-def test_the_ledger_names_configuration_and_code(runs_dir: Path, training: Callable[..., Training]) -> None:
+def test_the_ledger_identifies_configurations(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir)
-    training(of_flags)
+    training(loss_of_flags)
     ask(runs_dir, "learning_rate=3e-3")
     ask(runs_dir, "dropout=0.1")
     first, second = (json.loads(line) for line in (runs_dir / "gate.jsonl").read_text().splitlines())
@@ -151,7 +151,9 @@ def test_an_effect_within_the_noise_is_unsure_after_all_seeds(
     assert seeds_of_baseline == ["4", "5"]
 
 
-def test_a_change_without_any_effect_stops_early(runs_dir: Path, training: Callable[..., Training]) -> None:
+def test_a_candidate_with_exactly_the_same_losses_stops_early(
+    runs_dir: Path, training: Callable[..., Training]
+) -> None:
     baseline_runs(runs_dir)
     training(lambda flags: noisy(2.0, flags["seed"]))
     answer = ask(runs_dir, "dropout=0.1")
@@ -160,7 +162,7 @@ def test_a_change_without_any_effect_stops_early(runs_dir: Path, training: Calla
     assert len(answer.pairs) == 2
 
 
-def test_equal_shares_are_no_proof_that_nothing_changed(runs_dir: Path, training: Callable[..., Training]) -> None:
+def test_equal_accuracies_do_not_prove_that_nothing_changed(runs_dir: Path, training: Callable[..., Training]) -> None:
     for tag, rate in (("base", 1e-3), ("fast", 3e-3)):
         for seed in range(1, 9):
             records = [{"step": 10, "time": 1.0, "tokens": 1, "val/loss": 2.0 + rate, "val/accuracy": 0.25}]
@@ -170,7 +172,7 @@ def test_equal_shares_are_no_proof_that_nothing_changed(runs_dir: Path, training
     assert (answer.verdict, answer.reason) == ("unsure", "5 seeds cannot tell the effect from the noise")
 
 
-def of_text(runs_dir: Path, text: str, seeds: Sequence[int], rate: float, tag: str) -> None:
+def make_runs_on_text(runs_dir: Path, text: str, seeds: Sequence[int], rate: float, tag: str) -> None:
     for seed in seeds:
         settings = {"seed": seed, "learning_rate": rate, "dataset": "notes.txt"}
         metrics = training_records([3.0, noisy(2.0, seed) + rate])
@@ -178,42 +180,42 @@ def of_text(runs_dir: Path, text: str, seeds: Sequence[int], rate: float, tag: s
         make_run(runs_dir, f"{tag}_{seed}", settings=settings, metrics=metrics, git=NO_GIT, tag=tag, resolved=resolved)
 
 
-def test_runs_on_another_text_of_the_same_name_do_not_compare(
+def test_runs_on_different_texts_of_the_same_name_are_not_compared(
     runs_dir: Path, training: Callable[..., Training]
 ) -> None:
-    of_text(runs_dir, "a", (1, 2, 3), 1e-3, "base")
-    trained = training(of_flags)  # on the text of RESOLVED: notes.txt was replaced
+    make_runs_on_text(runs_dir, "a", (1, 2, 3), 1e-3, "base")
+    trained = training(loss_of_flags)  # on the text of RESOLVED, as if notes.txt had been replaced
     with pytest.raises(UserError, match=r"the text of notes\.txt is not the one that base_1 was trained on"):
         ask(runs_dir, "dropout=0.1", "base")
     with pytest.raises(UserError, match=r"the text of notes\.txt is not the one"):
         noise("base", ROOT, runs_dir, seeds=5, output=io.StringIO())
     assert len(trained.commands) == 2
     assert not read_ledger(runs_dir)
-    of_text(runs_dir, "b", (1, 2, 3), 3e-3, "other")
+    make_runs_on_text(runs_dir, "b", (1, 2, 3), 3e-3, "other")
     with pytest.raises(UserError, match=r"base_1 was trained on another text of notes\.txt than other_1"):
         ask(runs_dir, "other", "base")
 
 
-def test_existing_runs_are_those_on_the_newest_text(runs_dir: Path, tmp_path: Path) -> None:
-    of_text(runs_dir, "a", (1, 2, 3), 1e-3, "2025")
-    of_text(runs_dir, "b", (3, 4), 1e-3, "2026")
+def test_only_existing_runs_on_the_newest_text_are_used(runs_dir: Path, tmp_path: Path) -> None:
+    make_runs_on_text(runs_dir, "a", (1, 2, 3), 1e-3, "2025")
+    make_runs_on_text(runs_dir, "b", (3, 4), 1e-3, "2026")
     subjects = Subjects(ROOT, runs_dir, tmp_path)
     experiment = replace(subjects.pair("2025_1", "2026_3")[1], run=None)
     [found] = trials.Trials(ROOT, runs_dir, tmp_path, io.StringIO()).existing(experiment)
     assert {seed: run.id for seed, run in found.items()} == {3: "2026_3", 4: "2026_4"}
 
 
-def test_two_names_of_one_configuration_are_not_compared(runs_dir: Path, training: Callable[..., Training]) -> None:
+def test_two_names_of_one_configuration_get_no_verdict(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir)
     baseline_runs(runs_dir, (4, 5), "other")
-    training(of_flags)
+    training(loss_of_flags)
     assert ask(runs_dir, "other").verdict == "unsure"
     assert ask(runs_dir, "base_1", "base_2").reason.startswith("both are the same")
 
 
 def test_a_candidate_that_diverges_is_discarded(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir)
-    training(of_flags, status="diverged", exit_status=1)
+    training(loss_of_flags, status="diverged", exit_status=1)
     answer = ask(runs_dir, "learning_rate=3e-3")
     assert answer.verdict == "discard"
     assert "diverged" in answer.reason
@@ -225,21 +227,21 @@ def test_a_candidate_that_diverges_is_discarded(runs_dir: Path, training: Callab
         ("failed", "ValueError: no such layer", "discard"),
         ("failed", "OSError: [Errno 28] No space left on device", "unsure"),
         ("failed", "OutOfMemoryError: out of memory: a micro-step of 8 x 64 tokens does not fit", "unsure"),
-        ("running", None, "unsure"),  # of a process that is gone
+        ("running", None, "unsure"),  # its process was killed
     ],
 )
-def test_what_the_machine_did_is_not_held_against_a_candidate(
+def test_a_failure_of_the_machine_does_not_discard_a_candidate(
     runs_dir: Path, training: Callable[..., Training], status: str, reason: str | None, verdict: str
 ) -> None:
     baseline_runs(runs_dir)
-    training(of_flags, status=status, exit_status=1, exit_reason=reason)
+    training(loss_of_flags, status=status, exit_status=1, exit_reason=reason)
     assert ask(runs_dir, "learning_rate=3e-3").verdict == verdict
-    training(of_flags)
+    training(loss_of_flags)
     again = ask(runs_dir, "learning_rate=3e-3")
     assert again.verdict == ("discard" if verdict == "discard" else "keep")
 
 
-def test_a_later_call_looks_at_the_pairs_of_the_earlier_one_first(
+def test_a_later_gate_begins_with_the_pairs_of_the_earlier_one(
     runs_dir: Path, training: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     baseline_runs(runs_dir, (50,))
@@ -253,16 +255,16 @@ def test_a_later_call_looks_at_the_pairs_of_the_earlier_one_first(
 
 def test_a_baseline_that_fails_is_an_error(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir, (1,))
-    training(of_flags, status="failed", exit_status=1)
+    training(loss_of_flags, status="failed", exit_status=1)
     with pytest.raises(UserError, match=r"trained_1_dropout-0\.1-1 failed"):
         ask(runs_dir, "base", "dropout=0.1")
 
 
-def test_a_gate_whose_budget_is_over_goes_on_later_with_its_number_of_seeds(
+def test_a_gate_that_ran_out_of_budget_continues_with_its_number_of_seeds(
     runs_dir: Path, training: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     baseline_runs(runs_dir)
-    trained = training(of_flags)
+    trained = training(loss_of_flags)
     answer = ask(runs_dir, "learning_rate=3e-3", budget=1e-9, max_seeds=6)
     assert (answer.verdict, answer.pairs) == ("unsure", [])
     assert not trained.commands
@@ -273,14 +275,14 @@ def test_a_gate_whose_budget_is_over_goes_on_later_with_its_number_of_seeds(
 
 def test_a_signal_ends_the_gate_without_a_verdict(runs_dir: Path, training: Callable[..., Training]) -> None:
     baseline_runs(runs_dir)
-    training(of_flags, status="interrupted", exit_status=143)
+    training(loss_of_flags, status="interrupted", exit_status=143)
     with pytest.raises(StopSignal) as stopped:
         ask(runs_dir, "learning_rate=3e-3")
     assert stopped.value.signum == 15
     assert not read_ledger(runs_dir)
 
 
-def test_a_metric_where_higher_is_better(runs_dir: Path, training: Callable[..., Training]) -> None:
+def test_the_gate_knows_metrics_where_higher_is_better(runs_dir: Path, training: Callable[..., Training]) -> None:
     for tag, rate, shift in (("base", 1e-3, 0.0), ("fast", 3e-3, 0.2)):
         for seed in (1, 2, 3):
             records = [
@@ -298,11 +300,11 @@ def test_a_metric_where_higher_is_better(runs_dir: Path, training: Callable[...,
     assert ask(runs_dir, "base", "fast", metric="val/accuracy").verdict == "discard"
 
 
-def test_exit_status_and_json(
+def test_the_gate_prints_json_and_sets_the_exit_status(
     runs_dir: Path, training: Callable[..., Training], capsys: pytest.CaptureFixture[str]
 ) -> None:
     baseline_runs(runs_dir)
-    training(of_flags)
+    training(loss_of_flags)
     words = ["base", "--runs-dir", str(runs_dir)]
     assert experiments.main(["gate", "learning_rate=3e-3", *words, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
@@ -327,7 +329,7 @@ def test_exit_status_and_json(
         (["dropout=0.1", "base", "--set", "dropout=0.2"], "--set is for commits, patches and settings"),
     ],
 )
-def test_bad_input_is_one_line(
+def test_a_mistake_is_reported_in_one_line_and_not_in_the_ledger(
     runs_dir: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     baseline_runs(runs_dir)
@@ -349,7 +351,7 @@ def test_runs_of_a_tag_that_are_different_experiments_are_refused(runs_dir: Path
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A repository with two commits, a changed file, and nothing that could train."""
+    """A repository with two commits that differ in code and configuration; it cannot train."""
     folder = tmp_path / "project"
     (folder / "configs").mkdir(parents=True)
     for number in (1, 2):
@@ -361,7 +363,7 @@ def project(tmp_path: Path) -> Path:
     return folder
 
 
-def test_commits_patches_and_settings_have_their_own_code_and_configuration(project: Path, tmp_path: Path) -> None:
+def test_each_subject_has_its_own_code_and_configuration(project: Path, tmp_path: Path) -> None:
     patch = tmp_path / "faster.patch"
     (project / "train.py").write_text("# version 3\n")
     patch.write_text(git(project, "diff"))
@@ -380,7 +382,7 @@ def test_commits_patches_and_settings_have_their_own_code_and_configuration(proj
         subjects.pair(str(patch), "HEAD~1")
 
 
-def test_the_checkout_is_copied_with_what_is_not_committed(project: Path, tmp_path: Path) -> None:
+def test_the_checkout_is_copied_with_its_uncommitted_changes(project: Path, tmp_path: Path) -> None:
     (project / "train.py").write_text("# not committed\n")
     (tmp_path / "trees").mkdir()
     subjects = Subjects(project, tmp_path / "runs", tmp_path / "trees")
@@ -393,7 +395,7 @@ def test_the_checkout_is_copied_with_what_is_not_committed(project: Path, tmp_pa
 # ---------------------------------------------------------------------------------------------- ledger
 
 
-def test_a_line_that_was_cut_off_hides_no_other(runs_dir: Path) -> None:
+def test_a_truncated_line_of_the_ledger_hides_no_other(runs_dir: Path) -> None:
     runs_dir.mkdir()
     append(runs_dir, {"key": "a", "verdict": "keep"})
     with (runs_dir / "gate.jsonl").open("a") as file:
@@ -402,7 +404,7 @@ def test_a_line_that_was_cut_off_hides_no_other(runs_dir: Path) -> None:
     assert [entry["key"] for entry in read_ledger(runs_dir)] == ["a", "c"]
 
 
-def test_one_process_at_a_time_asks_a_question(runs_dir: Path) -> None:
+def test_only_one_process_at_a_time_makes_a_comparison(runs_dir: Path) -> None:
     runs_dir.mkdir()
     with (
         trial_lock(runs_dir, "a" * 64),
@@ -422,9 +424,11 @@ def test_overrides_may_have_lists_and_spaces() -> None:
 # ----------------------------------------------------------------------------------------------- noise
 
 
-def test_the_noise_floor_of_a_run(runs_dir: Path, training: Callable[..., Training]) -> None:
+def test_noise_trains_the_missing_seeds_and_estimates_the_deviation(
+    runs_dir: Path, training: Callable[..., Training]
+) -> None:
     baseline_runs(runs_dir)
-    trained = training(of_flags)
+    trained = training(loss_of_flags)
     found = noise("base", ROOT, runs_dir, seeds=5, effects=[0.01, 0.1], output=io.StringIO())
     assert [command["seed"] for command in trained.commands] == ["4", "5"]
     assert found.values == pytest.approx({1: 2.02, 2: 2.04, 3: 2.01, 4: 2.03, 5: 2.0})
@@ -439,7 +443,7 @@ def test_noise_prints_how_many_runs_it_trains(
     runs_dir: Path, training: Callable[..., Training], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trials, "time", SimpleNamespace(monotonic=itertools.count(0, 100).__next__))
-    training(of_flags)
+    training(loss_of_flags)
     output = io.StringIO()
     noise("learning_rate=3e-3", ROOT, runs_dir, seeds=3, output=output)
     assert output.getvalue().splitlines() == [
@@ -450,11 +454,11 @@ def test_noise_prints_how_many_runs_it_trains(
 
 
 @pytest.mark.parametrize("words", [["noise", "base", "--seeds", "5"], ["gate", "dropout=0.1", "base"]])
-def test_an_interruption_says_that_the_same_command_goes_on(
+def test_an_interrupted_command_prints_how_to_continue(
     words: list[str], runs_dir: Path, training: Callable[..., Training], capsys: pytest.CaptureFixture[str]
 ) -> None:
     baseline_runs(runs_dir)
-    training(of_flags, status="interrupted", exit_status=130)
+    training(loss_of_flags, status="interrupted", exit_status=130)
     assert experiments.main([*words, "--runs-dir", str(runs_dir)]) == 130
     out = capsys.readouterr().out
     assert out.endswith("complete runs are kept; the same command continues with the others\n")
@@ -480,11 +484,13 @@ def test_a_candidate_that_made_no_run_is_tried_again(
         answer = ask(runs_dir, "learning_rate=3e-3")
     assert answer.verdict == verdict
     assert "made no run with seed 1" in answer.reason
-    training(of_flags)
+    training(loss_of_flags)
     assert ask(runs_dir, "learning_rate=3e-3").verdict == "keep"
 
 
-def test_problems_of_arithmetic_are_no_text(runs_dir: Path, training: Callable[..., Training]) -> None:
+def test_arithmetic_with_other_digits_is_compared_although_its_corpus_differs(
+    runs_dir: Path, training: Callable[..., Training]
+) -> None:
     for tag, digits in (("base", 2), ("more", 3)):
         for seed in (1, 2, 3):
             settings = {"seed": seed, "dataset": "arithmetic", "arithmetic_digits": digits}

@@ -1,4 +1,4 @@
-"""What killed processes leave: prune counts and removes it, and a killed reproduce leaves nothing."""
+"""Files left by killed processes: prune removes them, and a killed reproduce leaves none."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WAIT_SECONDS = 30.0
 
 
-def leave(runs_dir: Path, run: Path) -> list[Path]:
-    """Leftovers of 100 bytes each."""
+def make_leftovers(runs_dir: Path, run: Path) -> list[Path]:
+    """Write leftovers of 100 bytes each."""
     return [
         write(path, b"x" * 100)
         for path in (
@@ -41,7 +41,7 @@ def test_prune_counts_and_removes_what_killed_processes_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path, "run", checkpoints={3: 1000})
-    left = leave(tmp_path, run)
+    left = make_leftovers(tmp_path, run)
     words = ["prune", "--keep-last", "1", "--runs-dir", str(tmp_path)]
     assert experiments.main([*words, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
@@ -56,7 +56,7 @@ def test_prune_counts_and_removes_what_killed_processes_left(
 
 def test_prune_leaves_the_files_that_a_training_is_writing(tmp_path: Path) -> None:
     run = make_run(tmp_path, "run")
-    left = leave(tmp_path, run)
+    left = make_leftovers(tmp_path, run)
     with held_lock(run):
         assert experiments.main(["prune", "--keep-last", "1", "--yes", "--runs-dir", str(tmp_path)]) == 0
     assert [path.exists() for path in left] == [False, False, *[True] * (len(left) - 2)]
@@ -69,7 +69,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_a_process_that_is_killed_takes_its_child_and_folder_with_it(tmp_path: Path) -> None:
+def test_killing_a_watched_process_ends_its_child_and_removes_its_folder(tmp_path: Path) -> None:
     folder = tmp_path / "temporary"
     folder.mkdir()
     code = "import subprocess, sys, time; from pathlib import Path; from utils.machine.watchdog import watched\n"

@@ -1,9 +1,8 @@
-"""Curves of several runs as text and as pictures, of run directories written by hand."""
+"""The curves of several runs as text and as pictures."""
 
 from __future__ import annotations
 
 import io
-import json
 import re
 import struct
 from pathlib import Path
@@ -42,7 +41,7 @@ def test_a_curve_has_the_values_of_the_log_on_each_axis(tmp_path: Path) -> None:
     assert load_curves([run], "val/loss", "step", 0.0) == [PlottedCurve("small", [0, 10, 20], [4.0, 3.0, 2.5])]
 
 
-def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_left_out_of_a_curve(tmp_path: Path) -> None:
     runs = [run_with(tmp_path, "a", [4.0, "nan", "inf", 2.0]), run_with(tmp_path, "b", ["nan"])]
     assert load_curves(runs, "val/loss", "step", 0.5) == [PlottedCurve("a", [0, 30], pytest.approx([4.0, 8 / 3]))]
     with pytest.raises(UserError, match="no value of val/loss is finite"):
@@ -55,7 +54,7 @@ def test_runs_without_the_metric_are_left_out(tmp_path: Path) -> None:
     assert [curve.name for curve in load_curves(runs, "val/loss", "step", 0.0)] == ["with"]
 
 
-def test_a_metric_that_nobody_logged_is_a_mistake_with_the_nearest_name(tmp_path: Path) -> None:
+def test_a_metric_that_no_run_logged_is_reported_with_the_nearest_name(tmp_path: Path) -> None:
     run = run_with(tmp_path, "run", [1.0])
     with pytest.raises(UserError, match=r"no run has logged val/los; did you mean val/loss\?"):
         load_curves([run], "val/los", "step", 0.0)
@@ -71,7 +70,7 @@ def test_a_damaged_log_is_reported_with_its_run(line: str, tmp_path: Path) -> No
         load_curves([run], "val/loss", "step", 0.0)
 
 
-def test_smoothing_is_a_moving_average_without_a_pull_to_zero() -> None:
+def test_smoothing_is_a_moving_average_without_bias_towards_zero() -> None:
     assert smoothed([3.0, 1.0, 2.0], 0.0) == [3.0, 1.0, 2.0]
     assert smoothed([5.0] * 4, 0.9) == pytest.approx([5.0] * 4)
     assert smoothed([4.0, 2.0, 1.0], 0.5) == pytest.approx([4.0, (4 + 2 * 2) / 3, (4 + 2 * 2 + 4 * 1) / 7])
@@ -84,7 +83,7 @@ def test_runs_are_named_by_tag_and_equal_tags_by_id(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [(100, 30), (80, 24), (60, 12)])
 @pytest.mark.parametrize("colour", [True, False])
-def test_the_text_has_the_size_it_was_asked_for(size: tuple[int, int], colour: bool) -> None:
+def test_the_text_plot_has_the_requested_size(size: tuple[int, int], colour: bool) -> None:
     width, height = size
     text = terminal_plot([FALLING, RISING], "val/loss", "time", width, height, colour)
     lines = COLOUR.sub("", text).split("\n")
@@ -126,7 +125,7 @@ def test_numbers_on_the_axes_are_round() -> None:
     assert [line[:3] for line in lines if "┤" in line] == ["4.0", "3.5", "3.0", "2.5"]
 
 
-def test_the_legend_of_many_runs_takes_lines_from_the_picture() -> None:
+def test_the_legend_of_many_runs_fits_into_the_size_of_the_plot() -> None:
     names = [f"20260131_142501_a-run-with-a-long-tag_{i}" for i in range(9)]
     curves = [PlottedCurve(name, FALLING.x, FALLING.y) for name in [*names, "x" * 200]]
     lines = COLOUR.sub("", terminal_plot(curves, "val/loss", "step", 80, 30)).split("\n")
@@ -136,7 +135,7 @@ def test_the_legend_of_many_runs_takes_lines_from_the_picture() -> None:
 
 
 @pytest.mark.parametrize("y", [[2.0], [2.0, 2.0], [0.0, 0.0], [1e-9, 3e-9], [3e38, -3e38]], ids=str)
-def test_odd_values_do_not_break_the_pictures(y: list[float], tmp_path: Path) -> None:
+def test_extreme_values_do_not_break_the_plots(y: list[float], tmp_path: Path) -> None:
     curves = [PlottedCurve("odd", [float(i) for i in range(len(y))], y)]
     assert len(terminal_plot(curves, "val/loss", "step", 80, 24, colour=False).split("\n")) == 24
     save_plot(curves, "val/loss", "step", tmp_path / "odd.png")
@@ -153,7 +152,7 @@ def test_a_png_file_is_a_picture(tmp_path: Path) -> None:
     data = out.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", data[16:24]) == (1200, 675)
-    assert list(tmp_path.iterdir()) == [out]  # nothing half written
+    assert list(tmp_path.iterdir()) == [out]  # no temporary file is left
 
 
 @pytest.mark.filterwarnings("error")
@@ -167,24 +166,15 @@ def test_an_svg_file_has_the_curves_and_is_the_same_each_time(tmp_path: Path) ->
         assert f"<!-- {comment} -->" in text
 
 
-def test_another_ending_is_a_mistake(tmp_path: Path) -> None:
+def test_another_file_suffix_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"curves.pdf: expected a file that ends in .png or .svg"):
         save_plot([FALLING], "val/loss", "step", tmp_path / "curves.pdf")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
+def test_a_missing_folder_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="none"):
         save_plot([FALLING], "val/loss", "step", tmp_path / "none" / "curves.png")
-
-
-def test_a_log_by_training_can_be_drawn(tmp_path: Path) -> None:
-    records = [{"step": i, "time": float(i), "tokens": i, "train/loss": 3 - i / 100, "lr": 1e-3} for i in range(100)]
-    run = indexed(tmp_path, "run", metrics=records)
-    curves = load_curves([run], "train/loss", "step", 0.9)
-    assert len(curves[0].y) == 100
-    assert json.dumps(curves[0].y)  # finite
-    assert "train/loss" in terminal_plot(curves, "train/loss", "step", 80, 24, colour=False)
 
 
 @pytest.mark.parametrize("count", [3, 401, 2000])

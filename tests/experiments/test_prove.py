@@ -1,6 +1,6 @@
 """train.py --prove: planted faults are found and named, and a clean configuration passes.
 
-Most sessions are forks of this process, which take half a second; a real one has hashes of its own.
+Most sessions are forks of this process, which take half a second. Only new processes differ in the hashes of texts.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def nudge(run: TrainingRun, amount: float) -> None:
 
 
 class Remembers(Callback):
-    """Its state is in checkpoints, and it has a clock that matters to nothing."""
+    """A callback that saves its state, and has an attribute that varies but changes nothing."""
 
     def __init__(self) -> None:
         self.count, self.seen = 0, 0.0
@@ -65,7 +65,7 @@ class Dice(Callback):
 
 
 class SeededDice(Callback):
-    """The same numbers in each undisturbed training, but a resume begins with the first of them."""
+    """Draws the same numbers in every undisturbed training, but starts again at a resume."""
 
     def __init__(self) -> None:
         random.seed(5)
@@ -75,14 +75,14 @@ class SeededDice(Callback):
 
 
 class Race(Callback):
-    """As an operator whose threads add in any order: the last bits vary."""
+    """The last bits vary, as with an operator whose threads add in any order."""
 
     def on_step(self, run: TrainingRun) -> None:
         nudge(run, 1e-6 * os.urandom(1)[0])
 
 
 class Order(Callback):
-    """Depends on the order of a set, as a loader does that shuffles the keys of one."""
+    """Depends on the order of a set, like a loader that iterates over one."""
 
     NAMES = frozenset(f"document {number}" for number in range(20))
 
@@ -92,7 +92,7 @@ class Order(Callback):
 
 @pytest.fixture
 def forked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sessions are forks, with fresh random numbers, as a new process has them."""
+    """Fork a process for each session, with fresh random numbers like a new process."""
 
     def session(
         self: Prover, place: Path, words: Sequence[str], hash_seed: int, kill_at: int | None, complain: bool
@@ -129,10 +129,10 @@ class TestForked:
         found = proof_of("Remembers")
         assert found.proven
         assert len(found.kills) == 2
-        assert not found.forgotten  # the clock differs without a kill, too
+        assert not found.forgotten  # `seen` also varies without a kill
         assert "have the same bits as undisturbed" in next(proof_lines(found))
 
-    def test_state_that_a_callback_does_not_save(
+    def test_state_that_a_callback_does_not_save_is_named(
         self, proof_of: Callable[[str], Proof], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(module, "KILLS", 1)
@@ -141,28 +141,28 @@ class TestForked:
         assert str(found.difference).startswith("weights token_embedding.weight after step ")
         assert found.causes == ["state of a callback that its state_dict does not save: Forgets.count"]
 
-    def test_random_numbers_without_a_seed(self, proof_of: Callable[[str], Proof]) -> None:
+    def test_random_numbers_without_a_seed_are_named(self, proof_of: Callable[[str], Proof]) -> None:
         found = proof_of("Dice")
         assert not found.deterministic
         assert found.difference == "weights token_embedding.weight after step 1"
         (cause,) = found.causes
         assert cause.startswith("a generator without a seed: random.random (test_prove.py:")
 
-    def test_a_seeded_generator_whose_state_is_not_saved(
+    def test_a_seeded_generator_whose_state_is_not_saved_is_named(
         self, proof_of: Callable[[str], Proof], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(module, "KILLS", 1)
         (cause,) = proof_of("SeededDice").causes
         assert cause.startswith("a generator whose state no checkpoint keeps: random.random (test_prove.py:")
 
-    def test_an_operator_that_is_not_deterministic(self, proof_of: Callable[[str], Proof]) -> None:
+    def test_an_operator_that_is_not_deterministic_is_suspected(self, proof_of: Callable[[str], Proof]) -> None:
         found = proof_of("Race")
         assert not found.deterministic
         assert found.causes[0].startswith("an operator that is not deterministic")
 
 
 @pytest.mark.slow
-def test_the_order_of_a_set_in_processes_of_their_own(
+def test_dependence_on_the_order_of_a_set_is_named_as_the_likely_cause(
     tiny_argv: Argv, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{ROOT / 'tests'}")
@@ -181,12 +181,14 @@ def test_the_order_of_a_set_in_processes_of_their_own(
         (["--prove", "--resume", "x"], "--prove is about a new run: leave --resume out"),
     ],
 )
-def test_bad_input(tiny_argv: Argv, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+def test_a_mistake_on_the_command_line_is_reported(
+    tiny_argv: Argv, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
     assert train.main([*tiny_argv("--max-iters", "40"), *words]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_mistake_in_the_configuration_is_printed_as_training_prints_it(
+def test_a_configuration_error_is_printed_once_as_training_prints_it(
     tiny_argv: Argv, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def session(*_: object) -> tuple[int, str]:
@@ -205,7 +207,7 @@ def test_the_trainings_get_the_command_line_without_the_flag(words: str) -> None
     assert without_prove(words.split()) == ["--seed", "2"]
 
 
-def test_the_first_thing_that_differs_is_named() -> None:
+def test_the_first_difference_of_two_steps_is_named() -> None:
     line = {"step": 1, "loss": "0x1p+0", "weights": {"a": "1", "b": "2"}, "optimizer": {"a/exp_avg": "3"}}
     assert module.first_difference(line, line) is None
     assert module.first_difference(line, {**line, "loss": "0x1p+1"}) == "the loss (1, 2)"

@@ -1,4 +1,4 @@
-"""Freeing disk space: what is never touched, and in which order the rest goes."""
+"""Freeing disk space: what is never removed, and the order in which the rest is."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SIZE = 1000  # of a checkpoint
 
 
 def old_run(runs_dir: Path, run_id: str, days: float = 0.0, **facts: Any) -> Path:
-    """A run with one checkpoint that was started so long ago."""
+    """A run with one checkpoint, started `days` ago."""
     start = (datetime.now(UTC) - timedelta(days=days)).isoformat()
     return make_run(runs_dir, run_id, **{"checkpoints": {1: SIZE}, "start": start, **facts})
 
@@ -39,13 +39,13 @@ def removals(plan: PrunePlan) -> list[tuple[str, str]]:
 
 
 def all_kept(runs_dir: Path) -> dict[str, str]:
-    """Why runs are kept, when everything that may go should go; the plan must not name them."""
+    """Why runs are kept by a plan that removes as much as it may; checks that it removes none of them."""
     plan = plan_pruning(runs_dir, max_bytes=0)
     assert not {removal.run for removal in plan.removals} & plan.kept.keys()
     return plan.kept
 
 
-def test_checkpoints_go_by_default_and_runs_stay(runs_dir: Path, three: list[Path]) -> None:
+def test_by_default_only_checkpoints_are_removed(runs_dir: Path, three: list[Path]) -> None:
     plan = plan_pruning(runs_dir)
     assert plan.removals == [
         Removal(path.name, "checkpoints", path / "artifacts" / "checkpoints", SIZE) for path in three
@@ -55,19 +55,19 @@ def test_checkpoints_go_by_default_and_runs_stay(runs_dir: Path, three: list[Pat
     assert plan.kept == {}
 
 
-def test_a_run_without_checkpoints_has_nothing_to_go(runs_dir: Path) -> None:
+def test_a_run_without_checkpoints_has_nothing_to_remove(runs_dir: Path) -> None:
     make_run(runs_dir, "run")
     assert plan_pruning(runs_dir).removals == []
     assert plan_pruning(runs_dir / "nowhere") == PrunePlan(0, [], {})
 
 
-def test_whole_runs_go_when_asked_for(runs_dir: Path, three: list[Path]) -> None:
+def test_whole_runs_are_removed_on_request(runs_dir: Path, three: list[Path]) -> None:
     plan = plan_pruning(runs_dir, whole_runs=True)
     assert removals(plan) == [("c", "run"), ("b", "run"), ("a", "run")]
     assert plan.freed == plan.total
 
 
-def test_checkpoints_go_before_runs_and_the_oldest_first(runs_dir: Path, three: list[Path]) -> None:
+def test_checkpoints_are_removed_before_runs_and_the_oldest_first(runs_dir: Path, three: list[Path]) -> None:
     total = plan_pruning(runs_dir).total
     whole = size_of(three[0])
     steps = [
@@ -87,7 +87,7 @@ def test_checkpoints_go_before_runs_and_the_oldest_first(runs_dir: Path, three: 
         assert plan.total - plan.freed <= max_bytes
 
 
-def test_what_a_plan_frees_is_freed(runs_dir: Path, three: list[Path]) -> None:
+def test_removing_frees_as_much_as_the_plan_says(runs_dir: Path, three: list[Path]) -> None:
     plan = plan_pruning(runs_dir, max_bytes=size_of(three[0]) * 2)
     for removal in plan.removals:
         remove(removal)
@@ -114,7 +114,7 @@ KEPT: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 @pytest.mark.parametrize("kind", KEPT)
 @pytest.mark.parametrize("options", [{}, {"whole_runs": True}, {"max_bytes": 0}], ids=str)
-def test_what_is_worth_something_is_never_touched(runs_dir: Path, kind: str, options: dict[str, Any]) -> None:
+def test_protected_and_unreadable_runs_are_never_removed(runs_dir: Path, kind: str, options: dict[str, Any]) -> None:
     run = old_run(runs_dir, "run", 30)
     old_run(runs_dir, "other", 20)
     reason, prepare = KEPT[kind]
@@ -126,14 +126,14 @@ def test_what_is_worth_something_is_never_touched(runs_dir: Path, kind: str, opt
 
 
 @pytest.mark.parametrize("status", ["running", "completed", "interrupted"])
-def test_a_run_whose_lock_is_held_is_never_touched(runs_dir: Path, status: str) -> None:
+def test_a_run_whose_lock_is_held_is_never_removed(runs_dir: Path, status: str) -> None:
     run = old_run(runs_dir, "run", status=status)
     with held_lock(run):
         assert all_kept(runs_dir) == {"run": "running"}
     assert plan_pruning(runs_dir, unfinished=True).kept == {}
 
 
-def test_a_run_that_was_taken_up_after_the_plan_is_not_removed(runs_dir: Path) -> None:
+def test_a_run_that_was_resumed_after_the_plan_is_not_removed(runs_dir: Path) -> None:
     run = old_run(runs_dir, "run", status="interrupted")
     for options in ({}, {"whole_runs": True}):
         (removal,) = plan_pruning(runs_dir, **options, unfinished=True).removals
@@ -142,7 +142,7 @@ def test_a_run_that_was_taken_up_after_the_plan_is_not_removed(runs_dir: Path) -
         assert (run / "artifacts" / "checkpoints" / "step_000001").is_dir()
 
 
-def test_what_a_live_run_is_writing_stays_even_if_its_notes_are_lost(runs_dir: Path) -> None:
+def test_files_that_a_live_run_is_writing_stay_even_if_its_notes_are_damaged(runs_dir: Path) -> None:
     run = old_run(runs_dir, "run")
     half = write(run / "artifacts" / "checkpoints" / ".step_000002.tmp" / "model.safetensors", "x").parent
     write(run / "notes.json", "{")
@@ -186,7 +186,7 @@ def test_the_newest_runs_are_kept(runs_dir: Path, three: list[Path], keep_last: 
     assert {run for run, _ in removals(plan)} == {*"abc"} - {*kept}
 
 
-def test_damaged_entries_are_none_of_the_newest(runs_dir: Path, three: list[Path]) -> None:
+def test_damaged_entries_do_not_count_as_the_newest(runs_dir: Path, three: list[Path]) -> None:
     (runs_dir / "empty").mkdir()
     assert plan_pruning(runs_dir, keep_last=1).kept == {"empty": "cannot be read", "a": "among the newest"}
 
@@ -202,19 +202,19 @@ def test_a_run_of_unknown_age_is_not_old_enough(runs_dir: Path) -> None:
     assert plan_pruning(runs_dir, older_than=1.0).kept == {"run": "not old enough"}
 
 
-def test_what_cannot_go_does_not_make_more_go(runs_dir: Path, three: list[Path]) -> None:
+def test_no_more_is_removed_than_needed_if_the_oldest_run_is_kept(runs_dir: Path, three: list[Path]) -> None:
     write(three[0] / "notes.json", {"tags": [], "note": "", "pinned": True})
     plan = plan_pruning(runs_dir, max_bytes=size_of(runs_dir) - 1)
     assert removals(plan) == [("b", "checkpoints")]
 
 
-def test_damaged_models_stop_everything(runs_dir: Path, three: list[Path]) -> None:
+def test_a_damaged_models_json_prevents_pruning(runs_dir: Path, three: list[Path]) -> None:
     write(runs_dir / MODELS, "{")
     with pytest.raises(PromotionError):
         plan_pruning(runs_dir)
 
 
-def test_removing_leaves_nothing(runs_dir: Path, three: list[Path]) -> None:
+def test_removing_leaves_nothing_behind(runs_dir: Path, three: list[Path]) -> None:
     run = three[0]
     remove(Removal("c", "checkpoints", run / "artifacts" / "checkpoints", SIZE))
     assert list((run / "artifacts").iterdir()) == []
@@ -228,7 +228,7 @@ def fail(*_: object, ignore_errors: bool = False) -> None:
         raise OSError(5, "Input/output error")
 
 
-def test_a_crash_while_removing_leaves_nothing_that_looks_whole(
+def test_a_crash_while_removing_a_run_leaves_a_leftover_not_a_run(
     runs_dir: Path, three: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -238,24 +238,26 @@ def test_a_crash_while_removing_leaves_nothing_that_looks_whole(
     assert removals(plan_pruning(runs_dir)) == [("", "leftover"), ("b", "checkpoints"), ("a", "checkpoints")]
 
 
-def test_checkpoints_can_go_again_after_a_crash_while_removing(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_can_be_removed_after_an_earlier_removal_crashed(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = old_run(runs_dir, "run")
     (removal,) = plan_pruning(runs_dir).removals
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", fail)
         with pytest.raises(OSError, match="Input/output"):
             remove(removal)
-    write(run / "artifacts" / "checkpoints" / "step_000002" / "model.safetensors", "x")  # it was resumed
+    write(run / "artifacts" / "checkpoints" / "step_000002" / "model.safetensors", "x")  # the run was resumed
     assert remove_all(plan_pruning(runs_dir).removals) == {}
     assert list((run / "artifacts").iterdir()) == []
 
 
-def test_removing_what_is_gone_is_an_os_error(runs_dir: Path) -> None:
+def test_removing_a_missing_run_is_an_os_error(runs_dir: Path) -> None:
     with pytest.raises(FileNotFoundError):
         remove(Removal("x", "run", runs_dir / "x", 1))
 
 
-def test_the_size_of_a_folder_counts_links_and_no_missing_files(tmp_path: Path) -> None:
+def test_the_size_of_a_folder_does_not_follow_links(tmp_path: Path) -> None:
     write(tmp_path / "folder" / "a" / "b", b"x" * 10)
     write(tmp_path / "large", b"x" * 5000)
     os.symlink(tmp_path / "large", tmp_path / "folder" / "link")
@@ -278,19 +280,19 @@ def test_the_size_of_a_folder_counts_links_and_no_missing_files(tmp_path: Path) 
         ("0.5KiB", 512),
     ],
 )
-def test_sizes_are_understood(text: str, size: int) -> None:
+def test_sizes_are_parsed(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(
     "text", ["", "GB", "20", "-1GB", "1e3GB", "20 G B", "1,5GB", "20XB", ".5GB", "5.GB", "inf GB", "nan", "٣GB"]
 )
-def test_a_size_that_is_none_is_told(text: str) -> None:
+def test_an_invalid_size_is_reported(text: str) -> None:
     with pytest.raises(UserError, match="expected a size like 20GB or 500MiB, got"):
         parse_size(text)
 
 
-def test_a_size_that_no_number_holds_is_told() -> None:
+def test_a_size_beyond_the_range_of_floats_is_reported() -> None:
     with pytest.raises(UserError):
         parse_size("9" * 400 + "GB")
 
@@ -298,12 +300,12 @@ def test_a_size_that_no_number_holds_is_told() -> None:
 @pytest.mark.parametrize(
     ("text", "seconds"), [("12h", 43_200), ("30d", 2_592_000), ("8w", 4_838_400), ("1.5 d", 129_600), (" 0h ", 0)]
 )
-def test_ages_are_understood(text: str, seconds: float) -> None:
+def test_ages_are_parsed(text: str, seconds: float) -> None:
     assert parse_age(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "d", "30", "-1d", "30m", "30s", "1y", "30 days", "1d12h", "30D"])
-def test_an_age_that_is_none_is_told(text: str) -> None:
+def test_an_invalid_age_is_reported(text: str) -> None:
     with pytest.raises(UserError, match="expected an age like 12h, 30d or 8w, got"):
         parse_age(text)
 
@@ -319,7 +321,7 @@ def test_a_plan_for_many_runs_is_quick(runs_dir: Path) -> None:
 # ---------------------------------------------------------------------------------- runs on another disk
 
 
-def test_a_run_that_is_a_link_goes_with_what_it_leads_to(tmp_path: Path) -> None:
+def test_removing_a_run_that_is_a_link_removes_its_target(tmp_path: Path) -> None:
     runs_dir = tmp_path / "runs"
     big = tmp_path / "big"
     make_run(runs_dir, "moved", checkpoints={1: 100}).rename(big)
@@ -331,7 +333,7 @@ def test_a_run_that_is_a_link_goes_with_what_it_leads_to(tmp_path: Path) -> None
     assert list(runs_dir.iterdir()) == []
 
 
-def test_a_second_link_to_a_run_that_is_kept_is_kept_and_one_to_another_run_goes_alone(tmp_path: Path) -> None:
+def test_a_second_link_to_a_run_is_kept_with_it_or_removed_alone(tmp_path: Path) -> None:
     runs_dir = tmp_path / "runs"
     pinned = make_run(runs_dir, "pinned", notes={"pinned": True})
     (runs_dir / "alias").symlink_to(pinned)
@@ -344,7 +346,7 @@ def test_a_second_link_to_a_run_that_is_kept_is_kept_and_one_to_another_run_goes
     assert not (runs_dir / "second").is_symlink()
 
 
-def test_a_run_that_is_a_link_is_promoted_by_its_name_there(tmp_path: Path) -> None:
+def test_a_run_that_is_a_link_is_promoted_by_the_name_of_the_link(tmp_path: Path) -> None:
     from utils.experiments.notes import promote
     from utils.runs.names import promoted_run
 

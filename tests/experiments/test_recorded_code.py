@@ -1,4 +1,4 @@
-"""The code of a run put into a folder: what is not available or not known, and patches that reach outside."""
+"""Restoring the code of a run: commits and files that are missing, and patches that reach outside the folder."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_a_patch_through_a_symbolic_link_is_refused(tmp_path: Path) -> None:
     assert not list(outside.iterdir())
 
 
-def test_an_unknown_commit_is_one_clear_line(runs_dir: Path, tmp_path: Path) -> None:
+def test_an_unknown_commit_is_reported_with_the_alternative(runs_dir: Path, tmp_path: Path) -> None:
     run = read_run(make_run(runs_dir, "x", git={"commit": "0123456789" * 4, "branch": "main", "dirty": False}))
     with pytest.raises(ReproductionError, match=r"commit 012345678901 of x .* --code current"):
         recorded_code(run, ROOT, tmp_path)
 
 
-def test_without_git_the_current_code_is_used_and_said(runs_dir: Path, tmp_path: Path) -> None:
+def test_without_a_recorded_commit_the_current_code_is_used_and_reported(runs_dir: Path, tmp_path: Path) -> None:
     run = read_run(make_run(runs_dir, "x", git={"commit": None}))
     place, unknown = recorded_code(run, ROOT, tmp_path)
     assert place == ROOT
@@ -64,7 +64,7 @@ def test_files_left_out_of_the_patch_are_named(runs_dir: Path, tmp_path: Path) -
     assert unknown == ["the content of files that were left out of the patch: .env (looks like a secret)"]
 
 
-def test_a_commit_is_no_option_of_git(runs_dir: Path, tmp_path: Path) -> None:
+def test_a_commit_that_looks_like_an_option_of_git_is_rejected(runs_dir: Path, tmp_path: Path) -> None:
     run = read_run(make_run(runs_dir, "x", git={"commit": f"--output={tmp_path}/written"}))
     with pytest.raises(ReproductionError, match="is not a commit"):
         recorded_code(run, ROOT, tmp_path)

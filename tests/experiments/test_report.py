@@ -1,6 +1,6 @@
-"""The HTML report of runs written by hand: what it says, and what it does in headless Chromium.
+"""The HTML report: its content, and its behaviour in headless Chromium.
 
-A picture of every page is kept: below the test's tmp_path, or in the folder named by WORKBENCH_SCREENSHOTS.
+A screenshot of every page is kept below tmp_path, or in the folder named by WORKBENCH_SCREENSHOTS.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ def without_scripts(page: str) -> str:
     return re.sub(r"(?s)<script>.*?</script>", "", page)
 
 
-def test_the_table_has_a_row_a_run(tmp_path: Path) -> None:
+def test_the_table_has_a_row_for_each_run(tmp_path: Path) -> None:
     page = without_scripts(report(two_runs(tmp_path), tmp_path))
     for text in ("completed", "interrupted", "asked to stop", "2.0000", "2.5000", "cccccccccc", "with changes", "10 s"):
         assert text in page
     assert "the one to beat" in page
 
 
-def test_texts_of_runs_are_not_markup(tmp_path: Path) -> None:
+def test_texts_of_runs_are_escaped(tmp_path: Path) -> None:
     page = report(two_runs(tmp_path), tmp_path)
     assert MARKUP not in page
     assert "<b>bold" not in page
@@ -113,7 +113,7 @@ def test_names_of_runs_do_not_end_the_script(tmp_path: Path) -> None:
     assert "</script><b>" not in page
 
 
-def test_several_seeds_are_groups_with_mean_band_and_verdict(tmp_path: Path) -> None:
+def test_runs_with_several_seeds_are_groups_with_mean_band_and_verdict(tmp_path: Path) -> None:
     runs = [
         indexed(
             tmp_path,
@@ -199,7 +199,7 @@ def test_runs_with_different_tokenizers_are_judged_by_bits_per_byte(tmp_path: Pa
     assert len(json.loads(re.search(r"const data = (.*);\n", text).group(1))["bands"]) == 2  # type: ignore[union-attr]
 
 
-def test_differences_come_with_their_places(tmp_path: Path) -> None:
+def test_differences_of_settings_code_and_losses_are_shown(tmp_path: Path) -> None:
     page = without_scripts(report(two_runs(tmp_path), tmp_path))
     for text in ("learning_rate", "n_embd", "0.003", "192", "code", "commit", "d" * 40, "patch (sha256)"):
         assert text in page
@@ -207,7 +207,7 @@ def test_differences_come_with_their_places(tmp_path: Path) -> None:
     assert '<span class="added">++x = 2 if a &lt; b else &#39;&lt;/pre&gt;&#39;</span>' in page
 
 
-def test_one_run_is_shown_with_its_settings(tmp_path: Path) -> None:
+def test_a_single_run_is_shown_with_its_settings(tmp_path: Path) -> None:
     page = without_scripts(report(two_runs(tmp_path)[1:], tmp_path))
     assert "<h1>wide_high-rate</h1>" in page
     assert "Settings that differ from the defaults" in page
@@ -215,7 +215,7 @@ def test_one_run_is_shown_with_its_settings(tmp_path: Path) -> None:
     assert re.search(r"learning_rate</th><td class=\"value\">0.003</td><td class=\"quiet\">code", page)
 
 
-def test_where_a_run_came_from_is_told(tmp_path: Path) -> None:
+def test_the_origin_of_a_run_is_shown(tmp_path: Path) -> None:
     page = without_scripts(report(two_runs(tmp_path), tmp_path))
     for text in (
         "train.py --run-tag wide_high-rate --learning-rate 0.003",
@@ -237,11 +237,11 @@ def test_that_no_run_has_a_sample_is_said_once(tmp_path: Path) -> None:
     assert report([*runs, read_run(one)], tmp_path).count("No sample in its log") == 2
 
 
-def test_the_page_is_whole(tmp_path: Path) -> None:
+def test_the_page_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     page = without_scripts(report(two_runs(tmp_path), tmp_path))
     assert not re.search(r"<(link|img|iframe|object|embed)\b|<[^>]*\bsrc=|@import|url\(", page)
     assert "default-src 'none'" in page
-    assert list(tmp_path.glob(".*")) == []  # nothing half written
+    assert list(tmp_path.glob(".*")) == []  # no temporary file is left
 
 
 def test_runs_that_cannot_be_read_are_shown_with_their_problem(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def test_values_that_are_not_finite_are_counted_below_the_curves(tmp_path: Path)
     assert "None of these runs has logged a loss." not in page
 
 
-def test_facts_of_a_run_are_said_in_words(tmp_path: Path) -> None:
+def test_facts_of_a_run_are_shown_in_words(tmp_path: Path) -> None:
     page = re.sub("<[^>]+>", "", without_scripts(report([indexed(tmp_path, "run")], tmp_path)))
     assert re.search(r"uncommitted changes\s*no", page)
     assert "Every setting has its default." in page
@@ -300,11 +300,11 @@ def test_long_curves_are_thinned_and_infinite_values_left_out(tmp_path: Path) ->
     assert data["axes"] == {"step": "step", "tokens": "tokens of training", "time": "time of training (min)"}
 
 
-# In a browser
+# ------------------------------------------------------------------------------------------------ in a browser
 
 
 class Visit:
-    """The report in a new page, with what it asked of the network and what it complained of."""
+    """The report in a new page, with its requests, console messages and errors."""
 
     def __init__(self, browser: Browser, path: Path, size: str, scheme: str) -> None:
         width, height = SIZES[size]
@@ -325,13 +325,13 @@ class Visit:
         self.devtools.send("Input.dispatchMouseEvent", {"type": "mouseMoved", "x": x, "y": y})
 
     def beyond(self) -> list[str]:
-        """Requests that leave this page."""
+        """Requests for anything outside this page."""
         return [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of two runs and of one that is damaged."""
+    """The report of two runs and a damaged one."""
     folder = tmp_path_factory.mktemp("report")
     write(folder / "runs" / "20260130_090000_lost" / "run.json", "{")
     runs = [*two_runs(folder / "runs"), read_run(folder / "runs" / "20260130_090000_lost")]
@@ -381,7 +381,7 @@ def test_the_page_draws_its_curves_and_fits(size: str, scheme: str, visit: Visit
 
 
 @pytest.mark.slow
-def test_a_phone_shows_the_loss_beside_the_name_and_that_there_is_more(visit: Visitor) -> None:
+def test_a_phone_shows_the_loss_beside_the_name_and_hints_at_scrolling(visit: Visitor) -> None:
     page = visit("phone", "light").page
     row = page.locator("#runs tbody tr").first
     assert row.locator("th > span.fixed").first.bounding_box()["height"] < 30  # type: ignore[index]
@@ -393,7 +393,7 @@ def test_a_phone_shows_the_loss_beside_the_name_and_that_there_is_more(visit: Vi
 
 
 @pytest.mark.slow
-def test_hovering_tells_the_values(visit: Visitor, tmp_path: Path) -> None:
+def test_hovering_shows_the_values(visit: Visitor, tmp_path: Path) -> None:
     visited = visit("desktop", "light")
     page = visited.page
     chart = page.locator("#chart")
@@ -434,7 +434,7 @@ def test_colours_follow_the_scheme_while_the_page_is_open(visit: Visitor) -> Non
 
 
 @pytest.mark.slow
-def test_nothing_of_a_run_is_markup_in_the_browser(visit: Visitor) -> None:
+def test_texts_of_runs_are_not_markup_in_the_browser(visit: Visitor) -> None:
     page = visit("desktop", "light").page
     assert page.locator("main img").count() == page.locator("main script").count() == 0
     expect(page.locator("#samples pre").nth(1)).to_contain_text(MARKUP)

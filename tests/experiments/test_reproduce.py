@@ -1,4 +1,4 @@
-"""Training a run again and comparing the two, with real repositories and processes."""
+"""Training a run again and comparing the logs, with real repositories and processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Argv = Callable[..., list[str]]
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of this project, in a repository of its own, with uncommitted changes and an untracked module."""
+    """A copy of this project in a new repository, with uncommitted changes and an untracked module."""
     folder = tmp_path / "project"
     copy_code(folder, "utils", "configs", ".gitignore", *(path.name for path in ROOT.glob("*.py")))
     git(folder, "init", "-q")
@@ -85,14 +85,16 @@ def run(tiny_argv: Argv, only_run: Callable[[], Path], prompt_writes: None) -> P
 
 
 @pytest.mark.slow
-def test_from_a_checkpoint_with_the_current_code(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_reproduced_from_a_checkpoint_with_the_current_code(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--from-checkpoint", "--code", "current", "--runs-dir", str(run.parent)]
     assert experiments.main(["reproduce", "one", *words]) == 0
     assert "identical for 4 steps" in capsys.readouterr().out  # 8 is the newest checkpoint before the end
 
 
 @pytest.mark.slow
-def test_what_a_resume_changed_of_the_record_is_no_difference(
+def test_settings_of_logging_that_a_resume_changed_are_not_a_difference(
     tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = tiny_argv("--max-iters", "12", "--run-tag=-x", "--sample-tokens", "5", "--stop-at-step", "6")
@@ -102,7 +104,7 @@ def test_what_a_resume_changed_of_the_record_is_no_difference(
     assert train.main([*resume, "--checkpoint-interval", "3"]) == 0
     capsys.readouterr()
     assert experiments.main(["reproduce", str(run), "--code", "current"]) == 0
-    assert "identical for 7 steps, and the same weights" in capsys.readouterr().out  # 0 to 5, and 8
+    assert "identical for 7 steps, and the same weights" in capsys.readouterr().out  # steps 0 to 5, and 8
 
 
 @pytest.mark.slow
@@ -118,7 +120,7 @@ def test_another_dropout_is_found_at_its_first_step(run: Path) -> None:
     assert found.expected == 5
 
 
-def test_another_thread_count_is_told(run: Path) -> None:
+def test_a_different_environment_is_reported(run: Path) -> None:
     other = run.with_name("other")
     shutil.copytree(run, other)
     record = json.loads((other / "run.json").read_text())
@@ -173,7 +175,7 @@ def edited_record(run: Path, **facts: object) -> Path:
     return run
 
 
-def test_a_run_on_several_ranks_needs_lanes_or_as_many(run: Path, tmp_path: Path) -> None:
+def test_a_run_on_several_ranks_without_lanes_needs_as_many_ranks(run: Path, tmp_path: Path) -> None:
     resolved = json.loads((run / "run.json").read_text())["resolved"]
     edited_record(run, resolved={**resolved, "world_size": 2})
     with pytest.raises(
@@ -197,7 +199,9 @@ def test_a_run_that_cannot_be_reproduced_is_refused_with_the_reason(run: Path) -
         reproduce(read_run(run), ROOT)
 
 
-def test_nothing_is_left_in_the_temporary_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_reproduction_leaves_no_temporary_files(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reproduction.tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(training_process, "_train", lambda *words: (1, 0))

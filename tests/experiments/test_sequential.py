@@ -45,13 +45,13 @@ def verdicts(pool: Sequence[float], effect: float, cases: int = CASES) -> Counte
 
 
 @pytest.mark.parametrize("variant", ["learning_rate", "beta2", "weight_decay", "layer"])
-def test_a_null_effect_gets_a_verdict_in_at_most_one_of_twenty_cases(variant: str) -> None:
+def test_without_an_effect_at_most_5_percent_of_gates_give_a_verdict(variant: str) -> None:
     found = verdicts(paired(variant), 0.0)
     assert CASES - found["unsure"] <= LEVEL * CASES
 
 
-def test_two_names_of_one_configuration_get_a_verdict_in_at_most_one_of_twenty_cases() -> None:
-    """As where the same seed does not give the same numbers: the two vary independently."""
+def test_with_independent_seeds_at_most_5_percent_of_gates_give_a_verdict() -> None:
+    """Without paired seeds, the losses of candidate and baseline vary independently."""
     draw, losses = random.Random(1), list(RECORDED["baseline"].values())
     drawn = [draw.sample(losses, 2 * MAX_SEEDS) for _ in range(CASES)]
     found = Counter(verdict([a - b for a, b in zip(some[::2], some[1::2], strict=True)]) for some in drawn)
@@ -60,12 +60,12 @@ def test_two_names_of_one_configuration_get_a_verdict_in_at_most_one_of_twenty_c
 
 @pytest.mark.parametrize("variant", ["learning_rate", "beta2", "weight_decay"])
 @pytest.mark.parametrize(("sign", "expected"), [(1, "keep"), (-1, "discard")])
-def test_one_standard_deviation_of_the_noise_is_found_with_paired_seeds(variant: str, sign: int, expected: str) -> None:
+def test_an_effect_of_one_standard_deviation_is_found_with_paired_seeds(variant: str, sign: int, expected: str) -> None:
     assert verdicts(paired(variant), sign * NOISE)[expected] >= 0.8 * CASES
 
 
-def test_where_the_seeds_do_not_pair_two_deviations_are_found() -> None:
-    """One is not: a test at 5% that knew the deviation would find it with 8 seeds in half of the cases."""
+def test_an_effect_of_two_and_a_half_deviations_is_found_without_pairing() -> None:
+    """One deviation is too little: a test at 5% that knew it would find it with 8 seeds in half of the cases."""
     assert stats.norm.cdf(math.sqrt(MAX_SEEDS / 2) - stats.norm.ppf(1 - LEVEL / 2)) < 0.52
     assert verdicts(paired("layer"), 2.5 * NOISE)["keep"] >= 0.8 * CASES
 
@@ -95,14 +95,14 @@ def test_pairs_that_do_not_vary_decide_at_the_first_look() -> None:
     assert verdict([0.0] * 8) == "unsure"
 
 
-def test_an_improvement_below_the_wanted_one_is_discarded() -> None:
+def test_an_improvement_below_the_minimum_effect_is_discarded() -> None:
     improvements = [0.05 + 0.001 * (-1) ** i for i in range(8)]
     assert verdict(improvements) == "keep"
     assert verdict(improvements, min_effect=0.1) == "discard"
     assert verdict(improvements, min_effect=0.05) == "unsure"
 
 
-def test_the_number_of_seeds_that_an_effect_needs_is_confirmed_by_simulation() -> None:
+def test_the_predicted_number_of_seeds_is_confirmed_by_simulation() -> None:
     pairs = seeds_for(1.0, 1.0)
     assert pairs == 11
     draw = random.Random(0)
@@ -125,9 +125,9 @@ def test_pairing_saves_seeds() -> None:
 
 
 def test_equal_improvements_count_by_their_sign() -> None:
-    """Shares of right answers are often equal: three equal steps are no certainty."""
+    """Accuracies are often equal, so three equal improvements prove nothing."""
     assert look([0.25] * 3, 8).decision is None
     assert look([0.25] * 5, 8).interval is None
     assert verdict([0.25] * 8) == "keep"
-    assert verdict([0.25] * 4, max_seeds=4) == "unsure"  # all of one sign by chance: an eighth
+    assert verdict([0.25] * 4, max_seeds=4) == "unsure"  # all have one sign by chance in an eighth of cases
     assert verdict([0.0] * 8, min_effect=0.1) == "discard"

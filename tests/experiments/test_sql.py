@@ -1,4 +1,4 @@
-"""SQL over the runs: the two views and nothing else, whatever the query tries."""
+"""SQL over the runs: a query reads the two views and nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.runs.index import read_index
 from utils.runs.layout import CONFIG
 
 SECRET = "TOPSECRET"
-variable = [SECRET]  # DuckDB could read Python variables as tables
+variable = [SECRET]  # DuckDB can read Python variables as tables
 
 
 @pytest.fixture
@@ -43,6 +43,11 @@ def database(runs_dir: Path) -> RunDatabase:
     return RunDatabase(read_index(runs_dir))
 
 
+def rows_of(runs_dir: Path, query: str) -> list[tuple[Any, ...]]:
+    """The answer to a query over the runs of this folder."""
+    return RunDatabase(read_index(runs_dir)).select(query).rows
+
+
 def test_a_list_is_a_list_in_sql(runs_dir: Path) -> None:
     settings = {"callbacks": ["a:A", "b:B"], "eval_at": [3, 5]}
     make_run(runs_dir, "one", notes={"tags": ["mine", "old"]}, settings=settings)
@@ -55,15 +60,15 @@ def test_a_list_is_a_list_in_sql(runs_dir: Path) -> None:
 
 
 def metrics_of(runs_dir: Path, log: str | bytes, columns: str = "step", registry: Any = None) -> list[tuple[Any, ...]]:
-    """Rows of `metrics` of one run with this log."""
+    """The rows of `metrics` for a run with this log."""
     run = make_run(runs_dir, "run")
     write(run / "logs" / "metrics.jsonl", log)
     if registry is not None:
         write(run / "meta" / "metrics.json", registry)
-    return RunDatabase(read_index(runs_dir)).select(f"SELECT {columns} FROM metrics ORDER BY step").rows
+    return rows_of(runs_dir, f"SELECT {columns} FROM metrics ORDER BY step")
 
 
-def test_runs_has_one_row_a_run_with_typed_columns(database: RunDatabase) -> None:
+def test_the_view_runs_has_a_row_for_each_run_with_typed_columns(database: RunDatabase) -> None:
     table = database.select(
         "SELECT id, status, start, seed, val_loss, dirty, steps, n_layer, tags FROM runs ORDER BY id"
     )
@@ -76,7 +81,7 @@ def test_runs_has_one_row_a_run_with_typed_columns(database: RunDatabase) -> Non
     ]
 
 
-def test_metrics_has_one_row_a_record(database: RunDatabase) -> None:
+def test_the_view_metrics_has_a_row_for_each_record(database: RunDatabase) -> None:
     rows = database.select("SELECT run, step, time, tokens, val_loss, train_loss FROM metrics ORDER BY run, step").rows
     assert rows == [
         ("one", 0, 1000.0, 0, 3.0, None),
@@ -153,7 +158,7 @@ WRITES_IN_CTE = [
 
 
 @pytest.mark.parametrize("query", [*WRITES, *WRITES_IN_CTE])
-def test_whatever_writes_is_refused_and_writes_nothing(database: RunDatabase, tmp_path: Path, query: str) -> None:
+def test_statements_that_write_are_refused(database: RunDatabase, tmp_path: Path, query: str) -> None:
     with pytest.raises(UserError):
         database.select(query.format(folder=tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
@@ -169,18 +174,18 @@ def test_anything_but_one_statement_is_refused(database: RunDatabase, query: str
 
 
 @pytest.mark.parametrize("query", ["SELECT * FRM runs", "SELECT nope FROM runs", "SELECT (", "SELECT $1", "SELECT 'a"])
-def test_a_mistake_is_one_line(database: RunDatabase, query: str) -> None:
+def test_a_mistake_is_reported_in_one_line(database: RunDatabase, query: str) -> None:
     with pytest.raises(UserError) as caught:
         database.select(query)
     assert "\n" not in str(caught.value)
 
 
-def test_a_query_that_is_no_text_is_refused(database: RunDatabase) -> None:
+def test_a_query_that_is_not_utf_8_is_refused(database: RunDatabase) -> None:
     with pytest.raises(UserError):
         database.select("SELECT '\udcff'")
 
 
-def test_a_view_that_is_not_there_is_reported_with_the_nearest(database: RunDatabase) -> None:
+def test_an_unknown_view_is_reported_with_the_nearest(database: RunDatabase) -> None:
     with pytest.raises(UserError, match="there is no view rnus; did you mean runs"):
         database.select("SELECT * FROM rnus")
 
@@ -232,9 +237,7 @@ PLACES: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_whatever_reads_outside_the_views_is_refused(
-    database: RunDatabase, secret: Path, runs_dir: Path, place: str
-) -> None:
+def test_reading_outside_the_views_is_refused(database: RunDatabase, secret: Path, runs_dir: Path, place: str) -> None:
     log = runs_dir / "one" / "logs" / "metrics.jsonl"
     for source in OUTSIDE:
         query = PLACES[place](source.format(file=secret, log=log))
@@ -252,7 +255,7 @@ def test_whatever_reads_outside_the_views_is_refused(
         'SELECT (WITH "{log}" AS (SELECT 1) SELECT 1), * FROM "{log}", (SELECT count(*) FROM metrics)',
     ],
 )
-def test_the_name_of_a_table_expression_opens_nothing_else(
+def test_a_table_expression_gives_no_access_to_a_file_of_its_name(
     database: RunDatabase, secret: Path, runs_dir: Path, query: str
 ) -> None:
     with pytest.raises(UserError):
@@ -295,7 +298,7 @@ def test_runs_are_chosen_by_condition_order_and_limit(database: RunDatabase) -> 
         '"o""dd" = 2',
     ],
 )
-def test_a_condition_has_the_columns_that_it_names_in_whatever_way(runs_dir: Path, where: str) -> None:
+def test_a_condition_may_name_columns_in_any_way(runs_dir: Path, where: str) -> None:
     for name, number in (("one", 1), ("two", 2)):
         run = make_run(runs_dir, name, settings={"seed": number}, summary={"best_val_loss": 3.0 - number})
         config = json.loads((run / CONFIG).read_text())
@@ -328,7 +331,7 @@ def test_an_order_may_call_a_function(database: RunDatabase, order: str) -> None
         "(",
     ],
 )
-def test_a_condition_that_is_more_than_a_condition_is_refused(database: RunDatabase, secret: Path, where: str) -> None:
+def test_sql_smuggled_into_a_condition_is_refused(database: RunDatabase, secret: Path, where: str) -> None:
     with pytest.raises(UserError):
         chosen(database, where.format(file=secret))
 
@@ -343,7 +346,7 @@ def test_a_condition_that_is_more_than_a_condition_is_refused(database: RunDatab
         "id -- ",
     ],
 )
-def test_an_order_that_is_more_than_an_order_is_refused_or_without_effect(
+def test_sql_smuggled_into_an_order_is_refused_or_has_no_effect(
     database: RunDatabase, secret: Path, order: str
 ) -> None:
     try:
@@ -355,34 +358,32 @@ def test_an_order_that_is_more_than_an_order_is_refused_or_without_effect(
 
 
 @pytest.mark.parametrize("name", ["it's", 'a"b', "a b", "üb", "$x", "a[b]c", "a?", "{a,b}", "a;b--"])
-def test_odd_names_of_folders_are_read(tmp_path: Path, name: str) -> None:
+def test_runs_in_folders_with_odd_names_are_read(tmp_path: Path, name: str) -> None:
     make_run(tmp_path / name / "runs", name, metrics=training_records([2.0, 1.0]))
     make_run(tmp_path / name / "runs", "other", metrics=training_records([4.0]))
-    rows = (
-        RunDatabase(read_index(tmp_path / name / "runs")).select("SELECT run, step FROM metrics ORDER BY val_loss").rows
-    )
+    rows = rows_of(tmp_path / name / "runs", "SELECT run, step FROM metrics ORDER BY val_loss")
     assert rows == [(name, 10), (name, 0), ("other", 0)]
 
 
-def test_a_name_with_a_star_reads_no_other_run(runs_dir: Path) -> None:
+def test_a_run_name_with_a_star_reads_no_other_run(runs_dir: Path) -> None:
     make_run(runs_dir, "st*r", metrics=training_records([2.0]))
     make_run(runs_dir, "star", metrics=training_records([1.0]))
-    rows = RunDatabase(read_index(runs_dir)).select("SELECT run, val_loss FROM metrics ORDER BY run").rows
+    rows = rows_of(runs_dir, "SELECT run, val_loss FROM metrics ORDER BY run")
     assert rows == [("st*r", 2.0), ("star", 1.0)]
 
 
-def test_a_relative_folder_and_a_link_are_read(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_in_a_relative_or_linked_folder_are_read(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(runs_dir, "run", metrics=training_records([2.0]))
     monkeypatch.chdir(runs_dir.parent)
     os.symlink(runs_dir, "link")
     for folder in (Path("runs"), Path("link")):
-        assert RunDatabase(read_index(folder)).select("SELECT run, step FROM metrics").rows == [("run", 0)]
+        assert rows_of(folder, "SELECT run, step FROM metrics") == [("run", 0)]
 
 
 def test_nonfinite_numbers_are_doubles(runs_dir: Path) -> None:
     make_run(runs_dir, "run", metrics=training_records(["nan", "inf", "-inf", 1.0]))
     query = "SELECT val_loss, isnan(val_loss), isinf(val_loss) FROM metrics ORDER BY step"
-    rows = RunDatabase(read_index(runs_dir)).select(query).rows
+    rows = rows_of(runs_dir, query)
     assert [row[1:] for row in rows] == [(True, False), (False, True), (False, True), (False, False)]
     assert math.isnan(rows[0][0])
     assert [row[0] for row in rows[1:]] == [math.inf, -math.inf, 1.0]
@@ -391,7 +392,7 @@ def test_nonfinite_numbers_are_doubles(runs_dir: Path) -> None:
 @pytest.mark.parametrize("losses", [{"best_val_loss": "inf"}, {"best_val_loss": "nan"}])
 def test_nonfinite_losses_of_runs_are_doubles_too(runs_dir: Path, losses: dict[str, str]) -> None:
     make_run(runs_dir, "run", status="diverged", summary=losses)
-    (row,) = RunDatabase(read_index(runs_dir)).select("SELECT isfinite(val_loss) FROM runs").rows
+    (row,) = rows_of(runs_dir, "SELECT isfinite(val_loss) FROM runs")
     assert row == (False,)
 
 
@@ -402,7 +403,7 @@ def test_a_torn_last_line_is_ignored(runs_dir: Path) -> None:
     assert metrics_of(runs_dir, LINE + '{"step": 2, "time": 1') == [(1,)]
 
 
-def test_lines_that_are_no_record_are_ignored(runs_dir: Path) -> None:
+def test_lines_that_are_not_records_are_ignored(runs_dir: Path) -> None:
     log = LINE.encode() + b'\xff\xfe\n\x00\n[1]\n3\nnull\n"text"\n{}\n{"step": "x"}\n' + LINE.replace("1", "7").encode()
     assert metrics_of(runs_dir, log, "step, val_loss") == [(1, 3.0), (7, 3.0)]
 
@@ -445,19 +446,19 @@ def test_a_log_with_a_very_long_line_hides_no_other_run(runs_dir: Path) -> None:
     make_run(runs_dir, "good", metrics=training_records([1.0]))
     long = make_run(runs_dir, "long")
     write(long / "logs" / "metrics.jsonl", '{"step": 1, "text": "' + "x" * 17_000_000 + '"}\n')
-    rows = RunDatabase(read_index(runs_dir)).select("SELECT step FROM metrics WHERE run = 'good'").rows
+    rows = rows_of(runs_dir, "SELECT step FROM metrics WHERE run = 'good'")
     assert rows == [(0,)]
 
 
-def test_a_column_whose_type_a_run_does_not_keep_is_unknown_there_only(runs_dir: Path) -> None:
+def test_a_value_of_the_wrong_type_is_null_only_in_its_row(runs_dir: Path) -> None:
     make_run(runs_dir, "a", start="yesterday", git={"dirty": "perhaps"})
     make_run(runs_dir, "b")
-    rows = RunDatabase(read_index(runs_dir)).select("SELECT id, start IS NULL, dirty FROM runs ORDER BY id").rows
+    rows = rows_of(runs_dir, "SELECT id, start IS NULL, dirty FROM runs ORDER BY id")
     assert rows == [("a", True, None), ("b", False, False)]
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/Los_Angeles"])
-def test_now_and_start_are_of_one_zone(runs_dir: Path, monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
+def test_now_and_start_have_the_same_time_zone(runs_dir: Path, monkeypatch: pytest.MonkeyPatch, zone: str) -> None:
     monkeypatch.setenv("TZ", zone)
     time.tzset()
     try:

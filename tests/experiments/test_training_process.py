@@ -1,4 +1,4 @@
-"""train.py in a process of its own."""
+"""Training in a separate process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.machine.signals import raise_on_signals
 
 
 class Interrupting(io.StringIO):
-    """The signal comes with the last line of training, which then ends by itself."""
+    """Sends the signal with the last line of a training that ends by itself."""
 
     def __init__(self, signum: int) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Interrupting(io.StringIO):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_counts_though_training_ends_by_itself(signum: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_counts_even_if_training_ends_by_itself(signum: signal.Signals, tmp_path: Path) -> None:
     ignoring = "import signal\nfor signum in (2, 15): signal.signal(signum, signal.SIG_IGN)\n"
     program = ignoring + "print('step 1\\nstep 2', flush=True)"
     temporary = tmp_path / "temporary"

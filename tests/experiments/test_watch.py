@@ -1,4 +1,4 @@
-"""experiments.py watch: what is shown while a run trains, and when it ends."""
+"""experiments.py watch: the display while a run trains and when it ends."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.terminal.console import PrintableConsole
 
 
 def watched(path: Path, *, terminal: bool, looks: int = 3) -> tuple[str, str]:
-    """What is printed while a run makes 10 more steps in each of some looks, and then ends; and its status."""
+    """Watch a run that makes 10 steps before each of the looks and then ends; returns the output and its status."""
     console = PrintableConsole(
         file=io.StringIO(), force_terminal=terminal, width=80, height=24, color_system=None, legacy_windows=False
     )
@@ -52,7 +52,7 @@ def test_the_curves_grow_until_the_run_ends(tmp_path: Path) -> None:
     assert "⠒⠒ val/loss" in shown  # a terminal without colours
 
 
-def test_where_no_picture_can_move_there_is_a_line_now_and_then(tmp_path: Path) -> None:
+def test_without_a_terminal_a_line_is_printed_now_and_then(tmp_path: Path) -> None:
     path = make_run(tmp_path, "run", tag="hello", status="running")
     shown, _ = watched(path, terminal=False)
     assert shown.count("\n") == 1  # ten seconds have not passed
@@ -106,7 +106,7 @@ def test_val_loss_is_smoothed_where_it_is_the_metric_that_was_asked_for(tmp_path
     assert "  train/loss 2.0000  val/loss 1.0000" in lines[1]
 
 
-def test_a_metric_that_was_never_logged_is_a_mistake_once_the_run_has_ended(tmp_path: Path) -> None:
+def test_a_metric_that_was_never_logged_is_an_error_once_the_run_has_ended(tmp_path: Path) -> None:
     path = make_run(tmp_path, "run", metrics=training_records([3.0]))
     with pytest.raises(UserError, match="no run has logged val/los; did you mean val/loss"):
         watch(Watch(path, ["val/los"]), None)

@@ -1,6 +1,6 @@
-"""The pages of runs in headless Chromium: what they show, by mouse and keyboard, while runs train.
+"""The pages of runs in headless Chromium, used with mouse and keyboard while a run trains.
 
-Pictures are kept in the folder named by WORKBENCH_SCREENSHOTS, if it is set.
+Screenshots are kept in the folder named by WORKBENCH_SCREENSHOTS, if it is set.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def records(first: int, last: int, value: float) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two rates with three seeds each, a run that is being trained, one with hostile texts, a damaged one."""
+    """Two learning rates with three seeds each, a run in training, one with hostile texts, and a damaged one."""
     folder = tmp_path_factory.mktemp("pages")
     for i in range(6):
         value, settings = 1.0 + i / 100 + i // 3, {"learning_rate": RATES[i // 3], "seed": i % 3}
@@ -60,7 +60,7 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(runs_dir: Path) -> Iterator[str]:
-    """The pages in a thread of this process; the run `live` holds its lock."""
+    """Serve the pages in a thread, while the lock of the run `live` is held."""
     with socket.socket() as listener, held_lock(runs_dir / "live"):
         listener.bind(("127.0.0.1", 0))
         server = uvicorn.Server(uvicorn.Config(pages_app(runs_dir, edit=True), log_level="error"))
@@ -73,7 +73,7 @@ def url(runs_dir: Path) -> Iterator[str]:
 
 @pytest.fixture(params=[(1280, 900, "light"), (390, 844, "dark")], ids=["desktop", "phone"])
 def page(browser: Browser, url: str, request: pytest.FixtureRequest) -> Iterator[Page]:
-    """An empty page; afterwards no script may have failed, and nothing may have been asked for elsewhere."""
+    """An empty page; asserts afterwards that no script failed and nothing was requested from elsewhere."""
     width, height, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme, base_url=url)
     context.set_default_timeout(PAGE_MS)
@@ -87,7 +87,7 @@ def page(browser: Browser, url: str, request: pytest.FixtureRequest) -> Iterator
 
 
 def visit(page: Page, path: str, name: str) -> None:
-    """Open a page, wait until it is ready, and see that nothing is wider than the screen."""
+    """Open a page, wait until it is ready, and assert that nothing is wider than the screen."""
     page.goto(path)
     page.wait_for_selector("body[data-ready]")
     assert page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
@@ -111,11 +111,11 @@ def ids(page: Page) -> list[str]:
     return page.locator("#table tbody th a").all_inner_texts()
 
 
-def test_the_table_searches_filters_sorts_and_draws(page: Page, runs_dir: Path) -> None:
+def test_the_table_can_be_searched_filtered_sorted_and_grouped(page: Page, runs_dir: Path) -> None:
     visit(page, "/runs", "table")
     expect(page.locator("#count")).to_have_text("9 runs, 1 running")
     assert ids(page)[:2] == ["live", "run5"]
-    assert HOSTILE in ids(page)  # as text
+    assert HOSTILE in ids(page)  # as text, not as markup
     assert page.title() == "Runs"
     assert drawn(page)
     assert drawn(page, 1)
@@ -137,7 +137,7 @@ def test_the_table_searches_filters_sorts_and_draws(page: Page, runs_dir: Path) 
     page.get_by_role("button", name="best val").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#table tbody th a").first).to_have_text("run0")
-    page.keyboard.press("Enter")  # the new button has the focus
+    page.keyboard.press("Enter")  # the focus is on the redrawn button
     expect(page.locator("#table tbody th a").first).to_have_text("run5")
     page.get_by_label("Choose all that are shown").check()
     page.locator("#group").select_option("learning_rate")
@@ -150,7 +150,7 @@ def test_the_table_searches_filters_sorts_and_draws(page: Page, runs_dir: Path) 
     expect(page.locator("#panel .legend")).to_be_empty()
 
 
-def test_nothing_that_opens_over_the_page_is_cut(page: Page) -> None:
+def test_tooltips_and_menus_fit_on_the_screen(page: Page) -> None:
     long_name = '"run5","' + "r" * 60
     page.route(
         "**/api/runs*", lambda route: route.fulfill(body=route.fetch().text().replace('"run5","run5', long_name))
@@ -168,7 +168,7 @@ def test_nothing_that_opens_over_the_page_is_cut(page: Page) -> None:
     expect(page.locator("#column-list")).to_contain_text("val_loss (best val)")
 
 
-def test_no_curve_stays_lit_after_its_row_is_gone(page: Page) -> None:
+def test_a_curve_is_not_highlighted_after_its_row_is_gone(page: Page) -> None:
     visit(page, "/runs?run=run1&run=run5", "lit")
     image = "canvas => canvas.toDataURL()"
     canvas = page.locator("canvas").first
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_leaves_its_column_one_of_numbers(page: Page) 
 
 
 @pytest.mark.parametrize(("lost", "says"), [(3, "no value of val/loss is finite"), (0, "val/loss is not logged")])
-def test_a_chart_without_points_says_why(page: Page, lost: int, says: str) -> None:
+def test_a_chart_without_points_shows_the_reason(page: Page, lost: int, says: str) -> None:
     curve = {"run": "run0", "cursor": "0.0", "x": [], "y": [], "not_finite": lost}
     answer = {"metric": "val/loss", "label": "val/loss", "curves": [curve]}
     page.route("**/api/curves?*", lambda route: route.fulfill(json=answer))
@@ -252,7 +252,7 @@ def test_curves_of_a_running_run_grow_by_deltas(page: Page, runs_dir: Path) -> N
     assert max(size for address, size in sizes if "/api/runs" in address) < 1000
 
 
-def test_the_page_of_a_run_shows_everything(page: Page) -> None:
+def test_the_page_of_a_run_shows_charts_samples_histograms_settings_and_files(page: Page) -> None:
     visit(page, "/runs/run?run=run5", "run")
     expect(page.locator("h1")).to_have_text("run5")
     assert all(drawn(page, i) for i in range(3))
@@ -271,7 +271,7 @@ def test_the_page_of_a_run_shows_everything(page: Page) -> None:
     assert download.value.suggested_filename == "run.json"
 
 
-def test_the_histogram_of_one_step_is_a_column(page: Page) -> None:
+def test_the_histogram_of_a_single_step_is_a_column(page: Page) -> None:
     visit(page, "/runs/run?run=live", "one_step")
     end = """canvas => {
         const row = canvas.height / 2, { data } = canvas.getContext('2d').getImageData(0, row, canvas.width, 1);
@@ -288,7 +288,7 @@ def test_a_comparison_has_a_verdict_and_differences(page: Page) -> None:
     assert drawn(page)
 
 
-def test_a_comparison_of_long_names_has_its_numbers_in_sight(page: Page) -> None:
+def test_a_comparison_of_long_names_keeps_its_numbers_visible(page: Page) -> None:
     name = "lr3e-3_wd0.1_layers12_heads12_embd768_dropout0.05_seed1337"
 
     def renamed(route: Route) -> None:
@@ -304,7 +304,7 @@ def test_a_comparison_of_long_names_has_its_numbers_in_sight(page: Page) -> None
         assert last.evaluate(right) <= last.locator("xpath=ancestor::div[@class='scroll']").evaluate(right) + 1
 
 
-def test_notes_are_changed_in_a_dialog_and_hostile_texts_stay_texts(page: Page) -> None:
+def test_notes_are_edited_in_a_dialog_and_never_become_markup(page: Page) -> None:
     visit(page, "/runs", "before")
     page.get_by_role("button", name=f"Edit {HOSTILE}").click()
     page.locator("dialog textarea").fill(f"new {HOSTILE}")
@@ -318,7 +318,7 @@ def test_notes_are_changed_in_a_dialog_and_hostile_texts_stay_texts(page: Page) 
     assert page.locator("main img").count() == 0
 
 
-def test_an_unknown_run_is_one_message(browser: Browser, url: str) -> None:
+def test_the_page_of_an_unknown_run_shows_one_message(browser: Browser, url: str) -> None:
     page = browser.new_page()
     page.goto(f"{url}/runs/run?run=nope")
     expect(page.locator("#problems")).to_have_text("there is no run 'nope'")

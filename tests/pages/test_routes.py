@@ -1,4 +1,4 @@
-"""What the server of the pages answers, and what it refuses: planted runs, odd names, requests of other pages."""
+"""The server of the pages: its answers, and the requests that it refuses (odd names, hostile runs, other origins)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECRET = "what lies outside of the runs"
 
 @pytest.fixture(scope="module")
 def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two sound runs of each of two groups, one with hostile texts, one that links out, and a damaged one."""
+    """Two groups of two runs, a run with hostile texts, one with links out of it, and a damaged one."""
     folder = tmp_path_factory.mktemp("pages") / "runs"
     write(folder.parent / "secret.txt", SECRET)
     for i in range(4):
@@ -86,18 +86,18 @@ def test_the_first_page_leads_to_the_runs(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "x"])
-def test_a_port_that_does_not_exist_is_a_mistake(port: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_port_is_reported(port: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert experiments.main(["ui", "--port", port, "--runs-dir", str(tmp_path)]) == 2
     assert "--port" in capfd.readouterr().err
 
 
-def test_static_files_are_ours_only(client: TestClient) -> None:
+def test_only_the_static_files_of_the_pages_are_served(client: TestClient) -> None:
     assert {path.name for path in STATIC.iterdir()} >= set(ASSETS) - {"base.css"}
     for name in ("../routes.py", "..%2froutes.py", "table.html", "%2e%2e/keys.py", "x", "%00"):
         assert client.get(f"/runs/static/{name}").status_code == 404
 
 
-def test_a_run_says_what_show_says(client: TestClient) -> None:
+def test_the_answer_about_a_run_has_the_facts_of_the_command_show(client: TestClient) -> None:
     run = get(client, "run", ("run", "run0"))
     facts = dict(run["results"]) | dict(run["provenance"])
     assert (facts["best val/loss"], facts["command"], run["status"]) == (
@@ -111,11 +111,12 @@ def test_a_run_says_what_show_says(client: TestClient) -> None:
     assert "val/loss" in run["metrics"]
 
 
-RAW = ("notes", "tag", "metrics", "key", "name")  # what a dialog edits, and names that a page sends back
+# Not escaped: fields of the dialog, and names that a page sends back.
+RAW = ("notes", "tag", "metrics", "key", "name")
 
 
 def shown_texts(value: Any) -> Iterator[str]:
-    """The characters of all texts that a page shows."""
+    """The characters of all texts that the pages display."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key not in RAW:
@@ -127,7 +128,7 @@ def shown_texts(value: Any) -> Iterator[str]:
         yield from value
 
 
-def test_texts_of_a_hostile_run_come_as_json_without_control_characters(client: TestClient) -> None:
+def test_hostile_texts_are_sent_as_json_without_control_characters(client: TestClient) -> None:
     key = key_of(HOSTILE)
     answers = [
         client.get("/runs/api/run", params={"run": key}),
@@ -168,7 +169,7 @@ def test_a_file_is_sent_as_an_attachment(client: TestClient) -> None:
     ["../run1/run.json", "../../secret.txt", "/etc/passwd", "out.txt", "outside/secret.txt", "pipe", "", ".", "logs",
      "logs/../run.json", "\x00", "run.json\x00", "a" * 3000, "~2e2e2f72756e312f72756e2e6a736f6e", "~zz"],
 )  # fmt: skip
-def test_no_request_reaches_a_file_outside_of_its_run(client: TestClient, name: str) -> None:
+def test_no_request_reads_a_file_outside_its_run(client: TestClient, name: str) -> None:
     response = client.get("/runs/api/file", params={"run": "links", "file": name})
     assert response.status_code == 404
     assert SECRET not in response.text
@@ -178,7 +179,7 @@ def test_no_request_reaches_a_file_outside_of_its_run(client: TestClient, name: 
 @pytest.mark.parametrize(
     "run", ["..", "../runs/run0", "/etc", "elsewhere/passwd", "", ".", "run0\x00", "run", "x" * 3000, "~2e2e"]
 )
-def test_what_is_no_run_of_the_folder_is_not_found(client: TestClient, run: str) -> None:
+def test_a_name_that_is_not_a_run_of_the_folder_is_not_found(client: TestClient, run: str) -> None:
     for path in ("run", "samples", "histograms", "files", "metrics"):
         response = client.get(f"/runs/api/{path}", params={"run": run})
         assert response.status_code == 404
@@ -186,19 +187,19 @@ def test_what_is_no_run_of_the_folder_is_not_found(client: TestClient, run: str)
     assert client.get("/runs/api/curves", params={"run": run, "metric": "val/loss"}).status_code == 404
 
 
-def test_entries_that_are_no_runs_say_why(client: TestClient) -> None:
+def test_entries_that_are_not_runs_are_reported_as_damaged(client: TestClient) -> None:
     for name in ("damaged", "elsewhere"):
         assert get(client, "run", ("run", name))["status"] == "damaged"
         assert get(client, "curves", ("run", name), ("metric", "val/loss"))["curves"][0]["problem"]
         assert get(client, "samples", ("run", name)) == []
 
 
-def test_a_folder_that_links_elsewhere_shows_no_file(client: TestClient) -> None:
+def test_no_file_of_a_linked_folder_is_sent(client: TestClient) -> None:
     assert get(client, "files", ("run", "elsewhere")) == []
     assert client.get("/runs/api/file", params={"run": "elsewhere", "file": "passwd"}).status_code == 404
 
 
-def test_runs_are_chosen_by_a_condition_in_sql(client: TestClient) -> None:
+def test_runs_are_filtered_by_a_condition_in_sql(client: TestClient) -> None:
     assert get(client, "choose", ("where", "learning_rate > 0.15 and status = 'completed'")) == ["run2", "run3"]
     assert get(client, "choose", ("where", "id IN (SELECT run FROM metrics WHERE val_loss > 3.5)")) == ["run2", "run3"]
 
@@ -219,14 +220,14 @@ def test_runs_are_chosen_by_a_condition_in_sql(client: TestClient) -> None:
         "id IN (SELECT table_name FROM information_schema.tables)",
     ],
 )
-def test_a_condition_reads_nothing_but_the_runs(client: TestClient, where: str) -> None:
+def test_a_condition_reads_only_the_runs(client: TestClient, where: str) -> None:
     response = client.get("/runs/api/choose", params={"where": where.encode("utf-8", "surrogatepass")})
     assert response.status_code in (200, 400), response.text
     assert response.status_code == 400 or response.json() == []
     assert "root:" not in response.text
 
 
-def test_a_condition_without_an_end_is_given_up(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endless_condition_is_cancelled(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "WHERE_SECONDS", 0.3)
     endless = "(SELECT count(*) FROM range(100000000) a, range(100000000) b) > 0"
     response = client.get("/runs/api/choose", params={"where": endless})
@@ -249,7 +250,7 @@ def test_runs_are_compared_with_a_verdict(client: TestClient) -> None:
     assert client.get("/runs/api/compare", params={"run": "run0"}).status_code == 400
 
 
-def test_bad_numbers_are_one_clear_message(client: TestClient) -> None:
+def test_invalid_parameters_of_a_chart_are_reported(client: TestClient) -> None:
     for bad in (
         {"smooth": "1"},
         {"smooth": "nan"},
@@ -267,14 +268,14 @@ def test_bad_numbers_are_one_clear_message(client: TestClient) -> None:
     )
 
 
-# Changing notes
+# ------------------------------------------------------------------------------------------------ changing notes
 
 
 def edit(client: TestClient, body: Any, **headers: str) -> Any:
     return client.post("/runs/api/edit", json=body, headers={EDIT_HEADER: "1", **headers})
 
 
-def test_notes_are_read_only_unless_asked_for(client: TestClient, runs_dir: Path) -> None:
+def test_notes_are_read_only_by_default(client: TestClient, runs_dir: Path) -> None:
     before = (runs_dir / "run0" / "notes.json").read_bytes()
     assert edit(client, {"run": "run0", "note": "x"}).status_code in (404, 405)
     assert get(client, "runs")["edit"] is False
@@ -310,7 +311,7 @@ def test_a_page_of_another_origin_changes_nothing(editor: TestClient, tmp_path: 
     assert (tmp_path / "a" / "notes.json").read_bytes() == before
 
 
-def test_a_full_disk_is_told_to_the_page(editor: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_to_the_page(editor: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.files.os.fsync", no_space)
     response = edit(editor, {"run": "a", "note": "x"})
     assert response.status_code == 500
@@ -335,7 +336,7 @@ def test_a_form_of_another_page_cannot_change_notes(editor: TestClient) -> None:
         *({"run": "a", "add_tags": [""]}, {"run": "a", "add_tags": ["x"] * 101}),
     ],
 )
-def test_changes_that_make_no_sense_are_refused(editor: TestClient, tmp_path: Path, body: Any) -> None:
+def test_invalid_changes_of_notes_are_refused(editor: TestClient, tmp_path: Path, body: Any) -> None:
     before = (tmp_path / "a" / "notes.json").read_bytes()
     response = edit(editor, body)
     assert response.status_code in (400, 404)

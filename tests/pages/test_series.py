@@ -1,4 +1,4 @@
-"""The points of a metric: as `Curve` reads them, extended by what a log gains, and thinned without losing extremes."""
+"""The points of a metric: they equal those of `Curve`, grow with the log, and keep their extremes when thinned."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from utils.runs.layout import METRICS_LOG
 
 
 def records(first: int, last: int, pause: float = 0.0) -> list[dict[str, Any]]:
-    """Each step has a training loss, each tenth a validation loss, too."""
+    """Records with a training loss at each step and a validation loss at every tenth."""
     rng, found = random.Random(first), []
     for step in range(first, last):
         time = 1000.0 + step * 0.5 + pause
@@ -39,12 +39,12 @@ def append(run: IndexedRun, text: str) -> None:
 
 def assert_as_curve(run: IndexedRun, series: Series, metric: str) -> None:
     curve = read_curve(run.path, metric)
-    assert repr(list(series.values)) == repr(curve.values)  # nan is not equal to itself
+    assert repr(list(series.values)) == repr(curve.values)  # repr, because nan is not equal to itself
     for axis in AXES:
         assert list(series.places(axis)) == curve.places(axis)
 
 
-def test_series_are_the_curves_of_the_logs_with_pauses_left_out(tmp_path: Path) -> None:
+def test_a_series_equals_the_curve_of_the_log(tmp_path: Path) -> None:
     resumes = [{"time": "1970-01-01T00:17:10+00:00", "step": 30}]  # 1030 s
     odd = [{"step": 60, "time": 900.0, "train/loss": "nan"}, {"step": 61, "time": 1300.0, "val/loss": "-inf"}]
     runs = [
@@ -60,7 +60,7 @@ def test_series_are_the_curves_of_the_logs_with_pauses_left_out(tmp_path: Path) 
             assert_as_curve(run, series, metric)
 
 
-def test_a_log_that_grows_is_read_on_and_a_torn_line_waits(tmp_path: Path) -> None:
+def test_reading_continues_at_the_end_of_the_known_log_and_a_torn_line_waits(tmp_path: Path) -> None:
     run, store = indexed(tmp_path, metrics=records(0, 20)), SeriesStore()
     (first,) = store.read([run], "train/loss")
     append(run, log_lines(records(20, 40)) + '{"step": 40, "time": 9')
@@ -74,13 +74,13 @@ def test_a_log_that_grows_is_read_on_and_a_torn_line_waits(tmp_path: Path) -> No
 
 def test_the_first_reading_leaves_a_torn_line_for_the_next_one(tmp_path: Path) -> None:
     run, store = indexed(tmp_path, metrics=records(0, 20)), SeriesStore()
-    append(run, '{"step": 20, "time": 9999.0, "train/loss": 3.5}')  # whole, but for its line break
+    append(run, '{"step": 20, "time": 9999.0, "train/loss": 3.5}')  # complete except for its line break
     assert len(store.read([run], "train/loss")[0].values) == 20
     append(run, "\n")
     assert list(store.read([run], "train/loss")[0].values)[20:] == [3.5]
 
 
-def test_a_log_that_a_resume_has_cut_is_read_anew(tmp_path: Path) -> None:
+def test_a_log_that_a_resume_has_cut_is_read_again_from_the_start(tmp_path: Path) -> None:
     run, store = indexed(tmp_path, metrics=records(0, 20)), SeriesStore()
     (before,) = store.read([run], "train/loss")
     other = [*records(0, 10), *records(10, 30, pause=50.0)]
@@ -90,7 +90,7 @@ def test_a_log_that_a_resume_has_cut_is_read_anew(tmp_path: Path) -> None:
     assert_as_curve(run, after, "train/loss")
 
 
-def test_a_damaged_log_hides_no_other_one(tmp_path: Path) -> None:
+def test_a_damaged_log_hides_no_other_log(tmp_path: Path) -> None:
     good, bad = indexed(tmp_path, "good", metrics=records(0, 20)), indexed(tmp_path, "bad", metrics=records(0, 20))
     away = indexed(tmp_path, "away", metrics=records(0, 5))
     (bad.path / METRICS_LOG).write_bytes(b"\x00\xff{" + b"[" * 5000)
@@ -112,7 +112,7 @@ def test_thinning_keeps_the_ends_and_the_extremes_of_each_stretch() -> None:
         assert {0, 77_777, 50_001, 99_999} <= set(kept)
         assert len(kept) <= 1002
     stretches = [list(kept_points(places[1:], values[1:], 1000, is_log)) for is_log in (False, True)]
-    assert sum(i < 1000 for i in stretches[1]) > 10 * sum(i < 1000 for i in stretches[0])  # three of five decades
+    assert sum(i < 1000 for i in stretches[1]) > 10 * sum(i < 1000 for i in stretches[0])  # 3 of 5 decades
 
 
 @pytest.mark.parametrize("places", [[0.0] * 50, [*range(50)], [5.0, *[7.0] * 49]])
@@ -134,7 +134,7 @@ def test_a_chart_sends_only_points_that_the_page_does_not_have(tmp_path: Path) -
     (curve,) = delta["curves"]
     assert (curve["run"], curve["added"], curve["x"]) == ("a", True, [500, 501, 502])
     again = chart(runs, store, ChartRequest("train/loss", smooth=0.5, points=4000))["curves"][0]
-    assert curve["y"] == pytest.approx(again["y"][-3:], abs=1e-5)  # smoothed with all that lies before
+    assert curve["y"] == pytest.approx(again["y"][-3:], abs=1e-5)  # smoothed with all earlier points
     known["a"] = curve["cursor"]
     assert chart(runs, store, ChartRequest("train/loss", smooth=0.5, known=known))["curves"] == []
     assert len(json.dumps(delta)) < 400 < 10_000 < len(json.dumps(whole))
@@ -143,7 +143,7 @@ def test_a_chart_sends_only_points_that_the_page_does_not_have(tmp_path: Path) -
         assert len(curve["x"]) == 500 or curve.get("added")
 
 
-def test_groups_are_the_mean_and_the_deviation_over_their_runs(tmp_path: Path) -> None:
+def test_a_group_shows_the_mean_and_deviation_of_its_runs(tmp_path: Path) -> None:
     def steps(value: float) -> list[dict[str, Any]]:
         return [{"step": i, "time": float(i), "val/loss": value + i} for i in range(5)]
 
@@ -169,7 +169,7 @@ def test_a_group_whose_runs_share_no_step_says_so(tmp_path: Path) -> None:
     assert (group["x"], group["problem"]) == ([], "its 2 runs share no part of the axis, so they have no mean")
 
 
-def test_a_zoomed_chart_has_more_points_of_a_part(tmp_path: Path) -> None:
+def test_a_zoomed_chart_has_all_points_of_its_range(tmp_path: Path) -> None:
     run = indexed(tmp_path, metrics=[{"step": i, "time": float(i), "x": i % 7} for i in range(5000)])
     request = ChartRequest("x", points=200, start=100.0, end=150.0)
     (curve,) = chart([run], SeriesStore(), request)["curves"]
@@ -178,12 +178,12 @@ def test_a_zoomed_chart_has_more_points_of_a_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "step", "TIME", "Tokens", "file"])
-def test_what_cannot_be_a_metric_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_name_that_cannot_be_a_metric_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="not a metric"):
         chart([read_run(tmp_path)], SeriesStore(), ChartRequest(name))
 
 
-def test_values_that_are_not_finite_are_counted_and_not_drawn(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_counted_but_not_drawn(tmp_path: Path) -> None:
     values = [1.0, "nan", 2.0, "inf", 3.0]
     run = indexed(tmp_path, metrics=[{"step": i, "time": float(i), "val/loss": v} for i, v in enumerate(values)])
     (curve,) = chart([run], SeriesStore(), ChartRequest("val/loss"))["curves"]
@@ -202,7 +202,7 @@ def test_a_curve_that_is_continued_counts_all_values_that_are_not_finite(tmp_pat
     assert (added["added"], added["y"], added["not_finite"]) == (True, [1], 2)
 
 
-def test_a_cursor_that_is_no_number_of_points_is_none(tmp_path: Path) -> None:
+def test_a_cursor_with_an_absurd_number_gets_the_whole_curve(tmp_path: Path) -> None:
     run, store = indexed(tmp_path, metrics=[{"step": 0, "time": 0.0, "x": 1.0}]), SeriesStore()
     (whole,) = chart([run], store, ChartRequest("x"))["curves"]
     generation = whole["cursor"].partition(".")[0]
@@ -210,7 +210,7 @@ def test_a_cursor_that_is_no_number_of_points_is_none(tmp_path: Path) -> None:
     assert chart([run], store, request)["curves"] == [whole]
 
 
-def test_metrics_that_no_run_has_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_series_of_unknown_metrics_do_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, store = indexed(tmp_path, metrics=[{"step": 0, "time": 0.0, "x": 1.0}]), SeriesStore()
     monkeypatch.setattr(series_module, "MOST_POINTS", 3 * SERIES_POINTS)
     for i in range(6):

@@ -1,4 +1,4 @@
-"""The table of runs in memory: the rows of the index, and then only what has changed."""
+"""The table of runs in memory sends the rows of the index, and later only those that have changed."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ def test_only_rows_that_have_changed_are_sent_again(tmp_path: Path) -> None:
     assert second["removed"] == ["run4"]
     assert len(json.dumps(second)) < 500 < 5000 < len(json.dumps(first))
     assert runs.changes(second["version"])["rows"] == []
-    assert [row[0] for row in runs.changes(first["version"])["rows"]] == ["run3"]  # for a page that was slower
+    assert [row[0] for row in runs.changes(first["version"])["rows"]] == [
+        "run3"
+    ]  # for a page that has not seen the second
 
 
 @pytest.mark.parametrize("since", ["", "x", "0-0", "-", "{begun}-99999", "{begun}-x", "\x00"])
@@ -75,7 +77,7 @@ def test_a_version_that_the_server_does_not_know_gets_all_rows(tmp_path: Path, s
     assert len(answer["rows"]) == 1
 
 
-def test_another_column_is_a_new_table(tmp_path: Path) -> None:
+def test_a_new_column_resends_the_whole_table(tmp_path: Path) -> None:
     make_run(tmp_path, "a", settings={"dropout": 0.0})
     runs = RunRows(tmp_path)
     first = runs.changes(None)
@@ -106,7 +108,7 @@ def test_a_run_that_is_being_trained_is_followed_until_it_ends(tmp_path: Path) -
     assert rows_of({**ended, "columns": first["columns"]})["a"]["status"] == "crashed"
 
 
-def test_hostile_names_and_texts_are_harmless_json(tmp_path: Path) -> None:
+def test_hostile_names_and_texts_become_harmless_json(tmp_path: Path) -> None:
     names = ["<svg onload=alert(1)>", 'it\'s "quoted"; DROP', "a\nb\x1b[31m\u202e", "100%&?#=+ ä", "~61"]
     for name in names:
         make_run(tmp_path, name, tag="<b>", notes={"note": "<img src=x onerror=alert(1)>\x1b" + "x" * 100_000})
@@ -130,7 +132,7 @@ def test_hostile_names_and_texts_are_harmless_json(tmp_path: Path) -> None:
     assert runs.run(".") is None
 
 
-def test_notes_that_change_within_a_tick_of_the_clock_are_seen(tmp_path: Path) -> None:
+def test_notes_that_change_without_a_new_file_time_are_read_after_forget(tmp_path: Path) -> None:
     run = make_run(tmp_path, "a", notes={"note": "one"})
     runs = RunRows(tmp_path)
     first = runs.changes(None)
@@ -141,5 +143,5 @@ def test_notes_that_change_within_a_tick_of_the_clock_are_seen(tmp_path: Path) -
     assert rows_of({**runs.changes(first["version"]), "columns": first["columns"]})["a"]["note"] == "two"
 
 
-def test_no_folder_is_no_run(tmp_path: Path) -> None:
+def test_a_missing_folder_has_no_rows(tmp_path: Path) -> None:
     assert RunRows(tmp_path / "none").changes(None)["rows"] == []

@@ -1,4 +1,4 @@
-"""Where a run came from: git in every state, a patch that applies, and no secrets in either."""
+"""The code of a run: git in every state, a patch that applies, and no secret in what is recorded."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ODD_NAMES = (
 
 @pytest.fixture(autouse=True)
 def user_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's git configuration of this test, in place of the machine's."""
+    """The user's git configuration in this test, instead of the machine's."""
     path = tmp_path / "gitconfig"
     path.write_text("")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(path))
@@ -103,7 +103,7 @@ def tree(folder: Path) -> dict[str, tuple[bytes, bool]]:
 
 
 def rebuilt(repo: Path, facts: GitFacts, tmp_path: Path) -> dict[str, tuple[bytes, bool]]:
-    """The files that the commit and the patch give in a fresh clone."""
+    """The files of a fresh clone at the commit with the patch applied."""
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "--quiet", str(repo), str(clone))
     git(clone, "checkout", "--quiet", "--detach", facts.commit or "none")
@@ -113,7 +113,7 @@ def rebuilt(repo: Path, facts: GitFacts, tmp_path: Path) -> dict[str, tuple[byte
     return tree(clone)
 
 
-def test_no_repository(tmp_path: Path) -> None:
+def test_a_folder_outside_git_is_reported_as_such(tmp_path: Path) -> None:
     facts = facts_of(tmp_path)
     assert facts == GitFacts(problem="not a git repository")
     assert facts.summary() == {"commit": None, "branch": None, "dirty": False, "remote": None, "code": None}
@@ -124,7 +124,7 @@ def test_a_clean_tree_has_commit_branch_and_no_patch(repo: Path) -> None:
     assert facts == GitFacts(commit=git(repo, "rev-parse", "HEAD"), branch="main")
 
 
-def test_no_commits_yet(tmp_path: Path) -> None:
+def test_a_repository_without_commits_has_a_branch_and_a_patch(tmp_path: Path) -> None:
     git(tmp_path, "init", "--quiet", "--initial-branch=trunk")
     write(tmp_path, {"staged.py": "s = 1\n", "untracked.py": "u = 1\n"})
     git(tmp_path, "add", "staged.py")
@@ -146,14 +146,14 @@ def test_a_detached_head_has_a_commit_and_no_branch(repo: Path) -> None:
     assert (facts.commit, facts.branch, facts.dirty) == (git(repo, "rev-parse", "HEAD"), None, False)
 
 
-def test_a_bare_repository_and_a_broken_one_are_told(tmp_path: Path, repo: Path) -> None:
+def test_a_bare_repository_and_a_broken_one_are_reported(tmp_path: Path, repo: Path) -> None:
     git(tmp_path, "init", "--quiet", "--bare", "bare.git")
     assert facts_of(tmp_path / "bare.git").problem == "a bare git repository has no working tree"
     (repo / ".git" / "index").write_bytes(b"damaged")
     assert (facts_of(repo).problem or "").startswith("git cannot be read")
 
 
-def test_without_a_git_program_training_would_go_on(repo: Path, tmp_path: Path) -> None:
+def test_a_missing_git_program_is_reported_and_stops_nothing(repo: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     code = "import dataclasses, json, sys; from pathlib import Path; from utils.runs.code import CodeReader\n"
     code += "facts = CodeReader(Path(sys.argv[1])).git_facts(); print(json.dumps([facts.problem, facts.commit]))"
@@ -169,7 +169,7 @@ def test_without_a_git_program_training_would_go_on(repo: Path, tmp_path: Path) 
     assert json.loads(result.stdout)[0] == "the git program is not installed"
 
 
-def test_the_project_may_be_a_folder_of_the_repository(repo: Path) -> None:
+def test_the_project_may_be_a_subfolder_of_the_repository(repo: Path) -> None:
     write(repo, {"b/c.py": "c = 2", "top.py": "t = 1\n"})
     facts = facts_of(repo / "b")
     assert b"a/b/c.py" in facts.patch
@@ -249,7 +249,7 @@ def test_the_users_git_configuration_changes_nothing(
     assert rebuilt(repo, facts, tmp_path) == tree(repo)
 
 
-def test_attributes_and_filters_for_display_change_nothing(repo: Path, tmp_path: Path, user_config: Path) -> None:
+def test_git_attributes_and_diff_filters_change_nothing(repo: Path, tmp_path: Path, user_config: Path) -> None:
     write(repo, {".gitattributes": "*.py diff=words\n*.bin -diff\n"})
     commit(repo)
     user_config.write_text('[diff "words"]\n\ttextconv = wc\n\tcommand = /bin/echo\n')
@@ -268,7 +268,7 @@ def test_attributes_and_filters_for_display_change_nothing(repo: Path, tmp_path:
     ],
 )
 @pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
-def test_secrets_never_come_into_the_patch_and_are_listed(repo: Path, name: str, tracked: bool) -> None:
+def test_secret_files_are_left_out_of_the_patch_and_listed(repo: Path, name: str, tracked: bool) -> None:
     if tracked:
         write(repo, {name: "before\n"})
         commit(repo)
@@ -279,7 +279,7 @@ def test_secrets_never_come_into_the_patch_and_are_listed(repo: Path, name: str,
     assert [item.partition(" (")[0] for item in facts.left_out] == [name]
 
 
-def test_a_file_name_that_looks_like_a_pattern_brings_no_secret_along(repo: Path) -> None:
+def test_a_file_name_that_is_a_glob_pattern_does_not_add_a_secret_file(repo: Path) -> None:
     write(repo, {"*.py": "before\n", "secret.py": "before\n"})
     commit(repo)
     write(repo, {"*.py": "star = 1\n", "secret.py": "hunter2\n"})
@@ -291,14 +291,14 @@ def test_a_file_name_that_looks_like_a_pattern_brings_no_secret_along(repo: Path
 @pytest.mark.parametrize(
     "name", ["tokenizer.py", "keyboard.py", "environment.py", "secretary.py", "configs/env.yaml", "a.env.py"]
 )
-def test_what_only_sounds_like_a_secret_is_code(repo: Path, name: str) -> None:
+def test_a_harmless_file_whose_name_resembles_a_secret_is_kept(repo: Path, name: str) -> None:
     write(repo, {name: "harmless = 1\n"})
     facts = facts_of(repo)
     assert b"harmless" in facts.patch
     assert facts.left_out == []
 
 
-def test_what_is_left_out_is_listed_with_the_reason(repo: Path, tmp_path: Path) -> None:
+def test_files_left_out_are_listed_with_the_reason(repo: Path, tmp_path: Path) -> None:
     big = "x" * MAX_PATCH_FILE_BYTES
     write(repo, {"weights.safetensors": b"\x00\x01", "big.py": big + "y", "edge.py": big, ".env": "KEY=1", "n.py": "n"})
     (repo / "link.py").symlink_to("/etc/passwd")
@@ -319,14 +319,16 @@ def test_what_is_left_out_is_listed_with_the_reason(repo: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["ideas.md", "a.txt", "report.json", "my.yaml", "b/report.html", "x.ipynb"])
-def test_an_untracked_file_that_training_cannot_read_is_no_code(repo: Path, name: str) -> None:
+def test_an_untracked_file_that_training_cannot_read_is_not_code(repo: Path, name: str) -> None:
     write(repo, {name: "notes\n"})
     facts = facts_of(repo)
     assert (facts.patch, facts.fingerprint()) == (b"", None)
     assert facts.left_out == [f"{name} (not a source file)"]
 
 
-def test_an_untracked_module_that_is_not_imported_is_kept_but_is_no_code(repo: Path, tmp_path: Path) -> None:
+def test_an_untracked_module_that_is_not_imported_is_in_the_patch_but_not_in_the_fingerprint(
+    repo: Path, tmp_path: Path
+) -> None:
     name = "plot.py"
     write(repo, {name: "notes\n"})
     facts = facts_of(repo)
@@ -337,7 +339,7 @@ def test_an_untracked_module_that_is_not_imported_is_kept_but_is_no_code(repo: P
     assert rebuilt(repo, facts, tmp_path)[name] == (b"notes\n", False)
 
 
-def test_imported_modules_and_what_git_tracks_are_code(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_covers_imported_modules_and_tracked_files(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(repo, {"mine.py": "m = 1\n", "plot.py": "notes\n"})
     module = types.ModuleType("mine")
     module.__file__ = str(repo / "mine.py")
@@ -360,7 +362,7 @@ def test_ignored_files_are_neither_in_the_patch_nor_listed(repo: Path) -> None:
     assert facts_of(repo) == GitFacts(commit=git(repo, "rev-parse", "HEAD"), branch="main")
 
 
-def test_excluded_folders_are_no_code_and_leave_the_tree_clean(repo: Path) -> None:
+def test_files_in_excluded_folders_are_ignored(repo: Path) -> None:
     write(repo, {"experiments/20260101_000000/run.json": "{}"})
     facts = facts_of(repo, repo / "experiments")
     assert (facts.patch, facts.left_out) == (b"", [])
@@ -378,12 +380,12 @@ def test_no_password_of_the_remote_reaches_the_run_directory(repo: Path, tmp_pat
     assert b"hunter2" not in b"".join(path.read_bytes() for path in meta.iterdir())
 
 
-def test_another_remote_stands_in_for_origin(repo: Path) -> None:
+def test_without_origin_another_remote_is_recorded(repo: Path) -> None:
     git(repo, "remote", "add", "upstream", "https://me@example.org/up.git")
     assert facts_of(repo).remote == "https://example.org/up.git"
 
 
-def test_git_txt_says_what_is_known(repo: Path, tmp_path: Path) -> None:
+def test_git_txt_lists_commit_branch_remote_and_patch(repo: Path, tmp_path: Path) -> None:
     meta = tmp_path / "meta"
     meta.mkdir()
     capture = CodeReader(repo)
@@ -406,7 +408,7 @@ def test_reading_git_leaves_the_repository_as_it_was(repo: Path) -> None:
     assert git(repo, "status", "--porcelain") == before
 
 
-# ---------------------------------------------------------------------------------- what git does not look at
+# ---------------------------------------------------------------------------------- changes that git does not report
 
 
 @pytest.mark.parametrize("flag", ["--assume-unchanged", "--skip-worktree"])
@@ -424,7 +426,7 @@ def test_changes_that_git_was_told_to_ignore_are_named(repo: Path, flag: str) ->
 
 
 def add_submodule(repo: Path, library: Path) -> None:
-    """Commit a submodule in `lib`, whose repository is made at `library`."""
+    """Create a repository at `library` and commit it as the submodule `lib`."""
     library.mkdir()
     git(library, "init", "--quiet")
     write(library, {"lib.py": "x = 1\n"})
@@ -445,7 +447,7 @@ def test_changes_inside_a_submodule_are_named_and_leave_the_patch_alone(repo: Pa
 
 
 @pytest.mark.parametrize("form", ["short", "log", "diff"])
-def test_the_commit_of_a_submodule_is_in_the_patch_whatever_form_git_shows_it_in(
+def test_the_commit_of_a_submodule_is_in_the_patch_for_any_diff_submodule_setting(
     repo: Path, tmp_path: Path, form: str
 ) -> None:
     add_submodule(repo, tmp_path / "library")
@@ -457,10 +459,8 @@ def test_the_commit_of_a_submodule_is_in_the_patch_whatever_form_git_shows_it_in
     assert f"+Subproject commit {git(repo / 'lib', 'rev-parse', 'HEAD').strip()}".encode() in facts.patch
 
 
-def test_a_module_that_was_edited_since_its_import_is_not_what_runs(
-    repo: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a notebook, the second training recorded the new code and ran the old."""
+def test_a_module_edited_since_its_import_is_reported(repo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook, a second training would otherwise record the new code while it runs the old."""
     write(repo, {"edited_here.py": "x = 1\n"})
     monkeypatch.syspath_prepend(str(repo))
     module = importlib.import_module("edited_here")
@@ -504,7 +504,7 @@ def test_sources_of_callbacks_are_kept_wherever_they_come_from(
     assert facts.fingerprint() != without.fingerprint()
 
 
-def test_variables_that_point_git_elsewhere_are_not_heard(
+def test_environment_variables_that_redirect_git_are_ignored(
     repo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(repo, {"changed.py": "x = 1\n"})
@@ -540,10 +540,10 @@ def test_variables_that_point_git_elsewhere_are_not_heard(
     assert "GIT_CONFIG_GLOBAL" in git_environment()
 
 
-# ------------------------------------------------------------------------------- what untracked files are recorded
+# ------------------------------------------------------------------------------- which untracked files are recorded
 
 
-def test_of_untracked_files_only_code_is_recorded(repo: Path) -> None:
+def test_an_untracked_file_is_recorded_only_if_it_is_code(repo: Path) -> None:
     code = {
         "mine.py": "m",
         "package/deep.py": "d",
@@ -560,7 +560,7 @@ def test_of_untracked_files_only_code_is_recorded(repo: Path) -> None:
     assert sorted(item.partition(" (")[0] for item in facts.left_out) == sorted(other)
 
 
-def test_the_names_in_a_patch_are_those_of_its_files(repo: Path) -> None:
+def test_the_names_of_the_patched_files_are_listed(repo: Path) -> None:
     names = ["a.py", "b/c.py", "data.bin", "gone.py", "new b/x.py", "ü.py"]
     write(repo, {"a.py": "diff --git a/x b/x\n", "b/c.py": "new", "data.bin": b"\0\1", names[4]: "n", "ü.py": "u"})
     (repo / "gone.py").unlink()
@@ -590,7 +590,7 @@ def test_a_secret_in_a_binary_file_is_found_whatever_its_name(repo: Path, name: 
     assert [item.partition(":")[0] for item in facts.left_out] == [f"{name} (looks like a secret"]
 
 
-def test_a_secret_that_is_committed_already_keeps_no_change_out(repo: Path) -> None:
+def test_a_secret_that_is_already_committed_does_not_exclude_the_file(repo: Path) -> None:
     write(repo, {"mine.py": "password = 'hunter2hunter2'\nx = 1\n"})
     commit(repo)
     write(repo, {"mine.py": "password = 'hunter2hunter2'\nx = 2\n"})

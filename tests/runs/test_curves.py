@@ -1,4 +1,4 @@
-"""artifacts/curves.png: there after a run, whatever the losses were."""
+"""artifacts/curves.png is drawn after a run, whatever the losses were."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Argv = Callable[..., list[str]]
 
 @pytest.fixture(autouse=True)
 def quick_pictures() -> None:
-    """Here pictures are rendered."""
+    """Render the pictures in these tests, unlike in the others."""
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run directory without a log yet."""
+    """A run directory that has no log yet."""
     path = tmp_path / "20260131_142501_some-tag_1.0"
     for folder in ("logs", "artifacts"):
         (path / folder).mkdir(parents=True)
@@ -45,19 +45,19 @@ def steps(losses: Iterable[float]) -> list[dict[str, Any]]:
 
 
 def size(picture: Path) -> tuple[int, int]:
-    """Width and height that a PNG says it has."""
+    """The width and height in the header of a PNG."""
     data = picture.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     assert data[-8:-4] == b"IEND"
     return struct.unpack(">II", data[16:24])
 
 
-def test_a_run_has_a_picture_of_its_losses(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+def test_a_training_leaves_a_picture_of_its_losses(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
     assert train.main(tiny_argv()) == 0
     picture = only_run() / CURVES
     assert size(picture) == (960, 540)
     assert 5_000 < picture.stat().st_size < 500_000
-    assert not list(picture.parent.glob(".*"))  # nothing half written
+    assert not list(picture.parent.glob(".*"))  # no temporary file is left
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_without_a_log_there_is_no_picture(run: Path) -> None:
     ],
     ids=str,
 )
-def test_losses_that_are_no_numbers_do_not_break_it(losses: list[float | str], run: Path) -> None:
+def test_losses_that_are_not_finite_do_not_break_the_picture(losses: list[float | str], run: Path) -> None:
     write_log(run, steps(map(decode_number, losses)))
     assert draw_curves(run)
     assert size(run / CURVES) == (960, 540)
@@ -108,7 +108,7 @@ def test_the_same_log_gives_the_same_picture(run: Path) -> None:
     assert (run / CURVES).read_bytes() != first
 
 
-def test_records_of_callbacks_take_no_losses_out_of_the_picture(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_of_callbacks_do_not_thin_out_the_losses(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "POINTS", 500)
     pairs = ((record, {"step": record["step"], "own": 1.0}) for record in steps(2.0 for _ in range(6000)))
     write_log(run, [*itertools.chain.from_iterable(pairs)])

@@ -1,4 +1,4 @@
-"""What meta/env.txt says, and what it must not."""
+"""The content of meta/env.txt, which must not include environment variables."""
 
 from __future__ import annotations
 

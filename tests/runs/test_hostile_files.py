@@ -1,4 +1,4 @@
-"""Names of a run that are pipes, devices, links, folders or nonsense: nothing hangs, and the good runs stay visible."""
+"""Pipes, devices, links, folders or nonsense in place of the files of a run: nothing hangs or hides the good runs."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ for words in json.loads(sys.argv[1]):
     if status := experiments.main(words):
         sys.exit(status)
     print({END!r}, end="", flush=True)
-"""  # commands in one process: most of its time is its start
+"""  # all commands in one process, because starting it takes most of the time
 NAMES = ("run.json", "notes.json", "lock", "meta/full_config.json", "logs/metrics.jsonl", "meta/metrics.json")
 
 
 @pytest.mark.parametrize("make", HOSTILE)
-def test_a_hostile_json_file_is_an_error_at_once(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_reading_a_hostile_json_file_fails_at_once(make: Callable[[Path], None], tmp_path: Path) -> None:
     make(tmp_path / "a.json")
     with pytest.raises((OSError, ValueError)):
         read_json(tmp_path / "a.json")
@@ -77,11 +77,11 @@ def test_a_link_may_lead_to_a_file_of_the_run_but_not_out_of_it(tmp_path: Path) 
     for name in ("out.json", "meta/outside.json"):
         with pytest.raises(PermissionError, match="leads out of"):
             open_regular(run / name, run)
-    (tmp_path / "moved").symlink_to(run)  # a run on another disk, say
+    (tmp_path / "moved").symlink_to(run)  # for example a run on another disk
     assert is_regular(tmp_path / "moved" / "logs" / "real.json", tmp_path / "moved")
 
 
-def test_a_line_without_an_end_is_not_read_into_memory(tmp_path: Path) -> None:
+def test_an_endless_line_is_not_read_into_memory(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "metrics.jsonl"
     log.parent.mkdir()
     sparse(log)
@@ -90,7 +90,7 @@ def test_a_line_without_an_end_is_not_read_into_memory(tmp_path: Path) -> None:
             read(log)
 
 
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+def test_a_damaged_line_is_reported_with_its_number(tmp_path: Path) -> None:
     log = tmp_path / "logs" / "metrics.jsonl"
     write(log, '{"step":0}\n{"step":1}\n[]\n')
     with pytest.raises(RunLogError, match=r"metrics\.jsonl:3: the log is damaged"):
@@ -125,7 +125,9 @@ def test_no_hostile_file_hides_the_good_runs(make: Callable[[Path], None], tmp_p
         assert "good" in answer or command[0] == "prune", (command, result.stderr)
 
 
-def test_one_log_that_is_no_json_leaves_sql_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_log_that_is_not_json_does_not_hide_the_others_from_sql(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = make_run(tmp_path, "bad")
     write(bad / "logs" / "metrics.jsonl", bytes(17 << 20))
     make_run(tmp_path, "good", metrics=training_records([3.0, 2.0]))
@@ -137,9 +139,7 @@ def test_one_log_that_is_no_json_leaves_sql_the_others(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"m": [{"run": 1}], "fine": [{"version": 1, "run": "good"}]}'])
-def test_a_damaged_registry_of_models_hides_no_run(
-    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_models_json_hides_no_run(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path, "good", metrics=training_records([3.0]))
     write(tmp_path / "models.json", content)
     assert experiments.main(["show", "good", "--runs-dir", str(tmp_path), "--json"]) == 0

@@ -1,4 +1,4 @@
-"""What tells runs apart: settings as they were resolved, and code."""
+"""What distinguishes runs: their resolved settings and their code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_setting_differs_if_its_resolved_value_differs(runs_dir: Path) -> None
     assert differing_settings([one, other]) == ["threads"]
 
 
-def test_settings_of_another_version_differ_among_the_runs_that_know_them(runs_dir: Path) -> None:
+def test_an_unknown_setting_is_compared_among_the_runs_that_have_it(runs_dir: Path) -> None:
     for run_id, value in (("a", 5), ("b", 6)):
         path = make_run(runs_dir, run_id)
         config = json.loads((path / "meta" / "full_config.json").read_text())
@@ -52,7 +52,7 @@ def test_a_setting_that_is_derived_from_another_one_is_not_reported_twice(runs_d
     assert differing_settings([wide, explicit]) == ["ffn_dim"]
 
 
-def test_settings_that_are_not_the_default_are_told(runs_dir: Path) -> None:
+def test_settings_that_differ_from_the_defaults_are_listed(runs_dir: Path) -> None:
     run = indexed(runs_dir, settings={"seed": 5, "tags": ("a",), "n_layer": 4})
     assert non_default_settings(run) == {"seed": 5, "tags": ["a"]}
 

@@ -1,4 +1,4 @@
-"""The files that modules were imported from, links resolved."""
+"""The files that modules were imported from, with links resolved."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The index of runs: what a row says, and that no damaged entry hides a good one or raises anything."""
+"""The index of runs: the content of a row, and damaged entries, which neither raise nor hide the good ones."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from utils.errors import UserError
 from utils.experiments.sql import RunDatabase
 from utils.runs.identity import code_identity, differing_settings, non_default_settings
 from utils.runs.index import DAMAGED, FACTS, IndexedRun, read_index, read_run, resolved_setting
-from utils.runs.lock import STALE_HEARTBEAT_SECONDS
 from utils.runs.run import read_status, status_of
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
+@pytest.fixture
+def good(runs_dir: Path) -> IndexedRun:
+    """A run without any damage."""
+    return indexed(runs_dir, "good")
+
+
 def use(run: IndexedRun, good: IndexedRun) -> None:
-    """All that a list of runs, a filter or a comparison asks of a run."""
+    """Use a run in every way that a list of runs, a filter or a comparison does."""
     assert {*FACTS} <= {*run.row()}
     run.summary()
     differing_settings([run, good])
@@ -57,10 +62,10 @@ def test_a_row_holds_the_facts_and_the_settings(runs_dir: Path) -> None:
     assert [row[key] for key in ("commit", "dirty", "branch", "corpus_hash")] == ["c" * 40, False, "main", "k"]
     assert row["path"] == str(run.path)
     assert row["age"] == pytest.approx(time.time() - 1769869501, abs=5)
-    assert (row["seed"], row["threads"], row["device"]) == (5, 2, "cpu")  # only what was none or auto is resolved
+    assert (row["seed"], row["threads"], row["device"]) == (5, 2, "cpu")  # a seed is never replaced
 
 
-def test_a_setting_that_is_none_or_auto_shows_what_it_resolved_to(runs_dir: Path) -> None:
+def test_a_setting_that_is_none_or_auto_shows_its_resolved_value(runs_dir: Path) -> None:
     run = indexed(runs_dir, settings={"min_lr": 1e-5}, resolved={"n_kv_head": 4, "min_lr": 3.0, "dtype": "bfloat16"})
     assert resolved_setting(run, "n_kv_head") == 4
     assert resolved_setting(run, "min_lr") == 1e-5
@@ -69,7 +74,7 @@ def test_a_setting_that_is_none_or_auto_shows_what_it_resolved_to(runs_dir: Path
     assert resolved_setting(run, "nonsense") is None
 
 
-def test_runs_are_listed_by_start_and_damaged_ones_first(runs_dir: Path) -> None:
+def test_runs_are_listed_by_start_after_the_damaged_ones(runs_dir: Path) -> None:
     make_run(runs_dir, "b", start="2026-01-02T00:00:00+00:00")
     make_run(runs_dir, "a", start="2026-01-02T00:00:00+00:00")
     make_run(runs_dir, "z", start="2026-01-01T00:00:00+00:00")
@@ -79,7 +84,7 @@ def test_runs_are_listed_by_start_and_damaged_ones_first(runs_dir: Path) -> None
     assert [run.id for run in read_index(runs_dir)] == ["empty", "z", "a", "b"]
 
 
-def test_a_folder_that_is_not_there_has_no_runs_and_a_file_in_its_place_is_told(runs_dir: Path) -> None:
+def test_a_missing_folder_has_no_runs_and_a_file_in_its_place_is_reported(runs_dir: Path) -> None:
     assert read_index(runs_dir) == []
     write(runs_dir, "")
     with pytest.raises(UserError, match="this folder of runs cannot be read: Not a directory"):
@@ -111,9 +116,9 @@ def make_damaged(path: Path, kind: str) -> None:
     }
     if kind == "run.json is a folder":
         (path / "run.json").mkdir()
-    elif kind == "run.json leads nowhere":
+    elif kind == "run.json is a broken link":
         (path / "run.json").symlink_to("nowhere")
-    elif kind == "run.json leads to itself":
+    elif kind == "run.json links to itself":
         (path / "run.json").symlink_to("run.json")
     elif kind == "no run.json":
         write(path / "logs" / "metrics.jsonl", "")
@@ -142,8 +147,8 @@ def make_damaged(path: Path, kind: str) -> None:
         ("start is null", "not the record of a run"),
         ("tag is a list", "not the record of a run"),
         ("run.json is a folder", "Is a directory"),
-        ("run.json leads nowhere", "no run.json"),
-        ("run.json leads to itself", "run.json"),
+        ("run.json is a broken link", "no run.json"),
+        ("run.json links to itself", "run.json"),
     ],
 )
 def test_an_entry_that_is_not_a_run_is_listed_with_the_reason(runs_dir: Path, kind: str, problem: str) -> None:
@@ -157,11 +162,11 @@ def test_an_entry_that_is_not_a_run_is_listed_with_the_reason(runs_dir: Path, ki
     use(bad, good)
 
 
-def test_a_run_that_was_deleted_is_gone(runs_dir: Path) -> None:
+def test_a_run_that_was_deleted_is_reported_as_gone(runs_dir: Path) -> None:
     assert read_run(runs_dir / "x") == IndexedRun(runs_dir / "x", problem="it is gone: no such run directory")
 
 
-def test_a_run_that_cannot_be_entered_is_listed(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_directory_that_cannot_be_opened_is_listed(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(runs_dir, "good")
     (runs_dir / "bad").mkdir()
 
@@ -176,7 +181,7 @@ def test_a_run_that_cannot_be_entered_is_listed(runs_dir: Path, monkeypatch: pyt
     assert "Permission denied" in (bad.problem or "")
 
 
-def test_a_name_that_is_no_text_is_listed_and_hides_nothing(runs_dir: Path) -> None:
+def test_a_name_that_is_not_utf_8_is_listed_and_hides_nothing(runs_dir: Path) -> None:
     make_run(runs_dir, "good")
     os.mkdir(os.fsencode(runs_dir) + b"/\xff")
     bad, good = read_index(runs_dir)
@@ -208,8 +213,9 @@ WRONG_TYPES: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("key", "value"), WRONG_TYPES, ids=lambda value: str(value)[:30])
-def test_a_field_of_the_wrong_type_is_a_problem_and_no_exception(runs_dir: Path, key: str, value: Any) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_field_of_the_wrong_type_is_a_problem_but_raises_nothing(
+    runs_dir: Path, good: IndexedRun, key: str, value: Any
+) -> None:
     bad = indexed(runs_dir, "bad", **{key: value})
     use(bad, good)
     assert bad.problem
@@ -219,24 +225,21 @@ def test_a_field_of_the_wrong_type_is_a_problem_and_no_exception(runs_dir: Path,
     ("key", "value"),
     [*[(key, None) for key in ("summary", "resolved", "git", "parent", "host", "last_step", "end")], ("summary", {})],
 )
-def test_a_field_that_is_empty_is_no_problem(runs_dir: Path, key: str, value: Any) -> None:
-    good = indexed(runs_dir, "good")
+def test_an_empty_field_is_not_a_problem(runs_dir: Path, good: IndexedRun, key: str, value: Any) -> None:
     run = indexed(runs_dir, "run", **{key: value})
     use(run, good)
     assert run.problem is None
 
 
 @pytest.mark.parametrize("start", ["yesterday", "", "0001-01-01T00:00:00", "9999-12-31T23:59:59+00:00", "2026-01-31"])
-def test_an_odd_start_has_an_age_or_none(runs_dir: Path, start: str) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_run_with_an_odd_start_has_a_numeric_age_or_none(runs_dir: Path, good: IndexedRun, start: str) -> None:
     run = indexed(runs_dir, start=start)
     use(run, good)
     assert isinstance(run.row()["age"], float | None)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b"3", b'{"data": 3}', None, "folder", DEEP])
-def test_damaged_settings_are_a_problem_of_a_run_that_is_listed(runs_dir: Path, content: Any) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_run_with_damaged_settings_is_listed_with_the_problem(runs_dir: Path, good: IndexedRun, content: Any) -> None:
     path = make_run(runs_dir, "bad") / "meta" / "full_config.json"
     replace(path, content)
     bad = read_run(runs_dir / "bad")
@@ -261,8 +264,7 @@ def test_damaged_settings_are_a_problem_of_a_run_that_is_listed(runs_dir: Path, 
         b"{}",
     ],
 )
-def test_strange_settings_hide_no_run(runs_dir: Path, content: bytes) -> None:
-    good = indexed(runs_dir, "good")
+def test_strange_settings_hide_no_run(runs_dir: Path, good: IndexedRun, content: bytes) -> None:
     path = make_run(runs_dir, "bad")
     write(path / "meta" / "full_config.json", content)
     bad = read_run(path)
@@ -272,7 +274,7 @@ def test_strange_settings_hide_no_run(runs_dir: Path, content: bytes) -> None:
 
 
 def replace(path: Path, content: Any) -> None:
-    """None: no file; "folder": a folder in its place."""
+    """Replace a file; with None it is deleted, and with "folder" a folder takes its place."""
     path.unlink()
     if content == "folder":
         path.mkdir()
@@ -281,8 +283,7 @@ def replace(path: Path, content: Any) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b'{"tags": "a"}', "folder", DEEP])
-def test_damaged_notes_are_a_problem_of_a_run_that_is_listed(runs_dir: Path, content: Any) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_run_with_damaged_notes_is_listed_with_the_problem(runs_dir: Path, good: IndexedRun, content: Any) -> None:
     replace(make_run(runs_dir, "bad") / "notes.json", content)
     bad = read_run(runs_dir / "bad")
     assert bad.status == "completed"
@@ -294,8 +295,7 @@ def test_damaged_notes_are_a_problem_of_a_run_that_is_listed(runs_dir: Path, con
     "notes",
     [{"tags": [1, None]}, {"tags": [["a"]]}, {"note": 5}, {"note": 2**70}, {"pinned": "yes"}, {"pinned": [1]}],
 )
-def test_notes_of_the_wrong_type_are_a_problem(runs_dir: Path, notes: dict[str, Any]) -> None:
-    good = indexed(runs_dir, "good")
+def test_notes_of_the_wrong_type_are_a_problem(runs_dir: Path, good: IndexedRun, notes: dict[str, Any]) -> None:
     bad = indexed(runs_dir, "bad", notes=notes)
     use(bad, good)
     assert "notes.json" in (bad.problem or "")
@@ -329,15 +329,14 @@ BROKEN_LOGS = {
 
 @pytest.mark.parametrize("name", [*TORN_LOGS, *BROKEN_LOGS])
 @pytest.mark.parametrize("status", ["completed", "running"])
-def test_a_damaged_log_never_raises(runs_dir: Path, name: str, status: str) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_damaged_log_raises_nothing(runs_dir: Path, good: IndexedRun, name: str, status: str) -> None:
     ended = status == "completed"
     path = make_run(runs_dir, "bad", status=status, **({} if ended else {"last_step": None, "summary": {}}))
     write(path / "logs" / "metrics.jsonl", {**TORN_LOGS, **BROKEN_LOGS}[name])
     use(read_run(path), good)
 
 
-def test_a_long_last_line_of_a_log_is_no_problem(runs_dir: Path) -> None:
+def test_a_long_last_line_of_a_log_is_not_a_problem(runs_dir: Path) -> None:
     path = indexed(runs_dir, "run").path
     metrics = {f"grad_norm/blocks.{number}.attention.qkv.weight": 0.125 for number in range(200)}
     with (path / "logs" / "metrics.jsonl").open("a") as log:
@@ -345,8 +344,7 @@ def test_a_long_last_line_of_a_log_is_no_problem(runs_dir: Path) -> None:
     assert read_run(path).problem is None
 
 
-def test_a_log_that_is_a_folder_or_missing_never_raises(runs_dir: Path) -> None:
-    good = indexed(runs_dir, "good")
+def test_a_log_that_is_missing_or_a_folder_raises_nothing(runs_dir: Path, good: IndexedRun) -> None:
     path = make_run(runs_dir, "bad", status="running", last_step=None, summary={})
     (path / "logs" / "metrics.jsonl").unlink()
     use(read_run(path), good)
@@ -354,7 +352,7 @@ def test_a_log_that_is_a_folder_or_missing_never_raises(runs_dir: Path) -> None:
     use(read_run(path), good)
 
 
-def test_losses_of_a_run_that_crashed_come_from_its_log(runs_dir: Path) -> None:
+def test_the_losses_of_a_crashed_run_come_from_its_log(runs_dir: Path) -> None:
     run = indexed(runs_dir, status="running", last_step=None, summary={}, end=None, metrics=training_records([3, 1, 2]))
     write(run.path / "logs" / "metrics.jsonl", (run.path / "logs" / "metrics.jsonl").read_bytes() + b'{"step": 99')
     row = run.row()
@@ -363,14 +361,14 @@ def test_losses_of_a_run_that_crashed_come_from_its_log(runs_dir: Path) -> None:
     ]
 
 
-def test_the_best_loss_of_a_run_that_crashed_is_no_nan(runs_dir: Path) -> None:
+def test_the_best_loss_of_a_crashed_run_is_not_nan(runs_dir: Path) -> None:
     run = indexed(runs_dir, status="running", last_step=None, summary={}, metrics=training_records([3.0, 2.0, "nan"]))
     summary = run.summary()
     assert math.isnan(summary["val/loss"])
     assert summary["best_val_loss"] == 2.0
 
 
-def test_a_resumed_run_shows_its_log_and_not_its_first_end(runs_dir: Path) -> None:
+def test_a_resumed_run_shows_the_results_of_its_log_not_of_its_first_session(runs_dir: Path) -> None:
     metrics = training_records([4.0, 1.0, 3.0], 450)
     run = make_run(runs_dir, "run", status="running", last_step=10, best_step=10, metrics=metrics)
     with held_lock(run):
@@ -381,19 +379,19 @@ def test_a_resumed_run_shows_its_log_and_not_its_first_end(runs_dir: Path) -> No
     assert [crashed[key] for key in facts] == ["crashed", 900, 1.0, 450, 3.0]
 
 
-def test_nonfinite_losses_of_the_summary_are_numbers(runs_dir: Path) -> None:
+def test_nonfinite_losses_of_the_summary_become_floats(runs_dir: Path) -> None:
     row = indexed(runs_dir, status="diverged", summary={"val/loss": "nan", "best_val_loss": "inf"}).row()
     assert math.isnan(row["last_val_loss"])
     assert row["val_loss"] == math.inf
     assert row["train_loss"] is None
 
 
-def test_a_clock_that_is_set_back_gives_no_negative_times(runs_dir: Path) -> None:
+def test_a_clock_that_was_set_back_gives_no_negative_times(runs_dir: Path) -> None:
     row = indexed(runs_dir, "a", start="2126-01-31T14:25:01+00:00", end="2126-01-31T14:00:00+00:00").row()
     assert (row["age"], row["duration"]) == (0.0, 0.0)
     sessions = [{"time": "2026-01-31T15:00:00+00:00", "before": {"end": "2026-01-31T14:25:11+00:00"}}]
     resumed = indexed(runs_dir, "b", end="2026-01-31T14:59:00+00:00", resumes=sessions)
-    assert resumed.row()["duration"] == 10.0  # the second session counts as none, and takes nothing from the first
+    assert resumed.row()["duration"] == 10.0  # the second session counts as 0 s, not as less than that
 
 
 @pytest.mark.parametrize(("logged", "seconds"), [(8.0, 8.0), (-5.0, 2.0), ("nan", 2.0), (1e9, 2.0), (None, 2.0)])
@@ -417,21 +415,10 @@ def test_the_duration_of_a_running_run_grows(runs_dir: Path) -> None:
     assert row["duration"] == pytest.approx(row["age"], abs=1)
 
 
-def test_the_status_of_a_record_is_that_of_its_lock(runs_dir: Path) -> None:
+def test_a_run_recorded_as_running_has_crashed_unless_its_lock_is_held(runs_dir: Path) -> None:
     run = make_run(runs_dir, "run", status="running")
     record = json.loads((run / "run.json").read_text())
     assert status_of(run, record) == read_status(run) == "crashed"
     with held_lock(run):
         assert status_of(run, record) == read_status(run) == "running"
     assert status_of(run, {**record, "status": "failed"}) == "failed"
-
-
-def test_the_status_of_a_record_of_another_host_is_that_of_its_heartbeat(runs_dir: Path) -> None:
-    run = make_run(runs_dir, "run", status="running", host="elsewhere")
-    record = json.loads((run / "run.json").read_text())
-    assert status_of(run, record) == "running"
-    past = time.time() - STALE_HEARTBEAT_SECONDS - 1
-    os.utime(run / "lock", (past, past))
-    assert status_of(run, record) == "crashed"
-    (run / "lock").unlink()
-    assert status_of(run, record) == "crashed"

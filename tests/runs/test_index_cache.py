@@ -1,4 +1,4 @@
-"""The cache of an index: it saves reading, and never changes what an index says."""
+"""The cache of an index saves reading runs and never changes the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EVALUATION = {"time": "2026-01-01", "data": "notes.txt", "loss": 2.5}
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache that is written for a single run, and does not wait for files to settle."""
+    """Write the cache after a single change, and cache files that have just changed."""
     monkeypatch.setattr(index_cache, "WORTH_WRITING", 1)
     monkeypatch.setattr(index_cache, "SETTLED_NS", 0)
 
@@ -49,14 +49,14 @@ def cached(runs_dir: Path) -> set[str]:
     return {*json.loads(body)}
 
 
-def afresh(runs_dir: Path) -> list[IndexedRun]:
-    """What an index says without a cache."""
+def read_without_cache(runs_dir: Path) -> list[IndexedRun]:
+    """The index without a cache."""
     names = sorted(path.name for path in runs_dir.iterdir() if not path.name.startswith("."))
     return sorted((read_run(runs_dir / name) for name in names), key=lambda run: (run.record.get("start", ""), run.id))
 
 
 def read_again(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-    """The runs that an index reads although there is a cache."""
+    """The runs that an index reads in spite of the cache."""
     names: set[str] = set()
 
     def read(path: Path) -> IndexedRun:
@@ -69,16 +69,16 @@ def read_again(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
-def test_a_run_that_has_ended_is_read_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_has_ended_is_read_only_once(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_again(runs, monkeypatch) == set()
     found = read_index(runs)
-    assert found == afresh(runs)
-    assert [run.row() | {"age": 0} for run in found] == [run.row() | {"age": 0} for run in afresh(runs)]
+    assert found == read_without_cache(runs)
+    assert [run.row() | {"age": 0} for run in found] == [run.row() | {"age": 0} for run in read_without_cache(runs)]
     assert found[0].evaluations == [EVALUATION]
 
 
 def in_place(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Change a file to another one of the same size, and give it the times that it had."""
+    """Change the content of a file, but neither its size nor its times."""
     old, times = path.read_bytes(), path.stat()
     new = change(old)
     assert len(new) == len(old)
@@ -103,11 +103,11 @@ CHANGES: dict[str, Any] = {  # called with the run
     "no log": lambda run: (run / METRICS_LOG).unlink(),
     "a torn log": lambda run: (run / METRICS_LOG).open("a").write('{"step"'),
     "no artifacts": lambda run: shutil.rmtree(run / "artifacts"),
-    "a folder that leads elsewhere": linked_out,
+    "a folder that links elsewhere": linked_out,
     "a damaged record": lambda run: write(run / RECORD, "{"),
-    "a run that goes on": lambda run: change_record(run, status="running"),
-    "no run": shutil.rmtree,
-    "a file": lambda run: (shutil.rmtree(run), write(run, "")),
+    "a resumed run": lambda run: change_record(run, status="running"),
+    "a deleted run": shutil.rmtree,
+    "a file in place of the run": lambda run: (shutil.rmtree(run), write(run, "")),
     "another run of that name": lambda run: (shutil.rmtree(run), make_run(run.parent, run.name, tag="new")),
 }
 
@@ -116,19 +116,19 @@ CHANGES: dict[str, Any] = {  # called with the run
 def test_a_run_that_changes_is_read_again(runs: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read_index(runs)
     CHANGES[change](runs / "a")
-    assert read_index(runs) == afresh(runs) != before
+    assert read_index(runs) == read_without_cache(runs) != before
     assert read_again(runs, monkeypatch) <= {"a"}
 
 
-def test_a_file_that_changed_just_now_is_not_trusted_to_show_its_next_change(
-    runs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_whose_files_have_just_changed_is_not_cached(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_cache, "SETTLED_NS", 10**12)
-    assert read_again(runs, monkeypatch) == {"a", "b"}  # a clock of ticks may give two changes one time
+    assert read_again(runs, monkeypatch) == {"a", "b"}  # two changes may have the same time if the clock is coarse
     assert cached(runs) == set()
 
 
-def test_what_may_change_without_a_file_is_always_read(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_whose_state_may_change_without_a_write_are_not_cached(
+    runs_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_run(runs_dir, "ended")
     running = make_run(runs_dir, "running", status="running")
     closing = make_run(runs_dir, "closing", views={"aim": {"state": "on"}})
@@ -150,7 +150,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "cut": lambda content: content[: len(content) // 2],
     "another loss": lambda content: content.replace(b"2.25", b"2.75"),
     "another code": lambda content: content.replace(b'{"code":"', b'{"code":"0'),
-    "no JSON": lambda content: b"\xff\n\xff",
+    "not JSON": lambda content: b"\xff\n\xff",
     "a list": lambda content: b"[]\n[]",
     "deep": lambda content: b"[" * 100_000 + b"\n",
 }
@@ -163,10 +163,10 @@ def test_a_damaged_cache_is_replaced(runs: Path, damage: str, monkeypatch: pytes
     place.write_bytes(DAMAGE[damage](good))
     assert read_again(runs, monkeypatch) == {"a", "b"}
     assert place.read_bytes() == good
-    assert read_index(runs) == afresh(runs)
+    assert read_index(runs) == read_without_cache(runs)
 
 
-def test_a_cache_that_leads_elsewhere_or_is_of_another_user_is_not_used(
+def test_a_cache_that_is_a_link_or_belongs_to_another_user_is_not_used(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = runs.parent / "elsewhere"
@@ -179,21 +179,21 @@ def test_a_cache_that_leads_elsewhere_or_is_of_another_user_is_not_used(
         assert read_again(runs, monkeypatch) == {"a", "b"}
 
 
-def test_where_no_cache_can_be_written_runs_are_read(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_the_cache_cannot_be_written_the_runs_are_read(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (runs / INDEX_CACHE).unlink()
     (runs / INDEX_CACHE).mkdir()
-    assert read_index(runs) == afresh(runs)
+    assert read_index(runs) == read_without_cache(runs)
 
     def refuse(*args: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     (runs / INDEX_CACHE).rmdir()
     monkeypatch.setattr(index_cache, "write_atomic", refuse)
-    assert read_index(runs) == afresh(runs)
+    assert read_index(runs) == read_without_cache(runs)
     assert not (runs / INDEX_CACHE).exists()
 
 
-def test_of_two_processes_each_writes_a_whole_cache(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_each_write_a_complete_cache(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_run(runs, "c")
     make_run(runs, "d")
     one, other = index_cache.IndexCache(runs), index_cache.IndexCache(runs)
@@ -203,10 +203,10 @@ def test_of_two_processes_each_writes_a_whole_cache(runs: Path, monkeypatch: pyt
     one.write()
     other.write()
     assert cached(runs) == {"a", "b", "d"}
-    assert read_index(runs) == afresh(runs)
+    assert read_index(runs) == read_without_cache(runs)
 
 
-def test_a_few_new_runs_are_no_reason_to_write_all(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_is_rewritten_only_after_enough_changes(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index_cache, "WORTH_WRITING", 3)
     make_run(runs, "c")
     make_run(runs, "d")

@@ -1,4 +1,4 @@
-"""utils/runs/layout.py spells the paths of a run directory, and nothing else does."""
+"""Only utils/runs/layout.py spells out the paths of a run directory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ PATHS = [value for value in vars(layout).values() if isinstance(value, Path)]
 FILES = {path.name for path in PATHS if path.suffix} | {layout.LOCK.name}
 FOLDERS = {path.name for path in PATHS} - FILES
 SPELLED = re.compile(rf"(?:^|/)(?:{'|'.join(map(re.escape, FILES))})$|^/?(?:meta|logs|artifacts)/")
-# config/ lies below runs/, and reads the settings of an old run by the name of the file; tokenization/ reads the
-# tokenizer.json of others. A dataset and a published model have a tokenizer.json of their own. The completion of
-# RUN is a part of the parser, below runs/.
+# Modules that spell out file names themselves: config/ and the completion of RUN are layers below runs/ and cannot
+# import it; tokenization/, datasets and published models have a tokenizer.json of their own.
 EXEMPT = (
     *("utils/runs/layout.py", "utils/checkpoints/folder.py", "utils/config/loader.py"),
     *("utils/tokenization/vocabularies.py", "utils/corpora/datasets.py"),
@@ -31,12 +30,12 @@ SOURCES = [
 
 
 def docstrings(tree: ast.AST) -> set[int]:
-    """The ids of constants that are statements of their own."""
+    """The ids of constants that are whole statements, like docstrings."""
     return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
 
 
 def spelled_paths(source: str) -> list[str]:
-    """Literals that are a file of a run directory or a path in it, and folder names that are joined to a path."""
+    """The string literals that name a file or path in a run directory, or a folder of it that is joined to a path."""
     tree = ast.parse(source)
     prose = docstrings(tree)
     found = []
@@ -52,7 +51,7 @@ def spelled_paths(source: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_paths_of_a_run_directory_are_spelled_in_layout_only(path: Path) -> None:
+def test_the_paths_of_a_run_directory_are_spelled_only_in_layout(path: Path) -> None:
     assert spelled_paths(path.read_text(encoding="utf-8")) == []
 
 

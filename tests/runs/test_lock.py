@@ -1,4 +1,4 @@
-"""The lock of a run where flock does not help: other machines, machines that died, file systems without it."""
+"""The lock of a run where flock does not help: other machines, machines that died, file systems without flock."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HOST = socket.gethostname()
 
 @pytest.fixture
 def short_silence(monkeypatch: pytest.MonkeyPatch) -> float:
-    """A process that gave no sign of life for this many seconds is dead."""
+    """The silence in seconds after which a process on another machine counts as dead."""
     monkeypatch.setattr(lock, "STALE_HEARTBEAT_SECONDS", 0.3)
     return 0.3
 
@@ -64,7 +64,7 @@ def crashed_elsewhere(runs_dir: Path, run_id: str = "run", **facts: Any) -> Path
 
 
 @pytest.mark.parametrize("clock", [0.0, 3600.0])  # a disk whose clock is an hour ahead
-def test_a_run_of_another_machine_is_continued_after_a_minute_of_silence(
+def test_a_run_of_another_machine_is_continued_after_a_silence(
     runs_dir: Path, short_silence: float, clock: float
 ) -> None:
     path = crashed_elsewhere(runs_dir)
@@ -81,7 +81,7 @@ def test_a_run_of_another_machine_is_continued_after_a_minute_of_silence(
     run.release()
 
 
-def test_a_process_on_another_machine_that_lives_keeps_its_run(runs_dir: Path, short_silence: float) -> None:
+def test_a_live_process_on_another_machine_keeps_its_run(runs_dir: Path, short_silence: float) -> None:
     path, ended = crashed_elsewhere(runs_dir), threading.Event()
 
     def beat() -> None:
@@ -97,7 +97,7 @@ def test_a_process_on_another_machine_that_lives_keeps_its_run(runs_dir: Path, s
     assert (path / LOCK).read_text() == ELSEWHERE
 
 
-def test_a_process_that_closes_its_trackers_elsewhere_is_waited_for(runs_dir: Path, short_silence: float) -> None:
+def test_resuming_waits_for_a_process_elsewhere_that_closes_its_trackers(runs_dir: Path, short_silence: float) -> None:
     path = crashed_elsewhere(runs_dir, status="interrupted")
     with pytest.raises(RunLockedError):
         Run.resume(path)
@@ -119,9 +119,7 @@ def test_a_run_that_was_released_elsewhere_is_free_at_once(runs_dir: Path) -> No
     assert (path / LOCK).read_text() == f"{os.getpid()} {HOST} {boot_id()} released\n"
 
 
-def test_a_machine_that_was_started_anew_under_its_old_name_is_another_one(
-    runs_dir: Path, short_silence: float
-) -> None:
+def test_a_lock_of_another_boot_counts_as_that_of_another_machine(runs_dir: Path, short_silence: float) -> None:
     path = crashed_elsewhere(runs_dir, host=HOST)
     (path / LOCK).write_text(f"{os.getpid()} {HOST} another-boot\n")
     assert read_status(path) == "running"
@@ -138,7 +136,7 @@ def test_time_after_the_last_sign_of_life_does_not_count_as_training(runs_dir: P
     assert read_record(path)["seconds"] == 30
 
 
-def test_resume_auto_waits_for_a_run_of_another_machine_and_never_leaves_it(
+def test_resume_auto_waits_for_a_run_of_another_machine_and_starts_no_other(
     tiny_argv: Callable[..., list[str]],
     only_run: Callable[[], Path],
     short_silence: float,
@@ -149,7 +147,7 @@ def test_resume_auto_waits_for_a_run_of_another_machine_and_never_leaves_it(
     path = only_run()
     change_json(path / RECORD, lambda record: {**record, "status": "running", "host": "elsewhere"})
     (path / LOCK).write_text(ELSEWHERE)
-    os.utime(path / LOCK, (time.time() + 60,) * 2)  # the start may take longer than a short silence
+    os.utime(path / LOCK, (time.time() + 60,) * 2)  # starting may take longer than `short_silence`
     assert resumable_runs(path.parent, "job") == [path]
     assert train.main(command) == 0
     assert only_run() == path  # no other run was made
@@ -158,7 +156,7 @@ def test_resume_auto_waits_for_a_run_of_another_machine_and_never_leaves_it(
     assert "process 5 on elsewhere gave its last sign of life" in capsys.readouterr().out
 
 
-def test_resume_auto_leaves_a_run_that_this_machine_trains(runs_dir: Path) -> None:
+def test_resume_auto_skips_a_run_that_this_machine_is_training(runs_dir: Path) -> None:
     run, lines = Run.create(runs_dir, "a"), list[str]()
     assert resumable_runs(runs_dir, "a", lines.append) == []
     assert lines == [f"{run.id} is not resumed: it is being trained by process {os.getpid()} on {HOST}"]
@@ -166,8 +164,8 @@ def test_resume_auto_leaves_a_run_that_this_machine_trains(runs_dir: Path) -> No
 
 
 @pytest.mark.parametrize("length", range(1, len(HOST) + 8))
-def test_a_signature_without_its_end_is_no_reason_to_wait(length: int, runs_dir: Path) -> None:
-    """Cut in the name of the host or the id of the boot, it would be that of another machine."""
+def test_a_truncated_signature_is_ignored(length: int, runs_dir: Path) -> None:
+    """A host name or boot id that was cut short would otherwise look like that of another machine."""
     path = make_run(runs_dir, "run", status="interrupted")
     (path / LOCK).write_text(f"5 {HOST} {boot_id()}"[:length])
     assert holder_of(path) is None
@@ -199,7 +197,7 @@ def test_without_flock_a_run_is_held_until_it_is_released(runs_dir: Path) -> Non
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_without_flock_a_killed_process_leaves_a_crashed_run_that_can_go_on(runs_dir: Path) -> None:
+def test_without_flock_a_killed_process_leaves_a_crashed_run_that_can_be_resumed(runs_dir: Path) -> None:
     def work() -> None:
         Run.create(runs_dir, "a")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -215,7 +213,7 @@ def test_without_flock_a_killed_process_leaves_a_crashed_run_that_can_go_on(runs
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_without_flock_another_process_that_got_the_same_id_is_not_the_holder(runs_dir: Path) -> None:
+def test_without_flock_a_newer_process_with_the_same_id_is_not_the_holder(runs_dir: Path) -> None:
     path = make_run(runs_dir, "run", status="running")
     (path / LOCK).write_text(f"{os.getpid()} {HOST} {boot_id()}\n")
     assert read_status(path) == "running"
@@ -291,7 +289,7 @@ def test_without_flock_a_lock_that_is_never_released_is_reported(runs_dir: Path)
     edit(run, note="text")
 
 
-def test_another_failure_of_flock_is_not_taken_for_a_missing_one(
+def test_another_failure_of_flock_is_not_taken_for_missing_support(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flock(*_: object) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The append-only logs: what was appended is read back, a torn end never hurts, and cutting is exact."""
+"""The append-only logs: records are read back, a torn last line is ignored, and truncation is exact."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def append(path: Path, *records: dict[str, object]) -> int:
-    """Append in a session of its own; the size of the file afterwards."""
+    """Append in a new session and return the size of the file."""
     writer = LogWriter(path)
     writer.write(records)
     writer.sync()
@@ -61,7 +61,7 @@ def append(path: Path, *records: dict[str, object]) -> int:
     return offset
 
 
-def test_sessions_append_and_all_records_come_back_in_order(log: Path) -> None:
+def test_the_records_of_all_sessions_are_read_in_order(log: Path) -> None:
     append(log, {"step": 0}, {"step": 1, "text": "a"})
     append(log)
     append(log, {"step": 2})
@@ -123,7 +123,7 @@ def test_lines_of_any_length_are_read_whole_across_chunk_borders(log: Path, max_
     assert offset == log.stat().st_size
 
 
-def test_a_chunk_is_as_long_as_was_asked_for(log: Path) -> None:
+def test_a_chunk_has_the_requested_length(log: Path) -> None:
     log.write_bytes(b'{"step": 0}\n' * 1000)
     assert len(read_from(log, 0, 120)[0]) == 10
     assert read_lines(log) == read_lines(log, 0, 1 << 20) == [b'{"step": 0}\n'] * 1000
@@ -134,7 +134,7 @@ def test_a_long_torn_line_is_left_for_later(log: Path) -> None:
     assert read_from(log, 0, max_bytes=10) == ([], 0)
 
 
-def test_a_line_longer_than_the_default_chunk_comes_back(log: Path) -> None:
+def test_a_line_longer_than_the_default_chunk_is_read(log: Path) -> None:
     records = [{"step": 0}, {"text": "x" * (3 << 20)}, {"step": 2}]
     append(log, *records)
     assert list(read_records(log)) == records
@@ -146,7 +146,7 @@ def test_a_complete_line_that_is_not_json_is_an_error(log: Path) -> None:
         read_from(log)
 
 
-@pytest.mark.parametrize("good_lines", [0, 1, 2, 70_000])  # the last ones are more than a chunk
+@pytest.mark.parametrize("good_lines", [0, 1, 2, 70_000])  # 70,000 lines are longer than a chunk
 def test_a_damaged_line_is_named_by_its_number_in_the_file(log: Path, good_lines: int) -> None:
     good = b'{"step": 0, "x": "..."}\n'
     log.write_bytes(good * good_lines + b"[]\n")
@@ -155,7 +155,7 @@ def test_a_damaged_line_is_named_by_its_number_in_the_file(log: Path, good_lines
             read_from(log, offset, 1 << 24)
 
 
-def test_a_link_out_of_the_run_is_followed_by_no_reader(tmp_path: Path) -> None:
+def test_neither_readers_nor_writers_follow_a_link_out_of_the_run(tmp_path: Path) -> None:
     outside, log = tmp_path / "outside.jsonl", tmp_path / "run" / "logs" / "metrics.jsonl"
     outside.write_bytes(b'{"step": 1}\n[]\n')
     log.parent.mkdir(parents=True)
@@ -164,16 +164,16 @@ def test_a_link_out_of_the_run_is_followed_by_no_reader(tmp_path: Path) -> None:
         with pytest.raises(PermissionError, match="leads out of"):
             read(log) if read not in (_lines_before, offset_of_step) else read(log, 1)
     log.unlink()
-    (tmp_path / "run" / "linked").symlink_to(tmp_path)  # the folder of the logs leads out
+    (tmp_path / "run" / "linked").symlink_to(tmp_path)  # a linked folder of logs
     for read in (read_from, _lines_before, LogWriter):
         with pytest.raises(PermissionError, match="leads out of"):
             (read(tmp_path / "run" / "linked" / "outside.jsonl", *((1,) if read is _lines_before else ())))
-    log.symlink_to(tmp_path / "run" / "real.jsonl")  # elsewhere in the run
+    log.symlink_to(tmp_path / "run" / "real.jsonl")  # a link within the run
     append(log, {"step": 3})
     assert last_record(log) == {"step": 3}
 
 
-def test_truncate_to_an_offset_forgets_exactly_what_came_after(log: Path) -> None:
+def test_truncate_to_an_offset_removes_exactly_what_follows(log: Path) -> None:
     offset = append(log, {"step": 0}, {"text": "ü"})
     append(log, {"step": 2})
     truncate(log, offset)
@@ -192,7 +192,7 @@ def test_truncate_without_an_offset_cuts_the_torn_line(log: Path, torn: bytes) -
 
 
 @pytest.mark.parametrize(("content", "kept"), [(b"", 0), (b"\n", 1), (b"x", 0), (b"\nx", 1), (b"\n\n", 2), (b"x\n", 2)])
-def test_the_shortest_lines_are_kept(log: Path, content: bytes, kept: int) -> None:
+def test_truncate_keeps_even_the_shortest_complete_lines(log: Path, content: bytes, kept: int) -> None:
     log.write_bytes(content)
     truncate(log)
     assert log.read_bytes() == content[:kept]
@@ -220,7 +220,7 @@ def test_truncate_never_makes_a_log_longer(log: Path) -> None:
 @pytest.mark.parametrize(
     ("value", "encoded"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"), (1.5, 1.5), (3, 3), (-0.0, -0.0)]
 )
-def test_non_finite_numbers_are_words_in_the_log(log: Path, value: float, encoded: float | str) -> None:
+def test_non_finite_numbers_are_logged_as_words(log: Path, value: float, encoded: float | str) -> None:
     assert encode_number(value) == encoded
     decoded = decode_number(encode_number(value))
     assert math.isnan(decoded) if math.isnan(value) else decoded == value
@@ -246,7 +246,7 @@ def test_a_metric_record_has_step_time_and_registered_names() -> None:
         metric_record(0, 0.0, {"no/such": 1.0})
 
 
-def test_read_metrics_picks_one_name_and_keeps_the_order_of_the_log(log: Path) -> None:
+def test_read_metrics_returns_one_metric_in_the_order_of_the_log(log: Path) -> None:
     append(log, {"step": 0, "val/loss": 4.0}, {"step": 0, "train/loss": 3.0}, {"step": 1, "train/loss": "nan"})
     assert read_metrics(log.parent, "val/loss") == [(0, 4.0)]
     assert [step for step, _ in read_metrics(log.parent, "train/loss")] == [0, 1]
@@ -259,7 +259,7 @@ def test_read_metrics_picks_one_name_and_keeps_the_order_of_the_log(log: Path) -
     [("train/loss", "train", "loss"), ("val/loss", "val", "loss"), ("train/eval_loss", "train", "eval_loss")]
     + [("lr", None, "lr")],
 )
-def test_a_metric_name_is_split_and_name(name: str, subset: str | None, short_name: str) -> None:
+def test_a_metric_name_is_split_into_subset_and_short_name(name: str, subset: str | None, short_name: str) -> None:
     assert (metric(name).subset, metric(name).short_name) == (subset, short_name)
 
 
@@ -269,7 +269,7 @@ def test_losses_are_nats_and_better_when_lower() -> None:
     assert metric("tokens_per_second").direction == "higher"
 
 
-def test_a_new_metric_is_accepted_once_registered_and_its_name_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_metric_is_known_once_registered_and_cannot_be_redefined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_REGISTRY", dict(metrics._REGISTRY))
     with pytest.raises(KeyError):
         metric("val/taste")
@@ -281,7 +281,7 @@ def test_a_new_metric_is_accepted_once_registered_and_its_name_is_taken(monkeypa
     assert metric("val/taste") is accuracy
 
 
-def test_the_registry_survives_a_file_and_knows_what_is_there_already(
+def test_a_registry_read_from_a_file_adds_metrics_but_redefines_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, before = tmp_path / "metrics.json", dict(metrics._REGISTRY)
@@ -295,10 +295,10 @@ def test_the_registry_survives_a_file_and_knows_what_is_there_already(
     read_registry(path)  # as in a process that has not imported the callback
     assert whole == metrics._REGISTRY
     assert metric("mine/über") == Metric("mine/über", "%", "higher", views=("aim",))
-    assert register_metric(Metric("mine/über", "%", "higher", views=("aim",)))  # its module may be imported after all
+    assert register_metric(Metric("mine/über", "%", "higher", views=("aim",)))  # its module is imported later
 
     monkeypatch.setattr(metrics, "_REGISTRY", {**before, "mine/quiet": Metric("mine/quiet", "s")})
-    read_registry(path)  # what the code says now wins
+    read_registry(path)  # the definition in the code takes precedence
     assert metric("mine/quiet") == Metric("mine/quiet", "s")
 
 
@@ -318,12 +318,12 @@ def test_without_a_registry_file_nothing_is_added(tmp_path: Path) -> None:
         (Metric("x/y", "1", "up"), "direction 'up' is not one of"),  # type: ignore[arg-type]
     ],
 )
-def test_facts_that_mean_nothing_are_refused(metric: Metric, message: str) -> None:
+def test_an_invalid_metric_is_rejected(metric: Metric, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         register_metric(metric)
 
 
-def test_names_of_several_parts_stay_apart() -> None:
+def test_only_the_first_part_of_a_metric_name_is_its_subset() -> None:
     names = [
         (facts.subset, facts.short_name) for facts in (Metric("a/b/c", "1"), Metric("a/d/c", "1"), Metric("c", "1"))
     ]
@@ -339,14 +339,14 @@ def test_names_of_several_parts_stay_apart() -> None:
         ("another", []),
     ],
 )
-def test_a_view_shows_the_metrics_that_are_for_it(view: str, names: list[str]) -> None:
+def test_a_view_shows_only_its_metrics(view: str, names: list[str]) -> None:
     record = metric_record(3, 1.0, {"tokens": 96, "train/loss": 2.0, "step_ms": 1.5, "val/loss": math.inf})
     shown = dict(shown_metrics(record, view))
     assert [facts.name for facts in shown] == names
     assert [shown[facts] for facts in shown] == [{"step_ms": 1.5, "train/loss": 2.0}.get(n, math.inf) for n in names]
 
 
-def test_a_record_with_a_name_that_nobody_knows_cannot_be_shown() -> None:
+def test_a_record_with_an_unregistered_metric_cannot_be_shown() -> None:
     with pytest.raises(KeyError, match="'no/such' is not registered"):
         list(shown_metrics({"step": 0, "time": 0.0, "no/such": 1.0}, "aim"))
 
@@ -363,8 +363,8 @@ def test_run_log_makes_all_three_logs_and_appends_in_a_second_session(tmp_path: 
     assert list(read_records(tmp_path / "histograms.jsonl")) == []
 
 
-def test_a_full_disk_keeps_the_whole_lines_and_truncate_mends_the_rest(log: Path) -> None:
-    """A limit on the file size stands in for the disk."""
+def test_a_batch_that_does_not_fit_on_the_disk_is_dropped_whole(log: Path) -> None:
+    """A limit on the file size simulates the full disk."""
     code = "import sys; from pathlib import Path; from utils.runs.log import LogWriter\n"
     code += "writer = LogWriter(Path(sys.argv[1]))\n"
     code += "try: writer.write({'step': step} for step in range(1000))\n"
@@ -379,12 +379,12 @@ def test_a_full_disk_keeps_the_whole_lines_and_truncate_mends_the_rest(log: Path
     )
     assert result.stdout == f"{log}\n"
     records = list(read_records(log))
-    assert records == []  # the batch that did not fit is gone as a whole
+    assert records == []  # the whole batch is dropped
     truncate(log)
     assert [json.loads(line) for line in log.read_text().splitlines()] == records
 
 
-# ------------------------------------------------------------------------------------- cutting back
+# ------------------------------------------------------------------------------------- cutting back to a checkpoint
 
 
 @pytest.mark.parametrize(
@@ -400,7 +400,7 @@ def test_the_offset_of_a_step_is_before_its_first_record(log: Path, step: int, k
     assert [record["step"] for record in read_records(log)] == [number for number in steps if number < step]
 
 
-def test_the_offset_of_a_step_in_a_long_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_offset_of_any_step_is_found_in_a_long_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_log, "SCANNED_BYTES", 100)
     path, starts = tmp_path / "metrics.jsonl", {}
     with path.open("w") as file:
@@ -422,14 +422,14 @@ def test_the_offset_of_a_step_stops_before_a_torn_line(log: Path) -> None:
     assert offset_of_step(log, 1) == len(b'{"step":0}\n')
 
 
-def test_the_offset_in_a_log_that_is_empty_or_not_there_is_0(log: Path) -> None:
+def test_the_offset_of_a_step_in_an_empty_or_missing_log_is_0(log: Path) -> None:
     assert offset_of_step(log, 5) == 0
     log.touch()
     assert offset_of_step(log, 5) == 0
 
 
 def filled_logs(folder: Path) -> dict[str, int]:
-    """Three logs of three sessions; the offsets after the first."""
+    """Write the logs of three sessions and return the offsets after the first."""
     offsets: dict[str, int] = {}
     for session in range(3):
         log = RunLog(folder)
@@ -442,7 +442,7 @@ def filled_logs(folder: Path) -> dict[str, int]:
     return offsets
 
 
-def test_logs_are_cut_back_to_where_a_checkpoint_saw_them(tmp_path: Path) -> None:
+def test_logs_are_cut_back_to_the_offsets_of_a_checkpoint(tmp_path: Path) -> None:
     offsets = filled_logs(tmp_path)
     assert offsets["samples.jsonl"] == 0
     cut_logs(tmp_path, offsets)
@@ -454,7 +454,7 @@ def test_logs_are_cut_back_to_where_a_checkpoint_saw_them(tmp_path: Path) -> Non
     assert {name: (tmp_path / name).stat().st_size for name in LOG_FILES} == offsets
 
 
-def test_a_torn_end_after_the_checkpoint_goes_too(tmp_path: Path) -> None:
+def test_cutting_back_removes_a_torn_line_after_the_checkpoint(tmp_path: Path) -> None:
     offsets = filled_logs(tmp_path)
     with (tmp_path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 3')
@@ -462,7 +462,7 @@ def test_a_torn_end_after_the_checkpoint_goes_too(tmp_path: Path) -> None:
     assert len(list(read_records(tmp_path / "metrics.jsonl"))) == 5
 
 
-def test_without_a_checkpoint_the_logs_begin_anew(tmp_path: Path) -> None:
+def test_without_a_checkpoint_the_logs_are_emptied(tmp_path: Path) -> None:
     filled_logs(tmp_path)
     (tmp_path / "train.log").write_text("what the terminal showed")
     cut_logs(tmp_path, {})
@@ -470,7 +470,7 @@ def test_without_a_checkpoint_the_logs_begin_anew(tmp_path: Path) -> None:
     assert (tmp_path / "train.log").read_text() == "what the terminal showed"
 
 
-def test_logs_that_were_never_made_are_cut_to_nothing(tmp_path: Path) -> None:
+def test_cutting_back_missing_logs_creates_none(tmp_path: Path) -> None:
     cut_logs(tmp_path, {})
     cut_logs(tmp_path, dict.fromkeys(LOG_FILES, 0))
     assert list(tmp_path.iterdir()) == []
@@ -478,9 +478,7 @@ def test_logs_that_were_never_made_are_cut_to_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", LOG_FILES)
 @pytest.mark.parametrize("there", [True, False])
-def test_a_log_that_is_shorter_than_the_checkpoint_saw_it_stops_everything(
-    tmp_path: Path, name: str, there: bool
-) -> None:
+def test_if_a_log_is_shorter_than_at_the_checkpoint_none_is_cut(tmp_path: Path, name: str, there: bool) -> None:
     offsets = filled_logs(tmp_path)
     size = (tmp_path / name).stat().st_size
     if not there:
@@ -525,14 +523,14 @@ def test_the_last_of_many_records_is_found(log: Path) -> None:
     assert run_log.last_record(log) == {"step": 4999, "text": "ü" * 50}
 
 
-def test_what_a_clock_or_the_machine_says_is_not_reproducible() -> None:
+def test_measurements_of_time_and_of_the_machine_are_not_reproducible() -> None:
     for name in ("train/loss", "val/loss", "lr", "grad_norm", "tokens", "of_a_callback"):
         assert metrics.is_reproducible(name)
     for name in metrics.registered_metrics():
         assert metrics.is_reproducible(name) != (name.startswith("system/") or name in ("tokens_per_second", "step_ms"))
 
 
-def test_registered_metrics_are_names_that_the_log_accepts() -> None:
+def test_registered_metrics_are_listed_once_and_accepted_by_the_log() -> None:
     names = metrics.registered_metrics()
     assert {"train/loss", "val/loss", "lr", "tokens"} <= {*names}
     assert len(names) == len({*names})
@@ -541,13 +539,13 @@ def test_registered_metrics_are_names_that_the_log_accepts() -> None:
     assert "nonsense" not in metrics.registered_metrics()
 
 
-def test_whether_a_metric_is_reproducible_is_kept_in_the_registry(tmp_path: Path) -> None:
+def test_the_registry_file_records_whether_a_metric_is_reproducible(tmp_path: Path) -> None:
     write_registry(tmp_path / "metrics.json")
     facts = {entry["name"]: entry for entry in json.loads((tmp_path / "metrics.json").read_text())}
     assert (facts["step_ms"]["reproducible"], facts["val/loss"]["reproducible"]) == (False, True)
 
 
-def test_a_registry_of_an_older_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_registry_file_of_an_older_version_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "_REGISTRY", dict(metrics._REGISTRY))
     entry = {"name": "older", "unit": "1", "direction": "none", "views": ["aim"]}
     (tmp_path / "metrics.json").write_text(json.dumps([entry]))
@@ -579,7 +577,7 @@ def test_the_offset_of_a_step_is_found_without_reading_the_log(log: Path, monkey
         (b"{\n", False),
     ],
 )
-def test_a_line_is_a_record_if_it_has_step_and_time(log: Path, line: bytes, good: bool) -> None:
+def test_a_line_is_a_record_if_it_has_a_numeric_step_and_time(log: Path, line: bytes, good: bool) -> None:
     before = append(log, {"step": 0}, {"step": 1})
     with log.open("ab") as file:
         file.write(line)

@@ -32,17 +32,17 @@ def test_without_models_json_nothing_is_promoted(runs_dir: Path) -> None:
         promoted_run("best@v1", runs_dir)
 
 
-def test_a_version_is_a_run_directory(runs_dir: Path) -> None:
+def test_a_version_resolves_to_a_run_directory(runs_dir: Path) -> None:
     paths = [make_run(runs_dir, run_id) for run_id in ("a", "b")]
     for path in paths:
         add_version(runs_dir, "best-1.0_x", {"run": path.name})
     assert promoted_run("best-1.0_x@v1", runs_dir) == paths[0]
     assert promoted_run("best-1.0_x@v2", runs_dir) == paths[1]
-    assert {run.id for run in read_index(runs_dir)} == {"a", "b"}  # models.json and its lock are no runs
+    assert {run.id for run in read_index(runs_dir)} == {"a", "b"}  # models.json and its lock do not count as runs
 
 
 @pytest.mark.parametrize("text", ["latest", "best", "best@", "best@v", "best@1", "@v1", "best@v1x", "best@v-1", "a/b"])
-def test_what_has_not_the_form_of_a_version_is_none(runs_dir: Path, text: str) -> None:
+def test_text_without_the_form_of_a_version_names_no_promoted_run(runs_dir: Path, text: str) -> None:
     assert promoted_run(text, runs_dir) is None
 
 
@@ -56,14 +56,14 @@ def test_what_has_not_the_form_of_a_version_is_none(runs_dir: Path, text: str) -
     ],
     ids=lambda text: text[:20],
 )
-def test_a_version_that_is_not_there_is_told(runs_dir: Path, text: str, message: str) -> None:
+def test_a_missing_model_or_version_is_reported(runs_dir: Path, text: str, message: str) -> None:
     make_run(runs_dir, "a")
     add_version(runs_dir, "best", {"run": "a"})
     with pytest.raises(PromotionError, match=message):
         promoted_run(text, runs_dir)
 
 
-def test_a_promoted_run_that_is_gone_is_told(runs_dir: Path) -> None:
+def test_a_promoted_run_that_is_gone_is_reported(runs_dir: Path) -> None:
     runs_dir.mkdir()
     add_version(runs_dir, "best", {"run": "a"})
     with pytest.raises(PromotionError, match=r"best@v1 is run a, which is no longer in .*runs"):
@@ -78,7 +78,7 @@ def test_a_bad_name_is_refused_and_nothing_is_written(runs_dir: Path, name: str)
     assert list(runs_dir.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_is_told(runs_dir: Path) -> None:
+def test_a_missing_folder_of_runs_is_reported(runs_dir: Path) -> None:
     with pytest.raises(PromotionError, match=r"models\.json cannot be written: No such file or directory"):
         add_version(runs_dir, "best", {"run": "a"})
 
@@ -103,20 +103,20 @@ def test_a_damaged_file_is_reported_and_left_as_it_is(runs_dir: Path, content: b
     assert (runs_dir / MODELS).read_bytes() == content
 
 
-def test_a_folder_in_the_place_of_the_file_is_told(runs_dir: Path) -> None:
+def test_a_folder_in_place_of_models_json_is_reported(runs_dir: Path) -> None:
     (runs_dir / MODELS).mkdir(parents=True)
     with pytest.raises(PromotionError, match="Is a directory"):
         add_version(runs_dir, "best", {"run": "a"})
 
 
-def test_facts_that_do_not_name_a_run_leave_the_file_readable(runs_dir: Path) -> None:
+def test_an_entry_without_a_run_is_rejected_and_not_written(runs_dir: Path) -> None:
     runs_dir.mkdir()
     with pytest.raises(AssertionError):
         add_version(runs_dir, "best", {"note": "no run"})
     assert read_models(runs_dir) == {}
 
 
-def test_facts_that_are_no_json_change_nothing(runs_dir: Path) -> None:
+def test_an_entry_that_is_not_json_is_rejected_and_releases_the_lock(runs_dir: Path) -> None:
     runs_dir.mkdir()
     add_version(runs_dir, "best", {"run": "a"})
     for fact in (object(), float("nan")):

@@ -1,4 +1,4 @@
-"""Which run is continued, from which checkpoint, and with which settings from which source."""
+"""The origin of a resumed or forked run: its parent, the checkpoint, and the settings with their sources."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def loader(tmp_path: Path) -> ConfigLoader:
-    """Of a project folder with a configuration of its own, which must not reach a recorded one."""
+    """The loader of a project whose own configuration must not change a recorded one."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "train.yaml").write_text("batch_size: 24\n")
     return ConfigLoader(tmp_path)
 
 
 def make(runs_dir: Path, run_id: str, config: Config | None = None, **facts: Any) -> Path:
-    """A run that has ended, written by hand, with its configuration unless that is None."""
+    """Write a run that has ended, with its configuration unless that is None."""
     path = runs_dir / run_id
     (path / "meta").mkdir(parents=True)
     record = {"schema_version": 1, "id": run_id, "status": "interrupted", "start": f"2026-01-01T00:00:00.{run_id}"}
@@ -66,7 +66,7 @@ def run(runs_dir: Path) -> Path:
     return make(runs_dir, "20260101_000000_base", config, tag="base")
 
 
-def test_the_rules_of_a_resume_need_no_torch() -> None:
+def test_the_rules_of_resuming_do_not_import_torch() -> None:
     code = "import sys, utils.runs.origin_checks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -84,7 +84,7 @@ def test_the_rules_of_a_resume_need_no_torch() -> None:
         ("base:000500", "base", "000500"),
         ("latest:best", "latest", "best"),
         ("runs/a:b:best", "runs/a:b", "best"),
-        ("runs/a:b", "runs/a:b", "latest"),  # no choice: part of a path
+        ("runs/a:b", "runs/a:b", "latest"),  # not a checkpoint: part of the path
         ("base:", "base:", "latest"),
         ("base:-5", "base:-5", "latest"),
         (":best", ":best", "latest"),
@@ -112,7 +112,7 @@ def test_the_path_of_an_origin_is_absolute(run: Path, runs_dir: Path, monkeypatc
 
 
 @pytest.mark.parametrize("which", ["best", "500"])
-def test_a_run_resumes_from_its_newest_checkpoint_only(run: Path, runs_dir: Path, which: str) -> None:
+def test_a_run_resumes_only_from_its_newest_checkpoint(run: Path, runs_dir: Path, which: str) -> None:
     with pytest.raises(RunError) as caught:
         find_origin("resume", f"base:{which}", runs_dir)
     assert str(caught.value) == (
@@ -121,19 +121,19 @@ def test_a_run_resumes_from_its_newest_checkpoint_only(run: Path, runs_dir: Path
     )
 
 
-def test_a_run_that_is_not_there_is_told(run: Path, runs_dir: Path) -> None:
+def test_a_missing_run_is_reported_with_the_nearest_name(run: Path, runs_dir: Path) -> None:
     with pytest.raises(RunError, match=r"no run bse in .*; did you mean base\?"):
         find_origin("init", "bse:best", runs_dir)
 
 
-def test_what_run_json_says_of_a_parent(run: Path) -> None:
-    facts = parent_facts(Origin("fork", run, "best"), 500, {"run": "of a checkpoint"})
+def test_run_json_records_the_parent_and_its_checkpoint_or_export(run: Path) -> None:
+    facts = parent_facts(Origin("fork", run, "best"), 500, {"run": "the run of a checkpoint"})
     assert facts == {"run": "20260101_000000_base", "path": str(run), "step": 500, "relation": "fork"}
     of_export = parent_facts(Origin("init", run), 0, {"run": "its run", "export": "sha", "other": 1})
     assert of_export == {"run": "its run", "path": str(run), "step": 0, "relation": "init", "export": "sha"}
 
 
-def test_an_export_alone_gives_weights_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_can_only_initialize_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "model.safetensors").touch()
     monkeypatch.chdir(tmp_path)
@@ -155,7 +155,7 @@ def test_unfinished_runs_of_the_tag_are_found_newest_first(runs_dir: Path) -> No
     old = make(runs_dir, "20260101_000000_a", config, tag="a", status="interrupted")
     crashed = make(runs_dir, "20260102_000000_a", config, tag="a", status="running", host="gone", pid=1)
     new = make(runs_dir, "20260103_000000_a", config, tag="a", status="interrupted")
-    failed = make(runs_dir, "20260104_000000_a", config, tag="a", status="failed")  # of a full disk, say
+    failed = make(runs_dir, "20260104_000000_a", config, tag="a", status="failed")  # for example on a full disk
     for day, status in enumerate(("completed", "diverged"), start=5):
         make(runs_dir, f"2026010{day}_000000_a", config, tag="a", status=status)
     make(runs_dir, "20260107_000000_b", config, tag="b")
@@ -188,13 +188,13 @@ def test_why_a_newer_run_is_not_resumed_is_reported(runs_dir: Path) -> None:
     assert diverged == "20260103_000000_a is not resumed: it diverged: loss is nan"
     assert complete == "20260102_000000_a is not resumed: it is complete"
     make(runs_dir, "20260107_000000_a", Config(), tag="a", status="failed")
-    (make(runs_dir, "20260108_000000_c", Config()) / "run.json").write_text("{")  # by its id of another tag
+    (make(runs_dir, "20260108_000000_c", Config()) / "run.json").write_text("{")  # its id shows that it has another tag
     lines.clear()
     assert len(resumable_runs(runs_dir, "a", lines.append)) == 1
-    assert lines == [unreadable]  # the others are not newer
+    assert lines == [unreadable]  # only runs newer than the resumable one are reported
 
 
-def test_a_run_that_is_being_trained_is_never_taken(runs_dir: Path) -> None:
+def test_resume_auto_never_takes_a_run_that_is_being_trained(runs_dir: Path) -> None:
     run = Run.create(runs_dir, "a")
     (run.path / "meta" / "full_config.json").write_text(json.dumps(Config().model_dump(mode="json")))
     lines: list[str] = []
@@ -211,7 +211,7 @@ def test_a_run_that_is_being_trained_is_never_taken(runs_dir: Path) -> None:
 def test_the_recorded_configuration_keeps_values_and_sources(run: Path, loader: ConfigLoader) -> None:
     loaded = recorded_config(run, loader)
     assert (loaded.config.model.n_layer, loaded.config.train.seed) == (2, 7)
-    assert loaded.config.train.batch_size == 12  # not what configs/ says today
+    assert loaded.config.train.batch_size == 12  # not the value in configs/
     assert (loaded.source("n_layer"), loaded.source("n_head")) == ("code", "default")
     sources = json.loads((run / "meta" / "config_sources.json").read_text())
     assert json.loads(json.dumps(loaded.sources_json())) == sources
@@ -235,7 +235,9 @@ def test_the_time_limit_of_a_session_is_not_inherited(runs_dir: Path, loader: Co
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"n_layer": 5}'])
-def test_without_sources_the_values_count(run: Path, loader: ConfigLoader, content: str | None) -> None:
+def test_without_recorded_sources_the_values_are_still_read(
+    run: Path, loader: ConfigLoader, content: str | None
+) -> None:
     sources = run / "meta" / "config_sources.json"
     if content is None:
         sources.unlink()
@@ -250,7 +252,7 @@ def test_without_sources_the_values_count(run: Path, loader: ConfigLoader, conte
 def test_a_run_of_an_older_version_keeps_its_settings_and_their_sources(run: Path, loader: ConfigLoader) -> None:
     config = json.loads((run / "meta" / "full_config.json").read_text())
     del config["inference"]
-    config["tracking"] |= {"qa_template": "Q {question}", "qa_stop": "A"}  # the section that they were in
+    config["tracking"] |= {"qa_template": "Q {question}", "qa_stop": "A"}  # their section in older versions
     (run / "meta" / "full_config.json").write_text(json.dumps(config))
     sources = {"qa_stop": {"value": "A", "source": "--qa-stop", "shadowed": []}}
     (run / "meta" / "config_sources.json").write_text(json.dumps(sources))
@@ -261,7 +263,9 @@ def test_a_run_of_an_older_version_keeps_its_settings_and_their_sources(run: Pat
     assert loaded.source("temperature") == "20260101_000000_base/meta/full_config.json"
 
 
-def test_a_configuration_outside_the_run_is_refused(run: Path, loader: ConfigLoader, tmp_path: Path) -> None:
+def test_a_configuration_that_is_linked_from_outside_the_run_is_refused(
+    run: Path, loader: ConfigLoader, tmp_path: Path
+) -> None:
     (run / "meta").rename(tmp_path / "meta")
     (run / "meta").symlink_to(tmp_path / "meta")
     with pytest.raises(ConfigError, match=r"full_config\.json: cannot be read: leads out of"):
@@ -269,7 +273,7 @@ def test_a_configuration_outside_the_run_is_refused(run: Path, loader: ConfigLoa
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_sources_may_be_linked_within_the_run_only(
+def test_sources_are_read_through_a_link_only_within_the_run(
     run: Path, loader: ConfigLoader, tmp_path: Path, inside: bool
 ) -> None:
     sources, target = run / "meta" / "config_sources.json", (run if inside else tmp_path) / "sources.json"
@@ -318,7 +322,7 @@ def test_a_fork_has_the_recorded_settings_and_any_override(run: Path, loader: Co
         (None, {"run_tag": "mine"}, "mine"),
     ],
 )
-def test_the_tag_of_a_fork_tells_it_from_its_parent(
+def test_the_tag_of_a_fork_differs_from_that_of_its_parent(
     runs_dir: Path, loader: ConfigLoader, tag: str | None, overrides: dict[str, str | bool], expected: str | None
 ) -> None:
     path = make(runs_dir, "20260102_000000", Config(tracking={"run_tag": tag}), tag=tag)
@@ -335,12 +339,12 @@ def test_a_tag_in_a_file_is_the_tag_of_the_fork(runs_dir: Path, loader: ConfigLo
 # ------------------------------------------------------------------------------------- pinned settings
 
 
-def test_the_values_that_auto_resolved_to_are_kept() -> None:
+def test_a_resume_pins_the_values_that_auto_resolved_to() -> None:
     record = {"resolved": {"device": "cuda:1", "dtype": "bfloat16", "threads": 3, "deterministic": False, "seed": 9}}
     pinned = pinned_settings(Config(), record)
     assert pinned == {"device": "cuda:1", "dtype": "bfloat16", "threads": 3, "deterministic": False}
     chosen = Config(train=TrainConfig(device="cuda:0", threads=5))
-    assert pinned_settings(chosen, record) == {"dtype": "bfloat16", "deterministic": False}  # what was not auto stays
+    assert pinned_settings(chosen, record) == {"dtype": "bfloat16", "deterministic": False}  # only what was auto
     config = pin(Config(train=TrainConfig(seed=7, threads=5)), pinned)
     train = config.train
     assert (train.device, train.dtype, train.threads, train.deterministic) == ("cuda:1", "bfloat16", 3, False)
@@ -354,7 +358,7 @@ def test_a_run_that_resolved_nothing_pins_nothing(record: dict[str, Any]) -> Non
     assert pin(Config(), {}) == Config()
 
 
-def test_what_is_put_on_top_is_a_layer_with_its_source(run: Path, loader: ConfigLoader) -> None:
+def test_put_on_top_adds_a_layer_with_its_source(run: Path, loader: ConfigLoader) -> None:
     below = loader.load()
     loaded = put_on_top(below, {"seed": 6, "note": "x"}, "here")
     assert [(setting.value, setting.source) for setting in loaded.layers["seed"]] == [(1337, "default"), (6, "here")]
@@ -371,7 +375,7 @@ AUTO = {"batch_size": "auto", "tokens_per_step": "640"}
 
 @pytest.fixture
 def searched(runs_dir: Path, loader: ConfigLoader) -> LoadedConfig:
-    """A recorded configuration whose batch was found."""
+    """A recorded configuration whose batch size was found by the search."""
     found = {"batch_size": 10, "gradient_accumulation_steps": 2, "tokens_per_step": None}
     loaded = put_on_top(loader.load((), AUTO), found, FOUND_BATCH)
     path = make(runs_dir, "20260101_000000_auto", loaded.config)
@@ -390,11 +394,11 @@ def test_the_search_that_found_the_batch_of_a_run_is_not_repeated(
     loaded = keep_batch(searched, loader.load_onto(searched, (), overrides))
     assert batch(loaded) == [10, 2, None]
     assert loaded.source("batch_size") == FOUND_BATCH
-    assert loaded.layers["batch_size"] == searched.layers["batch_size"]  # also after many resumes
+    assert loaded.layers["batch_size"] == searched.layers["batch_size"]  # no layer is added at each resume
     assert loaded.config.tracking.note == overrides.get("note", "")
 
 
-def test_a_search_whose_question_is_not_recorded_is_made_again(
+def test_the_search_is_repeated_if_its_settings_are_not_recorded(
     searched: LoadedConfig, runs_dir: Path, loader: ConfigLoader
 ) -> None:
     path = runs_dir / "20260101_000000_auto"
@@ -411,7 +415,7 @@ def test_a_search_whose_question_is_not_recorded_is_made_again(
 @pytest.mark.parametrize(
     "overrides", [{"batch_size": "auto"}, {"batch_size": "auto", "tokens_per_step": "1280"}, {"batch_size": "20"}]
 )
-def test_another_batch_than_was_asked_for_then_is_left_as_it_is(
+def test_a_batch_setting_other_than_the_recorded_one_is_left_alone(
     searched: LoadedConfig, loader: ConfigLoader, overrides: dict[str, str | bool]
 ) -> None:
     loaded = loader.load_onto(searched, (), overrides)
@@ -419,17 +423,19 @@ def test_another_batch_than_was_asked_for_then_is_left_as_it_is(
     assert batch(loaded)[0] == (20 if overrides["batch_size"] == "20" else "auto")
 
 
-def test_a_batch_that_was_named_is_not_kept_against_auto(run: Path, loader: ConfigLoader) -> None:
+def test_auto_does_not_replace_a_batch_size_that_was_set_explicitly(run: Path, loader: ConfigLoader) -> None:
     recorded = recorded_config(run, loader)
     loaded = keep_batch(recorded, loader.load_onto(recorded, (), {"batch_size": "auto"}))
     with pytest.raises(ConfigError, match=r"--batch-size: batch_size changes .* continues with 12, not auto"):
         check_overrides(run, recorded, loaded, {})
 
 
-# ------------------------------------------------------------------------------------- a file of a run made elsewhere
+# ------------------------------------------------------------------------------------- a file inside a foreign run
 
 
-def test_a_file_of_a_foreign_run_does_not_say_where_to_write(run: Path, loader: ConfigLoader, tmp_path: Path) -> None:
+def test_a_configuration_file_inside_a_foreign_run_cannot_choose_where_to_write(
+    run: Path, loader: ConfigLoader, tmp_path: Path
+) -> None:
     theirs, ours = run / "their.yaml", tmp_path / "ours.yaml"
     ours.write_text("runs_dir: ours\naim_repo: ours\n")
     theirs.write_text("runs_dir: theirs\ncorpora_dir: theirs\ndatasets_dir: theirs\naim_repo: theirs\nn_layer: 3\n")
@@ -450,11 +456,13 @@ def test_a_file_of_a_foreign_run_does_not_say_where_to_write(run: Path, loader: 
     assert places([theirs], trusted=True) == ["theirs", "theirs", "flag", "theirs"]
     (run / "run.json").write_text(json.dumps(record | {"made": made_here(tmp_path)}))
     assert places([theirs]) == ["theirs", "theirs", "flag", "theirs"]
-    (run / "run.json").unlink()  # in no run
+    (run / "run.json").unlink()  # no longer inside a run
     assert places([theirs]) == ["theirs", "theirs", "flag", "theirs"]
 
 
-def test_callbacks_of_a_file_of_a_foreign_run_need_trust(run: Path, loader: ConfigLoader, tmp_path: Path) -> None:
+def test_callbacks_of_a_configuration_file_inside_a_foreign_run_need_trust(
+    run: Path, loader: ConfigLoader, tmp_path: Path
+) -> None:
     theirs = run / "their.yaml"
     theirs.write_text("callbacks: [evil:Evil]\n")
     (run / "run.json").write_text(json.dumps(read_record(run) | {"host": "eve"}))

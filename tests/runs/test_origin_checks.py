@@ -1,4 +1,4 @@
-"""What a resume, a fork or a fine-tuning may change, and the reason for everything that it may not."""
+"""What a resume, a fork or a fine-tuning may change, and the messages about everything else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.runs.origin_checks import check_callbacks, check_fork, check_longer, 
 
 @pytest.fixture
 def loader(tmp_path: Path) -> ConfigLoader:
-    """Of a project folder with a configuration of its own, which must not reach a recorded one."""
+    """The loader of a project whose own configuration must not change a recorded one."""
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "train.yaml").write_text("batch_size: 24\n")
     return ConfigLoader(tmp_path)
@@ -31,7 +31,7 @@ def run(runs_dir: Path) -> Path:
 
 
 def refusal(run: Path, loader: ConfigLoader, resolved: dict[str, Any] | None = None, **overrides: str | bool) -> str:
-    """Why the run does not go on with these flags."""
+    """The message that refuses to resume the run with these flags."""
     recorded = recorded_config(run, loader)
     with pytest.raises(ConfigError) as caught:
         check_overrides(run, recorded, loader.load_onto(recorded, (), overrides), resolved or {})
@@ -41,7 +41,7 @@ def refusal(run: Path, loader: ConfigLoader, resolved: dict[str, Any] | None = N
 
 # ------------------------------------------------------------------------------------- overrides of a resume
 
-OTHER_VALUES = {  # valid, and not the default
+OTHER_VALUES = {  # valid values other than the defaults
     "dataset": "shakespeare",
     "shard": "fsdp",
     "unknown_token": "?",
@@ -100,8 +100,8 @@ OTHER_VALUES = {  # valid, and not the default
 }
 ONLY_ONE_VALUE = ("tokenizer",)
 LENGTHS = ("max_iters", "epochs")
-# Reported as the batch_size that it changes, and refused for the tokenizer, packing or architecture of the run.
-OF_ANOTHER = (
+# Not tested alone: tokens_per_step is reported as batch_size, and the others need another tokenizer, packing or model.
+DEPENDENT = (
     *("tokens_per_step", "special_tokens", "loss_after", "rope_scaling", "qk_norm_weights"),
     *("head_bias", "lora_alpha", "lora_dropout", "lora_targets"),
 )
@@ -116,8 +116,8 @@ def other_value(key: str) -> str | bool:
     return f"{default}x" if isinstance(default, str) else f"{(default or 1) * 2:g}"
 
 
-@pytest.mark.parametrize("key", [key for key in FIELDS if key not in (*ONLY_ONE_VALUE, *LENGTHS, *OF_ANOTHER)])
-def test_what_changes_no_numbers_may_be_overridden_and_all_else_is_refused(
+@pytest.mark.parametrize("key", [key for key in FIELDS if key not in (*ONLY_ONE_VALUE, *LENGTHS, *DEPENDENT)])
+def test_a_resume_may_override_only_settings_that_do_not_change_the_numbers(
     run: Path, loader: ConfigLoader, key: str
 ) -> None:
     value = other_value(key)
@@ -151,18 +151,18 @@ def test_a_setting_in_a_file_is_refused_with_its_line(run: Path, loader: ConfigL
         check_overrides(run, recorded, loader.load_onto(recorded, [tmp_path / "more.yaml"]), {})
 
 
-def test_an_override_that_says_what_is_so_already_is_none(run: Path, loader: ConfigLoader) -> None:
+def test_an_override_with_the_recorded_value_is_accepted(run: Path, loader: ConfigLoader) -> None:
     recorded = recorded_config(run, loader)
     check_overrides(run, recorded, loader.load_onto(recorded, (), {"seed": "7", "n_layer": "2", "bias": True}), {})
 
 
-def test_the_length_is_judged_elsewhere(run: Path, loader: ConfigLoader) -> None:
+def test_check_overrides_leaves_the_length_to_check_longer(run: Path, loader: ConfigLoader) -> None:
     recorded = recorded_config(run, loader)
     for override in ({"max_iters": "9"}, {"epochs": "2"}):
         check_overrides(run, recorded, loader.load_onto(recorded, (), override), {})
 
 
-def test_asking_for_the_value_that_auto_resolved_to_is_allowed(run: Path, loader: ConfigLoader) -> None:
+def test_an_override_with_the_value_that_auto_resolved_to_is_accepted(run: Path, loader: ConfigLoader) -> None:
     resolved = {"device": "cuda:1", "threads": 2, "n_kv_head": 4}
     recorded = recorded_config(run, loader)
     for flags in ({"device": "cuda:0"}, {"threads": "2"}, {"n_kv_head": "4"}):
@@ -175,7 +175,7 @@ def test_asking_for_the_value_that_auto_resolved_to_is_allowed(run: Path, loader
 
 
 def length_refusal(old: int, new: int, status: str = "interrupted", **settings: Any) -> str:
-    """Why a run that was started with `old` steps may not go on to `new`; empty: it may."""
+    """The message that refuses to extend a run from `old` to `new` steps, or an empty text if that is allowed."""
     config = Config(optimizer=OptimizerConfig(**settings), train=TrainConfig(max_iters=max(old, new)))
     record = {"resolved": derived_settings(config, old), "status": status, "last_step": old}
     try:
@@ -190,7 +190,7 @@ def test_an_incomplete_run_continues_to_its_end(status: str) -> None:
     assert length_refusal(100, 100, status) == ""
 
 
-def test_a_complete_run_does_not_go_on() -> None:
+def test_a_complete_run_is_not_resumed() -> None:
     assert length_refusal(2000, 2000, "completed") == (
         "a_run is complete (2,000 steps); a larger --max-iters continues it if the schedule allows that, "
         "--fork starts a new run from its checkpoint"
@@ -207,7 +207,7 @@ def test_a_complete_run_does_not_go_on() -> None:
         {"schedule": "linear", "lr_decay_iters": 80},  # the warmup follows the decay
     ],
 )
-def test_a_run_may_grow_where_its_schedule_does_not_depend_on_the_length(settings: dict[str, Any], status: str) -> None:
+def test_a_run_may_grow_if_its_schedule_does_not_depend_on_the_length(settings: dict[str, Any], status: str) -> None:
     assert length_refusal(100, 200, status, **settings) == ""
 
 
@@ -249,14 +249,14 @@ def test_a_run_that_ended_before_its_first_step_may_have_any_length() -> None:
     check_longer(Path("a_run"), {"status": "failed"}, Config(), 5)
 
 
-def test_a_run_that_stopped_early_does_not_go_on_whatever_its_length() -> None:
+def test_a_run_that_stopped_early_is_not_resumed_at_any_length() -> None:
     config = Config(optimizer=OptimizerConfig(schedule="constant", warmup_iters=0), train=TrainConfig(max_iters=200))
     record = {"resolved": derived_settings(config, 100), "status": "completed", "last_step": 40}
     with pytest.raises(ConfigError, match="a_run is complete: it stopped early at step 40"):
         check_longer(Path("a_run"), record, config, 200)
 
 
-# ------------------------------------------------------------------------------------- whose weights fit
+# ------------------------------------------------------------------------------------- weights that fit
 
 
 def model(**settings: Any) -> ModelConfig:
@@ -276,7 +276,7 @@ def misfit(own: ModelConfig, parent: ModelConfig) -> str:
     [
         ({}, {}),
         ({"dropout": 0.5}, {"dropout": 0.0}),
-        ({"n_kv_head": 2, "head_dim": 8, "ffn_dim": 64, "qkv_bias": True}, {}),  # what none comes to
+        ({"n_kv_head": 2, "head_dim": 8, "ffn_dim": 64, "qkv_bias": True}, {}),  # the values of none
         ({}, {"n_kv_head": 2, "head_dim": 8, "ffn_dim": 64}),
         ({"position": "rope", "block_size": 32}, {"position": "rope"}),
         ({"position": "rope", "block_size": 4}, {"position": "rope"}),
@@ -292,7 +292,7 @@ def test_weights_of_the_same_shapes_and_meaning_fit(own: dict[str, Any], parent:
     [
         ({"block_size": 16}, {}, "block_size 8, not 16", "--block-size 8"),
         ({"n_layer": 3}, {}, "n_layer 1, not 3", "--n-layer 1"),
-        ({"n_embd": 32}, {}, "n_embd 16, not 32", "--n-embd 16"),  # what derives from it is not listed
+        ({"n_embd": 32}, {}, "n_embd 16, not 32", "--n-embd 16"),  # settings derived from it are not listed
         ({"n_head": 4}, {}, "n_head 2, not 4", "--n-head 2"),
         ({"mlp": "swiglu"}, {}, "mlp gelu, not swiglu", "--mlp gelu"),
         ({"bias": False}, {}, "bias on, not off", "--bias"),
@@ -318,7 +318,7 @@ def test_weights_of_the_same_shapes_and_meaning_fit(own: dict[str, Any], parent:
         ),
     ],
 )
-def test_what_differs_is_named_with_the_flags_that_fit(
+def test_a_misfit_is_reported_with_the_flags_that_fit(
     own: dict[str, Any], parent: dict[str, Any], facts: str, flags: str
 ) -> None:
     message = misfit(model(**own), model(**parent))
@@ -337,7 +337,7 @@ def test_what_differs_is_named_with_the_flags_that_fit(
         ({}, {"n_kv_head": 1, "head_dim": 4, "ffn_dim": 40}),
     ],
 )
-def test_the_flags_that_are_said_to_fit_do(loader: ConfigLoader, own: dict[str, Any], parent: dict[str, Any]) -> None:
+def test_the_suggested_flags_fit(loader: ConfigLoader, own: dict[str, Any], parent: dict[str, Any]) -> None:
     words = misfit(model(**own), model(**parent)).split("; fitting: ")[1].split()
     overrides: dict[str, str | bool] = {}
     for index, word in enumerate(words):
@@ -358,21 +358,21 @@ def adapted(**settings: Any) -> OptimizerConfig:
 
 
 def lora_state(config: OptimizerConfig) -> dict[str, Any]:
-    """What a checkpoint of a run with these settings says of its adapters."""
+    """The adapter settings in a checkpoint of a run with this configuration."""
     return {"lora": {key: value for key, value in config.model_dump(mode="json").items() if key.startswith("lora_")}}
 
 
 @pytest.mark.parametrize(
     ("own", "state"),
     [
-        (OptimizerConfig(), {}),  # also of an older version
+        (OptimizerConfig(), {}),  # a checkpoint of an older version
         (OptimizerConfig(), lora_state(OptimizerConfig())),
         (adapted(), lora_state(adapted())),
-        (adapted(lora_alpha=adapted().adapter_alpha), lora_state(adapted())),  # what none comes to
+        (adapted(lora_alpha=adapted().adapter_alpha), lora_state(adapted())),  # the value of none
         (adapted(learning_rate=0.5, lora_dropout=0.5), lora_state(adapted())),
     ],
 )
-def test_a_fork_has_the_adapters_of_its_parent(own: OptimizerConfig, state: dict[str, Any]) -> None:
+def test_a_fork_with_the_adapters_of_its_parent_is_accepted(own: OptimizerConfig, state: dict[str, Any]) -> None:
     check_fork(own, state, "a_run")
 
 
@@ -386,9 +386,7 @@ def test_a_fork_has_the_adapters_of_its_parent(own: OptimizerConfig, state: dict
         (adapted(), OptimizerConfig(), "lora_rank none, not 2"),
     ],
 )
-def test_other_adapters_than_those_of_its_parent_are_refused(
-    own: OptimizerConfig, parent: OptimizerConfig, words: str
-) -> None:
+def test_a_fork_with_other_adapters_is_refused(own: OptimizerConfig, parent: OptimizerConfig, words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         check_fork(own, lora_state(parent), "a_run")
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""A patch cut into its files, whatever their names and lines look like."""
+"""Splitting a patch into its files, whatever their names and lines look like."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ new file mode 100644
 """
 
 
-def test_a_patch_is_cut_before_each_file_and_nowhere_else() -> None:
+def test_a_patch_is_split_before_each_file_and_nowhere_else() -> None:
     assert parts_of_patch(PLAIN + QUOTED) == [PLAIN, QUOTED]
     assert parts_of_patch(b"") == []
 
 
-def test_names_with_spaces_and_escaped_bytes_are_read() -> None:
+def test_file_names_with_spaces_and_escaped_bytes_are_decoded() -> None:
     assert [file_of(part) for part in (PLAIN, QUOTED)] == ["new b/x.py", "ü.py"]
 
 
-def test_the_lines_of_a_file_are_those_of_its_content() -> None:
+def test_the_lines_of_a_file_exclude_its_header() -> None:
     lines = {"new b/x.py": [" kept", "-old", "+diff --git a/x b/x"], "ü.py": ["+u"]}
     assert patched_files(PLAIN + QUOTED) == lines
     assert added_lines(PLAIN) == b"diff --git a/x b/x"

@@ -1,4 +1,4 @@
-"""Run directories: unique ids, the life of run.json, telling running from crashed, finding a run by name."""
+"""Run directories: unique ids, run.json from start to end, running or crashed, and finding a run by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ NOW = datetime(2026, 1, 31, 14, 25, 1)
 
 @pytest.fixture
 def public_dir() -> Iterator[Path]:
-    """A folder that every account can enter (pytest's own are closed to others)."""
+    """A folder that every user can open, unlike those of pytest."""
     path = Path(tempfile.mkdtemp())
     path.chmod(0o755)
     yield path
@@ -53,7 +53,7 @@ def public_dir() -> Iterator[Path]:
 
 
 def as_nobody(action: Callable[[], object]) -> Any:
-    """What `action` returns or raises in a process that has not root's rights."""
+    """What `action` returns or raises in a process without the rights of root."""
 
     def give_up_rights() -> None:
         if os.geteuid() == 0:
@@ -65,7 +65,7 @@ def as_nobody(action: Callable[[], object]) -> Any:
 
 
 def make(runs_dir: Path, run_id: str, **facts: Any) -> Path:
-    """A finished run, written by hand."""
+    """Write a completed run."""
     path = runs_dir / run_id
     path.mkdir(parents=True)
     record = {"schema_version": 1, "id": run_id, "status": "completed", "start": f"2026-01-01T00:00:00.{run_id}"}
@@ -81,12 +81,12 @@ def test_an_id_is_the_local_time_and_the_tag() -> None:
     assert before <= made <= datetime.now()
 
 
-def test_further_attempts_end_in_2_3_4() -> None:
+def test_further_ids_of_the_same_second_end_in_2_3_4() -> None:
     ids = run_ids("a", NOW)
     assert [next(ids) for _ in range(4)] == [f"20260131_142501_a{end}" for end in ("", "_2", "_3", "_4")]
 
 
-def test_the_same_second_and_tag_give_numbered_directories(runs_dir: Path) -> None:
+def test_runs_of_the_same_second_and_tag_have_numbered_directories(runs_dir: Path) -> None:
     names = [create_run_directory(runs_dir, "a", NOW).name for _ in range(3)]
     assert names == ["20260131_142501_a", "20260131_142501_a_2", "20260131_142501_a_3"]
     assert create_run_directory(runs_dir, None, NOW).name == "20260131_142501"
@@ -120,7 +120,7 @@ def test_50_processes_in_the_same_second_get_50_directories(runs_dir: Path) -> N
     assert {path.name for path in runs_dir.iterdir()} == expected
 
 
-def test_a_new_run_says_running_and_has_its_folders(runs_dir: Path) -> None:
+def test_a_new_run_has_its_record_notes_and_folders(runs_dir: Path) -> None:
     run = Run.create(runs_dir, "a", argv=["train.py", "--seed", "1"])
     record = json.loads((run.path / "run.json").read_text())
     assert record == run.record
@@ -138,7 +138,7 @@ def test_a_new_run_says_running_and_has_its_folders(runs_dir: Path) -> None:
     run.release()
 
 
-def test_run_json_follows_the_life_of_the_run(runs_dir: Path) -> None:
+def test_run_json_records_updates_and_the_end_of_the_run(runs_dir: Path) -> None:
     run = Run.create(runs_dir)
     run.update(last_step=5)
     run.update_view("aim", state="on")
@@ -169,7 +169,7 @@ def test_a_finished_status_is_final_whatever_the_lock_says(runs_dir: Path, statu
     assert read_status(run.path) == status
 
 
-def test_the_record_is_a_copy(runs_dir: Path) -> None:
+def test_changing_the_returned_record_does_not_change_the_run(runs_dir: Path) -> None:
     run = Run.create(runs_dir)
     run.record["views"]["aim"] = {}
     assert run.record["views"] == {}
@@ -182,13 +182,13 @@ def test_a_failure_while_creating_leaves_nothing_behind(runs_dir: Path, monkeypa
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_manager, "write_json", fail)
-    with pytest.raises(OSError, match=r"No space left on device: .*_a'"):  # not a mistake of the user
+    with pytest.raises(OSError, match=r"No space left on device: .*_a'"):  # an OSError, not a user error
         Run.create(runs_dir, "a")
     assert list(runs_dir.iterdir()) == []
 
 
 @pytest.mark.parametrize(("number", "status"), [(errno.ENOSPC, 1), (errno.EROFS, 1), (errno.EACCES, 2)])
-def test_a_disk_without_room_for_a_run_is_no_mistake_in_the_command(
+def test_a_full_or_read_only_disk_fails_with_1_and_missing_permission_with_2(
     number: int, status: int, tiny_argv: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_arguments: object) -> None:
@@ -198,24 +198,24 @@ def test_a_disk_without_room_for_a_run_is_no_mistake_in_the_command(
     assert train.main(tiny_argv()) == status
 
 
-def test_facts_that_cannot_be_written_leave_nothing_behind(runs_dir: Path) -> None:
+def test_a_record_that_is_not_json_leaves_nothing_behind(runs_dir: Path) -> None:
     with pytest.raises(TypeError):
         Run.create(runs_dir, "a", argv=object())
     assert list(runs_dir.iterdir()) == []
 
 
-def test_an_argument_that_is_no_text_is_recorded(runs_dir: Path) -> None:
+def test_an_argument_that_is_not_utf_8_is_recorded(runs_dir: Path) -> None:
     run = Run.create(runs_dir, "a", argv=["train.py", "--config", "\udcff.yaml"])  # a file name that is not UTF-8
     assert read_record(run.path)["argv"][2] == "\udcff.yaml"
 
 
-def test_a_file_in_place_of_the_runs_folder_is_told(runs_dir: Path) -> None:
+def test_a_file_in_place_of_the_runs_folder_is_reported(runs_dir: Path) -> None:
     runs_dir.write_text("")
     with pytest.raises(RunError, match=r"cannot create a run directory in .*runs"):
         Run.create(runs_dir)
 
 
-def test_a_read_only_runs_folder_is_told(public_dir: Path) -> None:
+def test_a_read_only_runs_folder_is_reported(public_dir: Path) -> None:
     public_dir.chmod(0o555)
     for runs in (public_dir, public_dir / "new"):
         error = as_nobody(functools.partial(Run.create, runs, "a"))
@@ -225,7 +225,7 @@ def test_a_read_only_runs_folder_is_told(public_dir: Path) -> None:
     assert list(public_dir.iterdir()) == []
 
 
-def test_others_may_read_the_status_of_a_run(public_dir: Path) -> None:
+def test_other_users_may_read_the_status_of_a_run(public_dir: Path) -> None:
     run = Run.create(public_dir / "runs", "a")
     assert as_nobody(lambda: read_status(run.path)) == "running"
     assert as_nobody(lambda: resolve_run("a", public_dir / "runs")) == run.path
@@ -233,7 +233,7 @@ def test_others_may_read_the_status_of_a_run(public_dir: Path) -> None:
     assert as_nobody(lambda: read_status(run.path)) == "crashed"
 
 
-def test_a_run_whose_process_let_go_of_the_lock_has_crashed(runs_dir: Path) -> None:
+def test_a_run_whose_process_lost_its_lock_has_crashed(runs_dir: Path) -> None:
     run = Run.create(runs_dir)
     assert not lock_is_free(run.path)
     assert read_status(run.path) == "running"
@@ -256,7 +256,7 @@ def test_a_killed_process_leaves_a_run_that_has_crashed_at_once(runs_dir: Path) 
         process.kill()
         assert process.wait() == -signal.SIGKILL
         assert read_status(path) == "crashed"
-    assert read_record(path)["status"] == "running"  # nobody wrote: the reader derives it
+    assert read_record(path)["status"] == "running"  # the reader infers the crash
 
 
 def test_a_run_on_another_host_is_judged_by_its_heartbeat(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -283,7 +283,7 @@ def test_a_run_on_another_host_is_judged_by_its_heartbeat(runs_dir: Path, monkey
         (b"{}", "is not the record of a run"),
     ],
 )
-def test_a_damaged_record_is_told(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_a_damaged_record_is_reported(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / "run.json").write_bytes(content)
     for read in (read_record, read_status):
@@ -292,7 +292,7 @@ def test_a_damaged_record_is_told(tmp_path: Path, content: bytes | None, message
 
 
 def test_runs_are_listed_by_start_then_id(runs_dir: Path) -> None:
-    make(runs_dir, "20260103_000000", start="2026-01-01T09:00:00.000+00:00")  # its clock was wrong
+    make(runs_dir, "20260103_000000", start="2026-01-01T09:00:00.000+00:00")  # its id is from a wrong clock
     make(runs_dir, "20260102_000000_b", start="2026-01-02T09:00:00.000+00:00")
     make(runs_dir, "20260102_000000_a", start="2026-01-02T09:00:00.000+00:00")
     (runs_dir / "no_run").mkdir()
@@ -318,20 +318,22 @@ def five_runs(runs_dir: Path) -> Path:
     ("name", "run_id"),
     [
         ("20260103_000000_wider", "20260103_000000_wider"),
-        ("20260101_000000_wide", "20260101_000000_wide"),  # an exact id, though a newer run has the tag
+        ("20260101_000000_wide", "20260101_000000_wide"),  # an exact id, although a newer run has the tag
         ("20260105_000000", "20260105_000000"),
         ("latest", "20260105_000000"),
-        ("wide", "20260102_000000_wide"),  # the exact tag, newest wins, though "wider" contains it too
+        ("wide", "20260102_000000_wide"),  # the newest with the exact tag, although "wider" contains it too
         ("deep", "20260104_000000_deep"),
         ("ider", "20260103_000000_wider"),
         ("20260104", "20260104_000000_deep"),
     ],
 )
-def test_a_run_is_found_by_id_latest_tag_and_part(five_runs: Path, name: str, run_id: str) -> None:
+def test_a_run_is_found_by_id_latest_tag_or_part_of_an_id(five_runs: Path, name: str, run_id: str) -> None:
     assert resolve_run(name, five_runs) == five_runs / run_id
 
 
-def test_a_path_comes_before_everything_else(five_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_takes_precedence_over_ids_and_tags(
+    five_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     elsewhere = make(tmp_path, "wide", tag="other")
     assert resolve_run(str(elsewhere), five_runs) == elsewhere
     assert resolve_run(f"{five_runs}/20260104_000000_deep/", five_runs) == five_runs / "20260104_000000_deep"
@@ -341,7 +343,7 @@ def test_a_path_comes_before_everything_else(five_runs: Path, tmp_path: Path, mo
     assert resolve_run("deep", five_runs).name == "20260104_000000_deep"
 
 
-def test_a_sweep_names_all_its_runs_and_none_of_them_alone(runs_dir: Path) -> None:
+def test_the_name_of_a_sweep_stands_for_all_its_runs(runs_dir: Path) -> None:
     paths = []
     for number in (1, 2):
         sweep = {"name": "grid", "id": "a1", "number": number, "place": 0}
@@ -354,7 +356,7 @@ def test_a_sweep_names_all_its_runs_and_none_of_them_alone(runs_dir: Path) -> No
     assert resolve_runs("grid", runs_dir) == [tagged]
 
 
-def test_an_exact_id_comes_before_a_tag_of_that_name(five_runs: Path) -> None:
+def test_an_exact_id_takes_precedence_over_an_equal_tag(five_runs: Path) -> None:
     make(five_runs, "20260106_000000_x", tag="20260101_000000_wide")
     assert resolve_run("20260101_000000_wide", five_runs).name == "20260101_000000_wide"
 
@@ -374,7 +376,7 @@ def test_an_exact_id_comes_before_a_tag_of_that_name(five_runs: Path) -> None:
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_no_run_or_several_are_reported_in_one_line(five_runs: Path, name: str, message: str) -> None:
+def test_an_unknown_or_ambiguous_run_is_reported_in_one_line(five_runs: Path, name: str, message: str) -> None:
     with pytest.raises(RunError) as caught:
         resolve_run(name, five_runs)
     assert message in str(caught.value)
@@ -382,7 +384,7 @@ def test_no_run_or_several_are_reported_in_one_line(five_runs: Path, name: str, 
 
 
 @pytest.mark.parametrize("name", ["latest", "wide", "20260101"])
-def test_without_runs_that_is_the_message(runs_dir: Path, name: str) -> None:
+def test_an_empty_folder_of_runs_is_reported(runs_dir: Path, name: str) -> None:
     with pytest.raises(RunError, match=f"no run {name}: .*runs has no runs yet"):
         resolve_run(name, runs_dir)
 
@@ -408,11 +410,11 @@ def test_a_record_that_is_a_folder_never_hides_the_good_runs(five_runs: Path) ->
     assert resolve_run("wide", five_runs).name == "20260102_000000_wide"
 
 
-# ------------------------------------------------------------------------------------- going on with a run
+# ------------------------------------------------------------------------------------- resuming a run
 
 
 def ended(runs_dir: Path, status: Any = "interrupted", **facts: Any) -> Path:
-    """A run whose process has released its lock; with status `running` it crashed."""
+    """A run whose lock was released; with status `running` it counts as crashed."""
     run = Run.create(runs_dir, "a", **facts)
     if status != "running":
         run.finish(status, "why", last_step=7)
@@ -420,7 +422,7 @@ def ended(runs_dir: Path, status: Any = "interrupted", **facts: Any) -> Path:
     return run.path
 
 
-def test_taking_over_a_run_changes_nothing_but_holds_it(runs_dir: Path) -> None:
+def test_resuming_takes_the_lock_and_changes_no_record(runs_dir: Path) -> None:
     path = ended(runs_dir)
     before = (path / "run.json").read_bytes()
     run = Run.resume(path)
@@ -457,7 +459,7 @@ def test_a_resumed_run_is_running_again_and_records_how_it_ended_before(runs_dir
     assert read_status(path) == "completed"
 
 
-def test_a_crash_is_recorded_as_such(runs_dir: Path) -> None:
+def test_a_resumed_run_records_that_it_had_crashed(runs_dir: Path) -> None:
     path = ended(runs_dir, "running")
     run = Run.resume(path)
     run.restart([], 0)
@@ -478,7 +480,7 @@ def test_each_session_is_kept_in_order(runs_dir: Path) -> None:
     assert [session["before"]["exit_reason"] for session in sessions] == ["why", "stopped after 5", "stopped after 9"]
 
 
-def test_a_record_without_resumes_can_go_on(runs_dir: Path) -> None:
+def test_a_record_without_the_field_resumes_can_be_resumed(runs_dir: Path) -> None:
     path = ended(runs_dir)
     record = read_record(path)
     del record["resumes"]
@@ -489,7 +491,7 @@ def test_a_record_without_resumes_can_go_on(runs_dir: Path) -> None:
     assert len(read_record(path)["resumes"]) == 1
 
 
-def test_a_run_that_is_being_trained_is_refused_with_process_and_host(runs_dir: Path) -> None:
+def test_resuming_a_run_that_is_being_trained_is_refused_with_process_and_host(runs_dir: Path) -> None:
     first = Run.create(runs_dir, "a")
     before = (first.path / "run.json").read_bytes()
     for _ in range(3):
@@ -504,7 +506,7 @@ def test_a_run_that_is_being_trained_is_refused_with_process_and_host(runs_dir: 
     Run.resume(first.path).release()
 
 
-def test_a_glance_at_the_lock_does_not_refuse_a_resume(runs_dir: Path) -> None:
+def test_a_reader_that_briefly_holds_the_lock_does_not_block_resuming(runs_dir: Path) -> None:
     path = ended(runs_dir)
     with open(path / "lock") as glance:
         fcntl.flock(glance, fcntl.LOCK_SH)
@@ -517,7 +519,7 @@ def test_a_glance_at_the_lock_does_not_refuse_a_resume(runs_dir: Path) -> None:
 def test_a_second_resume_is_refused_as_well(runs_dir: Path) -> None:
     path = ended(runs_dir)
     run = Run.resume(path)
-    with pytest.raises(RunLockedError):  # even before run.json says who it is
+    with pytest.raises(RunLockedError):  # even before run.json names the process
         Run.resume(path)
     run.release()
 
@@ -532,7 +534,7 @@ def take_over(path: Path, barrier: Barrier, done: Barrier, queue: Any) -> None:
     done.wait(60)
 
 
-def test_of_many_processes_one_takes_the_run(runs_dir: Path) -> None:
+def test_only_one_of_many_processes_resumes_the_run(runs_dir: Path) -> None:
     path = ended(runs_dir)
     barrier, done, queue = FORK.Barrier(8), FORK.Barrier(8), FORK.SimpleQueue()
     processes = [FORK.Process(target=take_over, args=(path, barrier, done, queue)) for _ in range(8)]
@@ -544,7 +546,7 @@ def test_of_many_processes_one_takes_the_run(runs_dir: Path) -> None:
     assert lock_is_free(path)
 
 
-def test_a_run_on_another_host_is_refused_while_its_heart_beats(runs_dir: Path) -> None:
+def test_a_run_on_another_host_is_not_resumed_while_its_heartbeat_is_fresh(runs_dir: Path) -> None:
     path = ended(runs_dir, "running", host="elsewhere", pid=5)
     with pytest.raises(RunLockedError, match=f"run {path.name} is being trained by process 5 on elsewhere"):
         Run.resume(path)
@@ -557,7 +559,7 @@ def test_a_run_on_another_host_is_refused_while_its_heart_beats(runs_dir: Path) 
     run.release()
 
 
-def test_a_run_without_its_lock_file_can_go_on(runs_dir: Path) -> None:
+def test_a_run_without_its_lock_file_can_be_resumed(runs_dir: Path) -> None:
     path = ended(runs_dir)
     (path / "lock").unlink()
     run = Run.resume(path)
@@ -571,7 +573,7 @@ def test_a_folder_that_is_not_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_of_someone_else_cannot_go_on(public_dir: Path) -> None:
+def test_a_run_of_another_user_cannot_be_resumed(public_dir: Path) -> None:
     path = ended(public_dir / "runs")
     error = as_nobody(functools.partial(Run.resume, path))
     assert isinstance(error, RunError)

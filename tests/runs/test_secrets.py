@@ -1,4 +1,4 @@
-"""What looks like a credential, what only sounds like one, and URLs without them."""
+"""Finding and removing credentials in texts and URLs, and harmless text that resembles them."""
 
 from __future__ import annotations
 
@@ -91,20 +91,20 @@ def test_a_credential_on_the_line_after_its_name_is_found() -> None:
     assert without_secrets(content) == b'TOKEN = (\n    "***"\n)\n'
 
 
-def test_of_a_private_key_nothing_is_left_and_what_overlaps_is_removed_once() -> None:
+def test_a_private_key_is_removed_whole_and_overlapping_matches_once() -> None:
     key = "-----BEGIN PRIVATE KEY-----\nMIIEvQIBADANBgkq\n-----END PRIVATE KEY-----"
     assert without_secrets(f"a\n{key}\nb".encode()) == b"a\n***\nb"
     assert without_secrets(b"token = 'ghp_abcdefghijklmnopqrstuvwxyz0123456789'; x") == b"token = '***'; x"
 
 
 @pytest.mark.parametrize("text", HARMLESS)
-def test_what_only_sounds_like_a_credential_is_none(text: str) -> None:
+def test_harmless_text_that_resembles_a_credential_is_kept(text: str) -> None:
     assert find_secret(text.encode()) is None
     assert without_secrets(text.encode()) == text.encode()
 
 
 @pytest.mark.parametrize("word", ["a", "a.", "key", "token = ", "://", '"', "password:", "-----BEGIN "])
-def test_the_longest_line_takes_no_time(word: str) -> None:
+def test_a_very_long_line_is_searched_in_seconds(word: str) -> None:
     start = time.monotonic()
     find_secret((word * (100_000 // len(word))).encode())
     assert time.monotonic() - start < 10
@@ -147,7 +147,7 @@ def test_the_url_of_a_remote_is_recorded_without_credentials(url: str, expected:
     assert clean_url(url) == expected
 
 
-def test_a_long_name_beside_a_value() -> None:
-    """The quick look for names sees all that the pattern for them matches."""
+def test_a_credential_with_a_very_long_name_is_found() -> None:
+    """The fast search for names must find every name that the full pattern matches."""
     name = f"password{'-c2Bc55fEc0EB_Z-6aXf1b_D16f59Ef2e-abcde'}"
     assert without_secrets(f"{name}: AF-AY5ebdFfF_f2d\n".encode()) == f"{name}: ***\n".encode()

@@ -1,4 +1,4 @@
-"""A run directory that somebody sends: it runs no code of its own, and says where nothing is written."""
+"""A run directory from someone else: it runs no code without consent and cannot choose where files are written."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from utils.errors import UserError
 from utils.experiments.reproduce import reproduce
 from utils.runs import trust
 from utils.runs.index import read_run
-from utils.runs.origin import LOCAL_PATH, Origin, config_of_fork, recorded_config
-from utils.runs.origin_checks import check_callbacks
+from utils.runs.origin import LOCAL_PATH, config_of_fork, recorded_config
 from utils.runs.run import read_record
 from utils.runs.trust import check_callback_place, made_elsewhere, made_here, require_trust
 from utils.tracking.rebuild import recorded_settings
@@ -49,14 +48,16 @@ def change(run: Path, **facts: Any) -> None:
         ({"made": {"host": socket.gethostname()}}, "in an unknown folder"),
         ({"place": {"path": "/home/eve/project/runs/x"}}, "in /home/eve/project/runs"),
         ({"place": {"path": str(ROOT / "other" / "x")}}, None),
-        ({"resumes": [{"before": {"host": "eve"}}]}, "on eve"),  # a resume without --trust makes it no run of here
+        ({"resumes": [{"before": {"host": "eve"}}]}, "on eve"),  # also after it was resumed here without --trust
     ],
 )
-def test_where_a_run_was_made(runs_dir: Path, facts: dict[str, Any], where: str | None) -> None:
+def test_made_elsewhere_names_the_host_or_folder_that_made_a_run(
+    runs_dir: Path, facts: dict[str, Any], where: str | None
+) -> None:
     assert made_elsewhere(make_run(runs_dir, "x", **facts), ROOT) == where
 
 
-def test_without_a_terminal_nothing_is_asked_and_with_one_a_person_decides(
+def test_trust_is_asked_for_on_a_terminal_and_refused_without_one(
     runs_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(runs_dir, "x", host="eve\x1b[2J")
@@ -78,24 +79,7 @@ def test_without_a_terminal_nothing_is_asked_and_with_one_a_person_decides(
         assert "\x1b" not in printed
 
 
-def test_callbacks_that_only_a_foreign_record_names_need_trust(runs_dir: Path, tmp_path: Path) -> None:
-    loader = ConfigLoader(tmp_path)
-    run = make_run(runs_dir, "x", host="eve", settings={"callbacks": ["evil:Evil"]})
-
-    def check(loader: ConfigLoader, overrides: dict[str, str | bool], trusted: bool = False) -> None:
-        origin = Origin("fork", run, trusted=trusted)
-        check_callbacks(origin, config_of_fork(run, loader, (), overrides), loader)
-
-    with pytest.raises(UserError, match=r"callback evil:Evil \(not found\); --trust allows it"):
-        check(loader, {})
-    check(loader, {}, trusted=True)
-    check(loader, {"callbacks": "evil:Evil"})  # named by the user
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "train.yaml").write_text("callbacks: [evil:Evil]\n")
-    check(ConfigLoader(tmp_path), {})  # what this project runs anyway
-
-
-def test_a_foreign_run_does_not_say_where_to_write(runs_dir: Path, tmp_path: Path) -> None:
+def test_a_foreign_run_cannot_choose_where_to_write(runs_dir: Path, tmp_path: Path) -> None:
     places = {"runs_dir": str(tmp_path / "a"), "aim_repo": str(tmp_path / "b"), "corpora_dir": str(tmp_path / "c")}
     (tmp_path / "a").mkdir()
     loader = ConfigLoader(tmp_path)
@@ -120,7 +104,7 @@ def test_a_callback_is_never_imported_from_inside_a_run(
     (tmp_path / "package").symlink_to(run)
     for place in (run, run.parent, tmp_path):
         monkeypatch.syspath_prepend(place)
-    for runs_dir in (tmp_path / "runs", tmp_path / "elsewhere"):  # also a run that lies elsewhere
+    for runs_dir in (tmp_path / "runs", tmp_path / "elsewhere"):  # also if the folder of runs is another one
         with pytest.raises(UserError, match=r"callbacks: .*inside a run"):
             check_callback_place(f"{module}:Evil", runs_dir, tmp_path)
     assert not marker.exists()
@@ -134,7 +118,7 @@ def test_the_project_itself_may_be_the_folder_of_the_runs(tmp_path: Path, monkey
         check_callback_place("mine:Mine", tmp_path, ROOT)
 
 
-def test_the_code_of_a_foreign_run_is_reproduced_with_trust_only(runs_dir: Path, tmp_path: Path) -> None:
+def test_the_code_of_a_foreign_run_is_reproduced_only_with_trust(runs_dir: Path, tmp_path: Path) -> None:
     run = read_run(make_run(runs_dir, "x", host="eve", patch=PATCH, settings={"callbacks": ["evil:Evil"]}))
     with pytest.raises(UserError, match=r"callback evil:Evil \(not found\); meta/code.patch, which changes model.py"):
         reproduce(run, ROOT)
@@ -144,8 +128,8 @@ def test_the_code_of_a_foreign_run_is_reproduced_with_trust_only(runs_dir: Path,
         reproduce(run, ROOT, trusted=True)
 
 
-def test_what_a_patch_changes_is_what_git_would_change(runs_dir: Path) -> None:
-    hidden = "--- a/train.py\n+++ b/train.py\n@@ -0,0 +1 @@\n+evil()\n"  # git applies it without a line `diff --git`
+def test_the_files_of_a_patch_are_those_that_git_would_change(runs_dir: Path) -> None:
+    hidden = "--- a/train.py\n+++ b/train.py\n@@ -0,0 +1 @@\n+evil()\n"  # git needs no line `diff --git`
     run = read_run(make_run(runs_dir, "x", host="eve", patch=hidden + PATCH))
     with pytest.raises(UserError, match=r"meta/code.patch, which changes train.py, model.py; --trust"):
         reproduce(run, ROOT)
@@ -159,7 +143,7 @@ def test_the_configuration_of_a_foreign_run_needs_trust_in_a_notebook_too(runs_d
     assert workbench.load_config(run / "meta" / "full_config.json", callbacks=[]).train.callbacks == ()
 
 
-def test_the_configuration_of_a_foreign_run_does_not_say_where_to_write(runs_dir: Path) -> None:
+def test_the_configuration_of_a_foreign_run_cannot_choose_where_to_write(runs_dir: Path) -> None:
     settings = {"runs_dir": "/home/eve/runs", "aim_repo": "aim://eve:53800", "n_layer": 3}
     file = make_run(runs_dir, "x", host="eve", settings=settings) / "meta" / "full_config.json"
     config = workbench.load_config(file)
@@ -168,7 +152,7 @@ def test_the_configuration_of_a_foreign_run_does_not_say_where_to_write(runs_dir
     assert workbench.load_config(file, runs_dir="mine").tracking.runs_dir == "mine"
 
 
-def test_the_scripts_refuse_what_a_foreign_run_names_and_run_it_when_trusted(
+def test_scripts_run_the_callbacks_of_a_foreign_run_only_with_trust(
     tiny_argv: Argv,
     tmp_path: Path,
     only_run: Callable[[], Path],

@@ -1,4 +1,4 @@
-"""Several writers of one JSON file: none undoes what another has written, and none waits forever."""
+"""Several writers of one JSON file: none overwrites the change of another, and none waits forever."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WRITERS, EACH = 4, 15
 
 
 def in_processes(code: str, folder: Path) -> None:
-    """Run `code` in WRITERS processes at once; it knows `path` and `number`."""
+    """Run `code` in WRITERS processes at once, with the variables `path` and `number`."""
     begin = "import sys; from pathlib import Path; path, number = Path(sys.argv[1]), sys.argv[2]\n"
     command = [sys.executable, "-c", begin + code, str(folder)]
     processes = [subprocess.Popen([*command, str(number)], cwd=ROOT) for number in range(WRITERS)]
@@ -46,10 +46,10 @@ def test_no_promotion_is_lost(tmp_path: Path) -> None:
     assert [version["version"] for version in versions] == [*range(1, WRITERS * EACH + 1)]
 
 
-def test_a_new_tag_and_the_status_of_a_training_do_not_undo_each_other(tmp_path: Path) -> None:
+def test_a_new_tag_and_the_status_of_a_training_do_not_overwrite_each_other(tmp_path: Path) -> None:
     path = make_run(tmp_path, "run", tag="old")
     run = Run.resume(path)
-    utils.files.change_json(path / RECORD, lambda record: {**record, "tag": "new"})  # as an `edit` that began before
+    utils.files.change_json(path / RECORD, lambda record: {**record, "tag": "new"})  # like an `edit` that began earlier
     run.restart(["train.py"], 0)
     run.update_view("aim", state="on")
     record = read_record(path)
@@ -61,7 +61,9 @@ def test_a_new_tag_and_the_status_of_a_training_do_not_undo_each_other(tmp_path:
     assert (edit_result["tag"], record["tag"], record["status"]) == ("newer", "newer", "completed")
 
 
-def test_what_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_that_could_not_be_written_is_written_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = Run.create(tmp_path)
 
     def full(*_: object) -> None:
@@ -76,7 +78,7 @@ def test_what_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch:
     run.release()
 
 
-def test_a_record_that_was_deleted_while_it_trained_is_written_again(tmp_path: Path) -> None:
+def test_a_record_that_was_damaged_during_training_is_written_again(tmp_path: Path) -> None:
     run = Run.create(tmp_path)
     (run.path / RECORD).write_bytes(b"\xff")
     run.finish("completed")
@@ -92,7 +94,7 @@ def test_a_lock_that_is_never_released_is_reported(tmp_path: Path, monkeypatch: 
     edit(run, note="text")
 
 
-def test_a_change_that_fails_leaves_the_file_and_the_lock(tmp_path: Path) -> None:
+def test_a_change_that_fails_leaves_the_file_and_releases_the_lock(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text("1")
     with pytest.raises(ZeroDivisionError):
         change_json(tmp_path / "a.json", lambda value: value / 0)
@@ -100,7 +102,7 @@ def test_a_change_that_fails_leaves_the_file_and_the_lock(tmp_path: Path) -> Non
     assert change_json(tmp_path / "a.json", lambda value: value + 1) == 2
 
 
-def test_what_is_put_aside_replaces_nothing(tmp_path: Path) -> None:
+def test_putting_a_file_aside_overwrites_no_other(tmp_path: Path) -> None:
     for content in ("first", "second"):
         (tmp_path / "a").write_text(content)
         put_aside(tmp_path / "a")
@@ -109,7 +111,7 @@ def test_what_is_put_aside_replaces_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", ["resumes", "resolved", "parent", "views", "git", "last_step", "summary"])
-def test_a_record_with_a_wrong_type_is_one_line(field: str, tmp_path: Path) -> None:
+def test_a_record_with_a_field_of_the_wrong_type_is_reported_in_one_line(field: str, tmp_path: Path) -> None:
     path = make_run(tmp_path, "run", **{field: "text"})
     with pytest.raises(RunError, match=f"has invalid fields: {field}"):
         Run.resume(path)

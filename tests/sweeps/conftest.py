@@ -1,4 +1,4 @@
-"""A sweep without any training."""
+"""Sweeps whose trials are not trained, or trained by the stand-in."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from utils.config.settings import Config, TrackingConfig, TrainConfig
+from utils.sweeps import trial
 from utils.sweeps.folder import Plan, Sweep, open_sweep
 from utils.sweeps.space import Dimension, Goal, Space
 
@@ -17,8 +18,14 @@ MakeSweep = Callable[..., Sweep]
 
 
 @pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials are trained by stand_in.py, in a fifth of a second."""
+    monkeypatch.setattr(trial, "TRAIN", "tests/sweeps/stand_in.py")
+
+
+@pytest.fixture
 def make_sweep(tmp_path: Path) -> MakeSweep:
-    """Make or open a sweep below tmp_path, with the random sampler; `facts` are those of its plan."""
+    """Make or open a sweep below tmp_path with the random sampler; `facts` are fields of its plan."""
 
     def make(
         seeds: Any = 1,

@@ -1,11 +1,11 @@
-"""Stand-ins for training, without torch: a run directory, log and checkpoints as training leaves them, in 0.2 s.
+"""A stand-in for training, without torch: leaves a run directory, log and checkpoints as training does, in 0.2 s.
 
-    python stand_in.py sweep SPACE.yaml ...     sweep.py, whose trials are trained by this file
-    python stand_in.py FLAGS                    train.py
+    python stand_in.py sweep SPACE.yaml ...     like sweep.py, with trials that this file trains
+    python stand_in.py FLAGS                    like train.py
 
 The loss at step k is |log10(learning_rate) + 3| + 1 / (k + 1) + the distance of n_embd from 32. A learning rate above
-0.5 diverges, one of exactly 0.25 fails. With `patience` a run ends at that step. SWEEP_STEP_SECONDS is the time that a
-step takes.
+0.5 diverges, one of exactly 0.25 fails. With `patience` a run stops early at that step. SWEEP_STEP_SECONDS is the time
+that a step takes.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def checkpoint_of(path: Path) -> int:
 
 
 def cut(path: Path, step: int) -> None:
-    """Cut the log back to the checkpoint, whose evaluation is made again."""
+    """Cut the log back to the checkpoint; its evaluation is repeated."""
     log = path / LOGS / "metrics.jsonl"
     if log.is_file():
         kept = [line for line in log.read_bytes().splitlines(True) if line.endswith(b"\n")]

@@ -1,4 +1,4 @@
-"""A driver and the processes of its trials, which a stand-in for training makes short."""
+"""A driver and the processes of its trials, which a stand-in trains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from utils.runs.index import read_index
 from utils.runs.layout import CONFIG, LOGS
 from utils.runs.log import RunLog
 from utils.runs.run import Run, read_record
-from utils.sweeps import trial as trials
 from utils.sweeps.driver import Driver
 from utils.sweeps.folder import Sweep, open_sweep
 from utils.sweeps.pruning import Pruner
@@ -37,13 +36,8 @@ STAND_IN = "tests/sweeps/stand_in.py"
 MakeSweep = Callable[..., Sweep]
 
 
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "TRAIN", STAND_IN)
-
-
 def rooted(sweep: Sweep) -> Sweep:
-    """The sweep, with the scripts of this project."""
+    """The sweep with this project as its root, whose scripts can be run."""
     return replace(sweep, root=ROOT)
 
 
@@ -52,8 +46,8 @@ def choices(*rates: float) -> Space:
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_trials_that_fail_or_diverge_do_not_end_a_sweep(make_sweep: MakeSweep) -> None:
-    """0.25 fails and 0.6 diverges in the stand-in; n_embd must be a multiple of n_head, 4."""
+def test_failed_and_diverged_trials_do_not_end_a_sweep(make_sweep: MakeSweep) -> None:
+    """In the stand-in, 0.25 fails and 0.6 diverges; n_embd must be a multiple of n_head, 4."""
     space = Space((Dimension("learning_rate", "choice", (0.25, 0.6, 0.01)), Dimension("n_embd", "choice", (30, 32))))
     sweep = rooted(make_sweep(space=space, sampler="grid", max_iters=2))
     study, ended = Study(sweep), []
@@ -75,7 +69,7 @@ def test_trials_that_fail_or_diverge_do_not_end_a_sweep(make_sweep: MakeSweep) -
 
 
 def test_too_many_failures_in_a_row_end_a_sweep(make_sweep: MakeSweep) -> None:
-    """Values that do not fit each other fail before a process is started."""
+    """Incompatible values fail before a process is started."""
     space = Space((Dimension("n_embd", "range", (33, 63, 2), whole=True),))
     sweep = rooted(make_sweep(space=space, sampler="grid"))
     ending = Driver(sweep, Study(sweep), 9, 1, 2).run()
@@ -87,10 +81,10 @@ def test_too_many_failures_in_a_row_end_a_sweep(make_sweep: MakeSweep) -> None:
 
 
 @pytest.mark.parametrize("status", ["running", "interrupted"])
-def test_a_run_that_refuses_to_resume_fails_its_trial(
+def test_a_run_that_cannot_be_resumed_fails_its_trial_without_another_attempt(
     make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch, status: str
 ) -> None:
-    """`running` is what run.json says of a run that was killed."""
+    """The status in run.json is still `running` after a kill."""
     sweep = rooted(make_sweep())
     study = Study(sweep)
     work = study.claim(1)
@@ -104,7 +98,7 @@ def test_a_run_that_refuses_to_resume_fails_its_trial(
 
     def refuse(_: TrialRunner, command: list[str], _work: Work, _place: int, _activity: object, output: Path) -> tuple:
         commands.append(command)
-        assert len(commands) == 1, "it was started again"
+        assert len(commands) == 1, "the trial was started again"
         output.write_text("error: no checkpoint can be read\n")
         return 2, False
 
@@ -116,7 +110,7 @@ def test_a_run_that_refuses_to_resume_fails_its_trial(
 
 @pytest.mark.usefixtures("stand_in")
 @pytest.mark.parametrize("pruner", [Pruner("asha", (2, 4), 2), Pruner("pbt", (2, 4), population=2)])
-def test_a_trial_that_stops_early_before_its_rung_is_complete(
+def test_a_trial_that_stops_early_before_its_rung_counts_as_complete(
     make_sweep: MakeSweep, tmp_path: Path, pruner: Pruner
 ) -> None:
     train, tracking = TrainConfig(max_iters=4, patience=1), TrackingConfig(runs_dir=str(tmp_path / "runs"))
@@ -132,7 +126,9 @@ def test_a_trial_that_stops_early_before_its_rung_is_complete(
     [("enough, says a callback", True), ("max_minutes (1) are almost over", True), ("SIGTERM, at once", False),
      ("SIGHUP", False), ("stop_at_step (5) is reached", False)],
 )  # fmt: skip
-def test_a_run_that_stopped_by_itself_is_not_continued(make_sweep: MakeSweep, reason: str, done: bool) -> None:
+def test_a_run_is_continued_only_if_a_signal_or_the_sweep_stopped_it(
+    make_sweep: MakeSweep, reason: str, done: bool
+) -> None:
     sweep = rooted(make_sweep())
     run = Run.create(sweep.runs_dir, "x")
     run.finish("interrupted", reason, last_step=7)
@@ -143,7 +139,7 @@ def test_a_run_that_stopped_by_itself_is_not_continued(make_sweep: MakeSweep, re
     assert runner._is_done(run.path, 8) == done
 
 
-def test_the_median_rule_does_not_end_a_trial_at_its_last_evaluation(
+def test_the_median_rule_does_not_stop_a_trial_at_its_last_evaluation(
     make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = rooted(make_sweep(pruner=Pruner("median", (10,)), max_iters=20))
@@ -165,8 +161,8 @@ def test_the_median_rule_does_not_end_a_trial_at_its_last_evaluation(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("stand_in")
-def test_seeds_of_a_trial_pause_at_rungs_and_go_on(make_sweep: MakeSweep) -> None:
-    """Two trials of two seeds with one rung: the better one goes on from its checkpoints, in the same directories."""
+def test_all_seeds_of_a_promoted_trial_continue_from_their_checkpoints(make_sweep: MakeSweep) -> None:
+    """Of two trials with two seeds, the better one continues after the rung, in the same run directories."""
     sweep = make_sweep(space=Space((Dimension("learning_rate", "choice", (0.1, 0.01)),), seeds=2), sampler="grid",
                        pruner=Pruner("asha", (2, 4), 2), max_iters=4)  # fmt: skip
     sweep = rooted(sweep)
@@ -188,8 +184,8 @@ def test_seeds_of_a_trial_pause_at_rungs_and_go_on(make_sweep: MakeSweep) -> Non
 
 
 @pytest.mark.slow
-def test_a_driver_stops_on_a_signal_and_another_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The trainings stop with a checkpoint, exit status 143; --resume continues them; --json is the result."""
+def test_a_driver_stops_on_a_signal_and_another_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainings of the first driver save checkpoints, which the one with --resume continues."""
     monkeypatch.setenv("SWEEP_STEP_SECONDS", "0.1")
     (tmp_path / "lr.yaml").write_text("learning_rate: {log: [1e-4, 1e-1]}\n")
     words = [sys.executable, STAND_IN, "sweep", str(tmp_path / "lr.yaml"), f"--runs-dir={tmp_path / 'runs'}"]
@@ -215,7 +211,7 @@ def test_a_driver_stops_on_a_signal_and_another_goes_on(tmp_path: Path, monkeypa
     assert re.search(rf"train\.py --config \S+/meta/full_config\.json {flags}$", longer)
 
 
-def test_seconds_to_a_loss_leave_out_the_time_between_sessions(tmp_path: Path) -> None:
+def test_seconds_to_a_loss_exclude_the_time_between_sessions(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     start = "2026-01-31T12:00:00+00:00"
     record = {"schema_version": 1, "status": "completed", "start": start}
@@ -230,8 +226,8 @@ def test_seconds_to_a_loss_leave_out_the_time_between_sessions(tmp_path: Path) -
     assert seconds_to_loss(tmp_path, 1.0) is None
 
 
-def test_the_journal_is_that_of_its_own_sweep(make_sweep: MakeSweep, tmp_path: Path) -> None:
-    """A folder that was moved or renamed keeps its id and the name in the tags, and so its runs."""
+def test_a_moved_sweep_keeps_its_id_trials_and_runs(make_sweep: MakeSweep, tmp_path: Path) -> None:
+    """The runs are found by the id and the name that the sweep had at first."""
     sweep = make_sweep()
     Study(sweep).claim(1).release()  # type: ignore[union-attr]
     run = Run.create(sweep.runs_dir, sweep.tag(0), sweep={"name": "lr", "id": sweep.id, "number": 0, "place": 0})

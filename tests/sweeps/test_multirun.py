@@ -20,7 +20,7 @@ from utils.sweeps.multirun import space_of
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_words_are_a_grid() -> None:
+def test_the_words_of_multirun_define_a_grid() -> None:
     space = space_of(["learning-rate=1e-3,3e-3", "seed=1,2", "bias=true", "warmup_iters=none,5"])
     assert [(one.key, one.values) for one in space.dimensions] == [
         ("learning_rate", (1e-3, 3e-3)),
@@ -33,13 +33,13 @@ def test_words_are_a_grid() -> None:
 @pytest.mark.parametrize(
     ("word", "values"),
     [
-        ("rope_scaling=none,linear", ("none", "linear")),  # where none is one of the words, it is no missing value
+        ("rope_scaling=none,linear", ("none", "linear")),  # here none is a choice, not a missing value
         ("packing=none,documents", ("none", "documents")),
         ("logit_softcap=None,30", (None, 30)),
         ("bias=yes,off", (True, False)),
     ],
 )
-def test_a_word_means_what_it_means_in_a_file(word: str, values: tuple[object, ...]) -> None:
+def test_a_value_means_the_same_as_in_a_configuration_file(word: str, values: tuple[object, ...]) -> None:
     (dimension,) = space_of([word]).dimensions
     assert dimension.values == values
 
@@ -64,7 +64,7 @@ def test_a_word_means_what_it_means_in_a_file(word: str, values: tuple[object, .
         ("bias=true,maybe", "--multirun: bias: expected true or false, got 'maybe'"),
     ],
 )
-def test_a_mistake_is_one_line(word: str, message: str) -> None:
+def test_a_mistake_is_reported_in_one_line(word: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         space_of([word])
     (line,) = str(error.value).splitlines()
@@ -72,14 +72,16 @@ def test_a_mistake_is_one_line(word: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("tag", ["_a", "a" * 51])
-def test_a_tag_that_cannot_name_a_sweep(tag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tag_that_cannot_name_a_sweep_is_rejected(
+    tag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train.main(["--multirun", "seed=1,2", f"--run-tag={tag}", f"--runs-dir={tmp_path / 'runs'}"]) == 2
     assert capsys.readouterr().err.startswith("error: --run-tag: the name of a sweep is a letter or digit, then")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_runs_are_trained_compared_and_not_trained_again(tmp_path: Path) -> None:
+def test_multirun_trains_each_combination_once_and_compares_the_runs(tmp_path: Path) -> None:
     words = [sys.executable, "tests/sweeps/stand_in.py", f"--runs-dir={tmp_path / 'runs'}", "--max-iters=2"]
     words += ["--eval-interval=1", "--run-tag=grid", "--jobs=2", "--multirun", "learning_rate=1e-3,1e-2", "seed=1,2"]
     first = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Population-based training: who is replaced by a fork of whom, and that a study which was disturbed ends the same."""
+"""Population-based training: which members forks replace, and that a killed study ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import pytest
 from utils.errors import UserError
 from utils.runs.find import list_run_paths
 from utils.runs.run import read_record
-from utils.sweeps import trial as trials
 from utils.sweeps.driver import Driver
 from utils.sweeps.folder import Sweep
 from utils.sweeps.population import CHANGEABLE, check_population, forks, perturbed
@@ -31,7 +30,7 @@ BATCH = Dimension("batch_size", "choice", (8, 16, 32))
 MakeSweep = Callable[..., Sweep]
 
 
-def test_the_worst_quarter_continues_from_the_best() -> None:
+def test_the_worst_quarter_is_replaced_by_forks_of_the_best() -> None:
     values = {number: {"learning_rate": 0.01, "batch_size": 8} for number in range(8)}
     members, losses = {number: number for number in range(8)}, {number: 8.0 - number for number in range(8)}
     space = Space((RATE, BATCH))
@@ -48,7 +47,7 @@ def test_the_worst_quarter_continues_from_the_best() -> None:
     assert {fork.replaced for fork in forks(space, 0, 3, members, losses, values, maximize=True)} == {6, 7}
 
 
-def test_members_that_were_lost_are_replaced_first() -> None:
+def test_lost_members_are_replaced_first() -> None:
     values = {number: {"learning_rate": 0.01} for number in range(4)}
     members = {number: number for number in range(4)}
     replaced = [
@@ -73,11 +72,11 @@ def test_members_that_were_lost_are_replaced_first() -> None:
         (Dimension("batch_size", "choice", (8,)), 8, {8}),
     ],
 )
-def test_a_perturbed_value_is_a_near_one(dimension: Dimension, value: Any, expected: set[Any]) -> None:
+def test_a_perturbed_value_is_close_to_the_old_one(dimension: Dimension, value: Any, expected: set[Any]) -> None:
     assert {perturbed(dimension, value, random.Random(seed)) for seed in range(30)} == expected
 
 
-def test_rungs_are_one_generation_apart_and_the_population_is_kept() -> None:
+def test_population_training_has_evenly_spaced_rungs_and_a_fixed_population() -> None:
     pruner = make_pruner("pbt", 100, 30, None, 8)
     assert pruner == Pruner("pbt", (30, 60, 90, 100), population=8)
     assert Pruner.from_json(pruner.as_json()) == pruner
@@ -96,7 +95,7 @@ POPULATION = Pruner("pbt", (10, 20, 30, 40), population=8)
 
 
 def end(study: Study, work: Work) -> None:
-    """Record what a trial comes to: some diverge; the loss is least at a learning rate of 0.01."""
+    """Record the result of a trial: some diverge, and the loss is lowest at a learning rate of 0.01."""
     rate = float(work.values["learning_rate"])  # type: ignore[arg-type]
     loss = abs(math.log10(rate) + 2) + 1 / (work.step or 40)
     if rate > 0.07 or (rate < 2e-4 and work.step == 20):
@@ -142,8 +141,8 @@ def test_a_population_of_a_grid_with_fewer_points_trains_to_the_end(make_sweep: 
     assert sorted(trial.user_attrs.get("member", trial.number) for trial in study.best()) == [0, 1, 2]
 
 
-def test_a_study_that_is_killed_ends_as_an_undisturbed_one(make_sweep: MakeSweep, tmp_path: Path) -> None:
-    """Processes with several trials at a time, each of which dies before a random line of the journal."""
+def test_a_killed_study_ends_like_an_undisturbed_one(make_sweep: MakeSweep, tmp_path: Path) -> None:
+    """Each process has several trials at a time, and dies before a random line of the journal."""
     straight = Study(make_sweep(pruner=POPULATION, max_iters=40, folder=tmp_path / "straight"))
     while isinstance(work := straight.claim(8), Work):
         end(straight, work)
@@ -200,7 +199,7 @@ def test_a_member_waits_for_the_forks_that_need_its_checkpoint(make_sweep: MakeS
         work.release()
     works = [study.claim(4) for _ in range(3)]
     assert [work.number for work in works if isinstance(work, Work)] == [1, 2, 4]
-    assert study.claim(4) == NoWork(finished=False)  # trial 0 is what 4 is a fork of
+    assert study.claim(4) == NoWork(finished=False)  # trial 4 is a fork of trial 0
     fork = works[2]
     assert isinstance(fork, Work)
     assert fork.parent == "run-0:10"
@@ -211,9 +210,9 @@ def test_a_member_waits_for_the_forks_that_need_its_checkpoint(make_sweep: MakeS
     assert last.number == 0
 
 
-def test_forks_are_runs_with_a_parent(make_sweep: MakeSweep, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two members, two generations, trained by the stand-in."""
-    monkeypatch.setattr(trials, "TRAIN", "tests/sweeps/stand_in.py")
+@pytest.mark.usefixtures("stand_in")
+def test_forks_record_their_parent_run_and_step(make_sweep: MakeSweep) -> None:
+    """Two members train for two generations."""
     space = Space((Dimension("learning_rate", "choice", (0.1, 0.01)),))
     sweep = make_sweep(space=space, sampler="grid", pruner=Pruner("pbt", (2, 4), population=2), max_iters=4)
     sweep = replace(sweep, root=ROOT)

@@ -1,4 +1,4 @@
-"""Rungs and promotions of asynchronous successive halving."""
+"""The rungs and promotions of asynchronous successive halving."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from utils.sweeps.pruning import Promotion, Pruner, make_pruner, promotion, rung
 NOBODY: list[set[int]] = [set(), set()]
 
 
-def test_rungs_end_with_the_run() -> None:
+def test_the_last_rung_is_the_end_of_the_run() -> None:
     assert rung_steps(20, 540, 3) == (20, 60, 180, 540)
     assert rung_steps(100, 250, 2) == (100, 200, 250)
     pruner = make_pruner("asha", 1000, None, None)
@@ -19,7 +19,7 @@ def test_rungs_end_with_the_run() -> None:
     assert make_pruner("median", 1000, None, None).rungs == (250,)
 
 
-def test_the_best_of_eta_go_on_from_the_highest_rung_down() -> None:
+def test_one_of_eta_trials_is_promoted_from_the_highest_rung_first() -> None:
     first = {0: 3.0, 1: 1.0}
     assert promotion([first, {}, {}], NOBODY, 3) is None
     first |= {2: 2.0}
@@ -31,13 +31,13 @@ def test_the_best_of_eta_go_on_from_the_highest_rung_down() -> None:
     assert promotion([first, {1: 0.9, 3: 0.4, 9: 8.0}, {}], [{1, 3, 9}, set()], 3) == Promotion(3, 2)
 
 
-def test_at_the_end_one_trial_at_least_goes_on() -> None:
+def test_at_the_end_at_least_one_trial_is_promoted() -> None:
     assert promotion([{0: 2.0, 1: 1.0}, {}, {}], NOBODY, 3, last_call=True) == Promotion(1, 1)
     assert promotion([{0: 2.0, 1: 1.0}, {1: 0.9}, {}], [{1}, set()], 3, last_call=True) == Promotion(1, 2)
     assert promotion([{0: 2.0, 1: 1.0}, {1: 0.9}, {1: 0.5}], [{1}, {1}], 3, last_call=True) is None
 
 
-def test_at_the_end_a_trial_that_cannot_go_on_keeps_no_other_from_it() -> None:
+def test_at_the_end_a_trial_that_cannot_continue_does_not_block_another() -> None:
     failed_before, failed_after, ended = [{2}, {2}], [{0}, {0}], [{0, 1}, {0, 1}]
     for gone, expected in ((failed_before, Promotion(0, 1)), (failed_after, Promotion(1, 1)), (ended, None)):
         assert promotion([{0: 1.0, 1: 2.0}, {}, {}], gone, 3, last_call=True) == expected
@@ -56,6 +56,6 @@ def test_at_the_end_a_trial_that_cannot_go_on_keeps_no_other_from_it() -> None:
         (("none", 100, None, 3), "--eta is for --pruner asha$"),
     ],
 )
-def test_flags_that_do_not_fit(flags: tuple, message: str) -> None:
+def test_pruner_flags_that_do_not_fit_are_rejected(flags: tuple, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_pruner(*flags)

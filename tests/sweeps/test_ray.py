@@ -1,4 +1,4 @@
-"""The trials of a sweep on a real Ray cluster of this machine, with two workers."""
+"""Sweeps on a real Ray cluster on this machine, with two workers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STAND_IN = "tests/sweeps/stand_in.py sweep"
 
 
-def test_without_ray_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_package_ray_one_line_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from utils.sweeps.ray_engine import run_on_ray
 
     monkeypatch.setitem(sys.modules, "ray", None)
@@ -30,7 +30,7 @@ def test_without_ray_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
         run_on_ray(None, 1, 1, 1)  # type: ignore[arg-type]
 
 
-def test_an_error_of_ray_without_words_is_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_ray_without_a_message_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     from utils.sweeps.ray_engine import run_on_ray
 
     def init(**settings: object) -> None:
@@ -44,7 +44,9 @@ def test_an_error_of_ray_without_words_is_one_line_too(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
-def test_a_lost_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_ray_worker_is_replaced_and_its_trial_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same trials, values and logs as without Ray, although a worker was killed."""
     monkeypatch.setenv("SWEEP_STEP_SECONDS", "0.2")
     (tmp_path / "space.yaml").write_text(SPACE)
@@ -58,7 +60,7 @@ def test_a_lost_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path, monkeyp
     while driver.poll() is None and not found:
         found = trainings(tmp_path / "ray")
         time.sleep(0.05)
-    assert found, "the driver has ended without a training"
+    assert found, "the driver ended without a training"
     worker = psutil.Process(found[0].ppid())
     assert "ray" in worker.name()
     worker.kill()
@@ -70,10 +72,10 @@ def test_a_lost_worker_is_replaced_and_its_trial_goes_on(tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])  # Tune handles SIGUSR1 itself
-def test_a_signal_stops_the_trials_which_another_driver_continues(
+def test_a_signal_stops_the_trials_and_another_driver_continues_them(
     signum: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The trainings save a checkpoint when Ray ends their workers."""
+    """The trainings save checkpoints when Ray ends their workers."""
     monkeypatch.setenv("SWEEP_STEP_SECONDS", "1")
     (tmp_path / "space.yaml").write_text(SPACE)
     folder = tmp_path / "ray"

@@ -1,4 +1,4 @@
-"""The report of a sweep: importance of settings, and pictures that need no network."""
+"""The report of a sweep: the importance of settings, and pictures that need no network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from utils.sweeps.space import Dimension, Space
 from utils.sweeps.study import Study, Work
 
 
-def test_pictures_are_pages_and_importance_is_of_settings_that_all_trials_have(
+def test_the_report_has_standalone_pages_and_the_importance_of_unconditional_settings(
     make_sweep: Callable[..., Sweep],
 ) -> None:
     optimizer = Dimension("optimizer_name", "choice", ("adamw", "muon"))

@@ -1,11 +1,10 @@
-"""The values of a trial: a pure function of the trials before it, the seed and its number."""
+"""The values of a trial are a pure function of the trials before it, the seed and its number."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +39,7 @@ def hill(learning_rate: float, n_embd: int, **_: Any) -> float:
 
 
 @pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "grid"])
-def test_values_are_in_the_space_and_repeat(sampler: SamplerName) -> None:
+def test_proposed_values_are_in_the_space_and_reproducible(sampler: SamplerName) -> None:
     history: list[FrozenTrial] = []
     for number in range(12):
         values = propose(SPACE, {}, sampler, 3, history)
@@ -52,7 +51,7 @@ def test_values_are_in_the_space_and_repeat(sampler: SamplerName) -> None:
     assert len({one.params["learning_rate"] for one in history}) == 12
 
 
-def test_random_values_depend_on_seed_and_number_alone() -> None:
+def test_random_values_depend_only_on_the_seed_and_the_number_of_the_trial() -> None:
     history = [trial(SPACE, propose(SPACE, {}, "random", 0, []), value=1.0)]
     other = [trial(SPACE, propose(SPACE, {}, "random", 9, []), state=TrialState.FAIL)]
     assert propose(SPACE, {}, "random", 0, history) == propose(SPACE, {}, "random", 0, other)
@@ -60,7 +59,7 @@ def test_random_values_depend_on_seed_and_number_alone() -> None:
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
-def test_samplers_that_learn_beat_random(sampler: SamplerName) -> None:
+def test_tpe_and_cmaes_beat_random_search(sampler: SamplerName) -> None:
     """The mean of the last ten of 40 trials, over three seeds, on a hill whose top is known."""
     space = Space((RATE, WIDTH))
 
@@ -90,7 +89,7 @@ def test_failed_paused_and_running_trials_do_not_stop_a_sampler(sampler: Sampler
     assert propose(SPACE, {}, sampler, 0, history)
 
 
-def test_a_grid_has_each_point_once() -> None:
+def test_a_grid_contains_each_point_once() -> None:
     dropout = Dimension("dropout", "range", (0.0, 0.2, 0.1))
     momentum = Dimension("momentum", "choice", (0.8, 0.9), {"optimizer_name": ("muon",)})
     points = grid(Space((NAME, momentum, dropout)), {})
@@ -101,7 +100,7 @@ def test_a_grid_has_each_point_once() -> None:
     assert propose(Space((NAME, momentum, dropout)), {}, "grid", 0, history) == points[1]
 
 
-def test_a_grid_needs_values_that_can_be_counted() -> None:
+def test_a_grid_needs_countable_values_and_not_too_many_points() -> None:
     with pytest.raises(UserError, match="learning_rate: a grid needs countable values"):
         grid(SPACE, {})
     many = Space(tuple(Dimension(f"x{n}", "range", (1, 100), whole=True) for n in range(3)))
@@ -112,8 +111,3 @@ def test_a_grid_needs_values_that_can_be_counted() -> None:
 def test_a_condition_may_name_a_fixed_setting() -> None:
     assert "momentum" in propose(Space((MOMENTUM,)), {"optimizer_name": "muon"}, "random", 0, [])
     assert propose(Space((MOMENTUM,)), {"optimizer_name": "adamw"}, "random", 0, []) == {}
-
-
-def test_no_pickle_is_in_the_history(tmp_path: Path) -> None:
-    values = propose(SPACE, {}, "cmaes", 0, [])
-    assert trial(SPACE, values, value=1.0).system_attrs == {}

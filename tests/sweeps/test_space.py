@@ -1,4 +1,4 @@
-"""SPACE.yaml: what it may say, and one line for each mistake."""
+"""SPACE.yaml: what it may contain, and one line for each mistake."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def read(folder: Path, text: str) -> Space:
     return read_space(path, folder)
 
 
-def test_a_space_is_read_with_conditions_after_what_they_name(tmp_path: Path) -> None:
+def test_conditional_settings_are_ordered_after_those_that_they_depend_on(tmp_path: Path) -> None:
     space = read(tmp_path, GOOD)
     assert space.dimensions == (
         Dimension("learning_rate", "log", (1e-4, 1e-2)),
@@ -50,20 +50,20 @@ def test_a_space_is_read_with_conditions_after_what_they_name(tmp_path: Path) ->
         ("", Goal("val/loss"), False),
     ],
 )
-def test_goals(tmp_path: Path, text: str, goal: Goal, maximize: bool) -> None:
+def test_the_metric_of_a_space_determines_its_goal(tmp_path: Path, text: str, goal: Goal, maximize: bool) -> None:
     space = read(tmp_path, f"{text}\nn_layer: {{range: [1, 4]}}\n")
     assert (space.goal, space.goal.maximize) == (goal, maximize)
     assert Space.from_json(space.as_json()).goal == goal
 
 
-def test_none_is_a_word_of_some_settings_and_no_value_of_others(tmp_path: Path) -> None:
+def test_none_is_a_choice_of_some_settings_and_a_missing_value_of_others(tmp_path: Path) -> None:
     text = "position: rope\nrope_scaling: {choice: [none, linear]}\nlogit_softcap: {choice: [none, 30]}\n"
     space = read(tmp_path, f"{text}rope_factor: {{range: [1, 4], when: {{rope_scaling: none}}}}\n")
     assert [one.values for one in space.dimensions] == [("none", "linear"), (None, 30), (1.0, 4.0)]
     assert space.dimensions[-1].when == {"rope_scaling": ("none",)}
 
 
-def test_values_that_can_be_counted(tmp_path: Path) -> None:
+def test_ranges_with_a_step_and_integers_have_countable_values(tmp_path: Path) -> None:
     space = read(tmp_path, "n_layer: {range: [1, 3]}\ndropout: {range: [0, 0.3, 0.1]}\nlearning_rate: {log: [1e-4, 1]}")
     assert [dimension.countable_values() for dimension in space.dimensions] == [[1, 2, 3], [0.0, 0.1, 0.2, 0.3], None]
 
@@ -119,7 +119,7 @@ def test_values_that_can_be_counted(tmp_path: Path) -> None:
         ("n_layer: {choice: [1, 2]}\nn_layer: 3", "space.yaml:2: n_layer is set twice in this file"),
     ],
 )
-def test_a_mistake_is_one_line_with_its_place(tmp_path: Path, text: str, message: str) -> None:
+def test_a_mistake_in_a_space_is_reported_in_one_line_with_its_place(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         read(tmp_path, text)
     (line,) = str(error.value).splitlines()
@@ -127,7 +127,7 @@ def test_a_mistake_is_one_line_with_its_place(tmp_path: Path, text: str, message
     assert message in line
 
 
-def test_all_mistakes_are_reported(tmp_path: Path) -> None:
+def test_all_mistakes_in_a_space_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         read(tmp_path, "n_layers: {range: [1, 2]}\nn_head: {log: [0, 2]}\n")
     assert [line.split(": ")[0] for line in str(error.value).splitlines()] == ["space.yaml:1", "space.yaml:2"]

@@ -1,4 +1,4 @@
-"""Mistakes on the command line of sweep.py: one line, exit status 2, and nothing left behind."""
+"""Mistakes on the command line of sweep.py are reported in one line, with exit status 2, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ RATE = "learning_rate: {log: [1e-4, 1e-1]}\n"
         (RATE + "warmup_iters: 50\nmax_iters: 10\n", [], "warmup_iters (50) must not exceed max_iters (10)"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_a_mistake_is_reported_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], space: str, flags: list[str], message: str
 ) -> None:
     (tmp_path / "space.yaml").write_text(space)
@@ -53,7 +53,9 @@ def test_a_mistake_is_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["space.yaml"]
 
 
-def test_a_space_that_is_not_there_or_no_folder_to_write_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_space_and_an_unwritable_folder_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "space.yaml").write_text(RATE)
     assert sweep.main([str(tmp_path / "spaces.yaml")]) == 2
     assert "no such configuration file; did you mean space.yaml?" in capsys.readouterr().err
@@ -61,7 +63,7 @@ def test_a_space_that_is_not_there_or_no_folder_to_write_to(tmp_path: Path, caps
     assert "the sweep cannot be written: Not a directory" in capsys.readouterr().err
 
 
-def test_the_cores_are_shared_out() -> None:
+def test_the_cores_are_divided_among_the_jobs() -> None:
     from utils.sweeps.start import threads_of_job
 
     assert threads_of_job(10_000) == 1

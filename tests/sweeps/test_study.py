@@ -1,4 +1,4 @@
-"""The journal of a sweep: claims, promotions, and what is left by a process that was killed."""
+"""The journal of a sweep: claims, promotions, and the trials of killed processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_trials_are_numbered_and_each_is_claimed_once(make_sweep: MakeSweep) -> 
     one, two = Study(make_sweep()), Study(make_sweep())
     first, second = claimed(one, 2), claimed(two, 2)
     assert [first.number, second.number] == [0, 1]
-    assert one.claim(2) == NoWork(finished=False)  # the other one still works
+    assert one.claim(2) == NoWork(finished=False)  # the other process still has a trial
     one.finish(0, 1.5, runs=["a"])
     first.release()
     two.finish(1, reason="ValueError: x")
@@ -42,10 +42,10 @@ def test_trials_are_numbered_and_each_is_claimed_once(make_sweep: MakeSweep) -> 
         (None, {"reason": "ValueError: x"}),
     ]
     assert [trial.number for trial in one.best()] == [0]
-    assert claimed(two, 3).number == 2  # --trials is a total, which may grow
+    assert claimed(two, 3).number == 2  # the total of --trials may grow
 
 
-def test_what_a_killed_process_had_claimed_is_gone_on_with(make_sweep: MakeSweep) -> None:
+def test_a_trial_claimed_by_a_killed_process_is_continued(make_sweep: MakeSweep) -> None:
     sweep = make_sweep()
     claim_and_die = multiprocessing.get_context("fork").Process(target=_claim_and_die, args=(sweep,))
     claim_and_die.start()
@@ -64,8 +64,8 @@ def _claim_and_die(sweep: Sweep) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_values_are_those_of_an_undisturbed_sweep(make_sweep: MakeSweep, tmp_path: Path) -> None:
-    """Whatever is claimed, finished or failed in between: with `random`, they depend on seed and number."""
+def test_random_values_do_not_depend_on_which_trials_end_first_or_fail(make_sweep: MakeSweep, tmp_path: Path) -> None:
+    """With the sampler `random`, values depend only on the seed and the number of the trial."""
     study = Study(make_sweep())
     works = [claimed(study, 5) for _ in range(5)]
     straight = [work.values for work in works]
@@ -82,7 +82,7 @@ def test_values_are_those_of_an_undisturbed_sweep(make_sweep: MakeSweep, tmp_pat
     assert again == straight
 
 
-def test_a_torn_line_is_cut_off(make_sweep: MakeSweep) -> None:
+def test_a_torn_line_of_the_journal_is_cut_off(make_sweep: MakeSweep) -> None:
     sweep = make_sweep()
     claimed(Study(sweep)).release()
     with (sweep.path / JOURNAL).open("ab") as file:
@@ -94,7 +94,7 @@ def test_a_torn_line_is_cut_off(make_sweep: MakeSweep) -> None:
 
 
 @pytest.mark.parametrize("line", [b"not JSON\n", b"{}\n", b"[]\n"])
-def test_a_damaged_journal_is_one_line(make_sweep: MakeSweep, line: bytes) -> None:
+def test_a_damaged_journal_is_reported(make_sweep: MakeSweep, line: bytes) -> None:
     sweep = make_sweep()
     claimed(Study(sweep)).release()
     content = (sweep.path / JOURNAL).read_bytes()
@@ -103,8 +103,8 @@ def test_a_damaged_journal_is_one_line(make_sweep: MakeSweep, line: bytes) -> No
         Study(sweep)
 
 
-def test_asha_finds_the_best_of_recorded_trials_with_half_of_the_steps(make_sweep: MakeSweep) -> None:
-    """27 trials of 540 steps on Tiny Shakespeare (curves.json says how they were made), one at a time."""
+def test_asha_finds_the_best_recorded_trial_with_half_of_the_steps(make_sweep: MakeSweep) -> None:
+    """The curves of 27 trials of 540 steps on Tiny Shakespeare; curves.json says how they were made."""
     curves = json.loads((Path(__file__).parent / "curves.json").read_text())["val/loss"]
     rungs = rung_steps(20, 540, 3)
     study = Study(make_sweep(pruner=Pruner("asha", rungs)))
@@ -130,7 +130,7 @@ def test_asha_finds_the_best_of_recorded_trials_with_half_of_the_steps(make_swee
 
 
 @pytest.mark.parametrize("diverges_at", [10, 30, None])
-def test_asha_trains_one_trial_to_the_end_although_the_best_one_diverges(
+def test_asha_trains_another_trial_to_the_end_if_the_best_one_diverges(
     make_sweep: MakeSweep, diverges_at: int | None
 ) -> None:
     study = Study(make_sweep(pruner=Pruner("asha", (10, 30, 90))))
@@ -146,7 +146,7 @@ def test_asha_trains_one_trial_to_the_end_although_the_best_one_diverges(
     assert [trial.number for trial in study.best()] == [1]
 
 
-def test_asha_trains_another_trial_although_one_has_stopped_before_the_first_rung(make_sweep: MakeSweep) -> None:
+def test_asha_trains_another_trial_even_if_one_stopped_before_the_first_rung(make_sweep: MakeSweep) -> None:
     study = Study(make_sweep(pruner=Pruner("asha", (10, 30, 90))))
     while isinstance(work := study.claim(3), Work):
         if work.number == 0 or work.step is None:
@@ -157,13 +157,13 @@ def test_asha_trains_another_trial_although_one_has_stopped_before_the_first_run
     assert [trial.number for trial in study.best()] == [2, 0]
 
 
-def test_the_median_rule_looks_at_the_same_step(make_sweep: MakeSweep) -> None:
+def test_the_median_rule_compares_trials_at_the_same_step(make_sweep: MakeSweep) -> None:
     study = Study(make_sweep(pruner=Pruner("median", (10,))))
     for number in range(5):
         work = claimed(study)
         for step in (10, 20):
             study.report(number, step, 1.0 + number / 10)
-            assert not study.should_stop(number)  # the first five are only watched
+            assert not study.should_stop(number)  # the first five are never stopped
         study.finish(number, 1.0)
         work.release()
     bad, good = claimed(study), claimed(study)
@@ -174,7 +174,7 @@ def test_the_median_rule_looks_at_the_same_step(make_sweep: MakeSweep) -> None:
     assert (study.should_stop(bad.number), study.should_stop(good.number)) == (True, False)
 
 
-def test_a_sweep_is_not_mixed_with_another(make_sweep: MakeSweep, tmp_path: Path) -> None:
+def test_a_sweep_is_not_continued_with_other_settings(make_sweep: MakeSweep, tmp_path: Path) -> None:
     make_sweep()
     with pytest.raises(UserError, match="exists: --resume continues this sweep, --name NAME starts another one"):
         make_sweep(resume=False)
@@ -192,15 +192,15 @@ def test_a_sweep_is_not_mixed_with_another(make_sweep: MakeSweep, tmp_path: Path
 
 
 @pytest.mark.parametrize("content", ["x", "[]", "{}", '{"schema_version": 2}', '{"schema_version": 1, "space": 3}'])
-def test_a_damaged_record_is_one_line(make_sweep: MakeSweep, tmp_path: Path, content: str) -> None:
+def test_a_damaged_sweep_record_is_reported(make_sweep: MakeSweep, tmp_path: Path, content: str) -> None:
     sweep = make_sweep()
     (sweep.path / RECORD).write_text(content)
     with pytest.raises(UserError, match=f"{RECORD}"):
         read_sweep(sweep.path, tmp_path)
 
 
-def test_a_full_disk_is_an_error_of_the_disk(make_sweep: MakeSweep, small_disk: Path) -> None:
-    """What could be written of a line is cut off, and the journal goes on once there is room."""
+def test_after_a_full_disk_the_journal_can_be_continued(make_sweep: MakeSweep, small_disk: Path) -> None:
+    """A line that was written in part is cut off."""
     study = Study(make_sweep(folder=small_disk))
     claimed(study).release()
     filler = small_disk / "filler"

@@ -1,4 +1,4 @@
-"""What a sweep shows and prints."""
+"""The display of a sweep and the command that it prints at its end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.terminal.console import Terminal
 MakeSweep = Callable[..., Sweep]
 
 
-def test_a_grid_has_no_more_trials_than_points(make_sweep: MakeSweep, tmp_path: Path) -> None:
+def test_the_display_counts_no_more_trials_than_the_grid_has_points(make_sweep: MakeSweep, tmp_path: Path) -> None:
     space = Space((Dimension("learning_rate", "choice", (0.1, 0.2, 0.3)),))
     for sampler, total in (("grid", 3), ("random", 50)):
         sweep = make_sweep(space=space, sampler=sampler, folder=tmp_path / sampler)
@@ -42,7 +42,7 @@ def test_a_grid_has_no_more_trials_than_points(make_sweep: MakeSweep, tmp_path: 
         ),
     ],
 )
-def test_train_longer_is_ten_times_as_long_and_without_what_the_trial_was_held_to(
+def test_the_command_to_train_longer_has_ten_times_the_steps_and_no_limits_of_the_trial(
     make_sweep: MakeSweep, tmp_path: Path, dimension: Dimension, train: TrainConfig, threads: int | None, flags: str
 ) -> None:
     config = Config(train=train, tracking=TrackingConfig(runs_dir=str(tmp_path / "runs")))

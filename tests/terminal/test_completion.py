@@ -1,4 +1,4 @@
-"""Completion: what a shell offers for a command line, and the files that shells source."""
+"""Shell completion: the words offered for a command line, and the files that shells source."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_flags_values_commands_and_runs_are_completed(line: str, expected: set[s
     assert {word.strip() for word in out.read_text().split("\n")} == expected
 
 
-def test_there_is_a_file_for_each_shell_that_leaves_other_commands_alone(tmp_path: Path) -> None:
+def test_each_shell_has_a_completion_file_that_affects_only_python(tmp_path: Path) -> None:
     write_completions(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(SHELLS)
     bash = (tmp_path / "bash").read_text()

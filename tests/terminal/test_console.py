@@ -1,4 +1,4 @@
-"""What the terminal shows: progress, and no control characters of others."""
+"""The terminal: the display of progress, and control characters, which are escaped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_dumb_terminal_gets_plain_lines(terminal: Terminal, monkeypatch: pytes
     assert "step  60/100  loss 1.2500" in shown(terminal)
 
 
-def test_a_field_without_a_value_is_not_shown(terminal: Terminal) -> None:
+def test_progress_fields_without_values_are_not_shown(terminal: Terminal) -> None:
     with TrainingProgress(terminal, total=100):
         pass
     assert "step 0/100" in shown(terminal)
@@ -46,7 +46,7 @@ def test_a_field_without_a_value_is_not_shown(terminal: Terminal) -> None:
     assert "loss" not in shown(terminal)
 
 
-def test_fields_with_values_are_shown(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_fields_with_values_are_shown(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "REFRESH_SECONDS", 0.0)
     with TrainingProgress(terminal, total=100, start=40) as display:
         display.update(60, loss=1.25, tokens_per_second=1234.0)
@@ -54,7 +54,7 @@ def test_fields_with_values_are_shown(terminal: Terminal, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("width", [120, 80, 60, 40])
-def test_the_progress_is_one_line_of_any_width(terminal: Terminal, width: int) -> None:
+def test_the_progress_fits_on_one_line_at_any_width(terminal: Terminal, width: int) -> None:
     terminal.console = Console(file=io.StringIO(), force_terminal=True, width=width, highlight=False)
     display = TrainingProgress(terminal, total=2_000_000)
     fields = {**display.fields, "loss": 1.25, "val_loss": 2.5, "tokens_per_second": 1e6, "evaluating": "evaluating 5%"}
@@ -70,7 +70,7 @@ def test_the_progress_is_one_line_of_any_width(terminal: Terminal, width: int) -
     assert ("elapsed" in line) == (width >= 120)
 
 
-def test_the_remaining_time_counts_evaluations_apart_from_steps(
+def test_the_remaining_time_counts_steps_and_evaluations_separately(
     terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [1000.0]
@@ -106,7 +106,9 @@ def test_the_remaining_time_is_that_until_the_step_at_which_the_session_stops(
     assert display._times(40)["remaining"] == "0 s"
 
 
-def test_a_training_that_is_asked_to_stop_is_not_estimated(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_remaining_time_is_estimated_after_a_request_to_stop(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now, stop = [1000.0], StopRequest()
     clock = {"monotonic": lambda: now[0], "time": int, "localtime": int, "strftime": lambda *_: "12:00"}
     monkeypatch.setattr(progress, "time", SimpleNamespace(**clock))
@@ -121,7 +123,7 @@ def test_a_training_that_is_asked_to_stop_is_not_estimated(terminal: Terminal, m
     assert not any(word in shown(terminal) for word in ("estimated", "left"))
 
 
-def test_control_characters_of_others_reach_neither_the_terminal_nor_the_log(tmp_path: Path) -> None:
+def test_control_characters_in_texts_reach_neither_the_terminal_nor_the_log(tmp_path: Path) -> None:
     terminal = Terminal()
     terminal.console = PrintableConsole(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
     terminal.attach(tmp_path / "train.log")
@@ -133,4 +135,4 @@ def test_control_characters_of_others_reach_neither_the_terminal_nor_the_log(tmp
     for printed in (shown(terminal), (tmp_path / "train.log").read_text(encoding="utf-8")):
         assert all(word in printed for word in (r"note \x1b]0;title", r"tag \x1", r"name \x9b31m"))
         assert not any(control in printed for control in ("\x1b]", "\x1b[2J", "\x9b"))
-    assert "\x1b[31mred\x1b[0m" in shown(terminal)  # its own colours stay
+    assert "\x1b[31mred\x1b[0m" in shown(terminal)  # colours of the workbench are kept

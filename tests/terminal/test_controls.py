@@ -1,4 +1,4 @@
-"""No control character of a run reaches a terminal, whatever the command."""
+"""No command prints a control character that comes from a run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMMANDS = (
 
 @pytest.fixture
 def runs(runs_dir: Path) -> Path:
-    """Two runs whose every text has control characters; one more is damaged, in a folder of such a name."""
+    """Two runs with control characters in all their texts, and a damaged one with such a name."""
     record: dict[str, Any] = {
         "exit_reason": EVIL,
         "argv": ["train.py", EVIL],
@@ -85,12 +85,14 @@ def test_no_command_prints_a_control_character(
     assert escaped > len(COMMANDS) // 2
 
 
-def test_json_has_escapes_for_all_of_them_and_the_same_value(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_escapes_control_characters_and_keeps_the_value(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for words in (["list"], ["show", "a"], ["diff", "a", "b"], ["explain", "a", "note"], ["edit", "a", "--pin"]):
         experiments.main([*words, "--json", "--runs-dir", str(runs)])
         output = capsys.readouterr().out
         assert (words[0], controls(output)) == (words[0], set())
-        assert (repr(EVIL)[1:-1] in repr(json.loads(output))) == (words[0] != "diff")  # in which nothing differs
+        assert (repr(EVIL)[1:-1] in repr(json.loads(output))) == (words[0] != "diff")  # the runs do not differ
 
 
 def test_no_script_prints_a_control_character(

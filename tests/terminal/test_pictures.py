@@ -1,4 +1,4 @@
-"""Pictures are the same whatever MPLBACKEND, a matplotlibrc or a notebook asks Matplotlib for."""
+"""Pictures do not depend on MPLBACKEND, a matplotlibrc, or settings made in a notebook."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from utils.runs.layout import CURVES
 from utils.terminal.pictures import new_figure, picture_of
 
 CURVE = [PlottedCurve("a", [1.0, 2.0], [2.0, 1.0])]
-HOSTILE = {  # each could be in a matplotlibrc, or set in a notebook
+HOSTILE = {  # settings that a matplotlibrc or a notebook could have
     "text.usetex": True,  # LaTeX is not installed
     "figure.facecolor": "black",
     "axes.prop_cycle": matplotlib.cycler(color=["red"]),
@@ -32,11 +32,11 @@ HOSTILE = {  # each could be in a matplotlibrc, or set in a notebook
 
 @pytest.fixture(autouse=True)
 def quick_pictures() -> None:
-    """Here pictures are rendered."""
+    """Render the pictures in these tests, unlike in the others."""
 
 
 def pictures(folder: Path) -> dict[str, bytes]:
-    """A picture of each kind."""
+    """Draw a picture of each kind."""
     run = make_run(folder, "run", metrics=training_records([3.0, 2.0, 1.0]))
     (run / "artifacts").mkdir()
     assert draw_curves(run)
@@ -44,7 +44,7 @@ def pictures(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / CURVES, folder / "plot.svg")}
 
 
-def test_the_style_of_a_notebook_changes_no_picture_and_is_kept(tmp_path: Path) -> None:
+def test_matplotlib_settings_of_a_notebook_change_no_picture_and_are_kept(tmp_path: Path) -> None:
     plain = pictures(tmp_path / "plain")
     with matplotlib.rc_context(HOSTILE):
         before = dict(matplotlib.rcParams)
@@ -52,14 +52,14 @@ def test_the_style_of_a_notebook_changes_no_picture_and_is_kept(tmp_path: Path) 
         assert dict(matplotlib.rcParams) == before
 
 
-def test_the_style_is_kept_after_a_failure() -> None:
+def test_matplotlib_settings_are_restored_after_a_failure() -> None:
     with matplotlib.rc_context({"font.size": 30}):
         with contextlib.suppress(ZeroDivisionError), new_figure(1, 1, dpi=50):
             raise ZeroDivisionError
         assert matplotlib.rcParams["font.size"] == 30
 
 
-def test_a_backend_that_is_not_there_is_not_used(tmp_path: Path) -> None:
+def test_a_configured_backend_that_does_not_exist_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nbackend: nonsense\n")
     code = "import os, sys\nfrom utils.terminal.pictures import new_figure, picture_of\n"
     code += "with new_figure(2, 2, dpi=50) as figure:\n"
@@ -75,7 +75,7 @@ def test_a_backend_that_is_not_there_is_not_used(tmp_path: Path) -> None:
 
 
 def test_pyplot_still_obeys_the_environment(tmp_path: Path) -> None:
-    """In a notebook, plots of the user's own appear where Jupyter wants them, though a run was trained before."""
+    """After a training in a notebook, the user's own plots must still appear in it."""
     code = "from utils.terminal.pictures import new_figure\n"
     code += "with new_figure(1, 1, dpi=50): pass\n"
     code += "import matplotlib.pyplot as plt; print(plt.get_backend())"

@@ -1,4 +1,4 @@
-"""Streams that any text can be printed to, and that lose what cannot be written."""
+"""Streams that accept any text, and that discard what cannot be written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def file_stream(path: Path, encoding: str = "utf-8", errors: str = "strict") -> 
 
 
 @pytest.mark.parametrize("unbuffered", [False, True])
-def test_nothing_that_prints_fails_inside_the_block(monkeypatch: pytest.MonkeyPatch, unbuffered: bool) -> None:
+def test_printing_to_a_full_disk_raises_nothing_inside_lasting_output(
+    monkeypatch: pytest.MonkeyPatch, unbuffered: bool
+) -> None:
     fds = [os.open("/dev/full", os.O_WRONLY) for _ in range(2)]
     out, err = (
         io.TextIOWrapper(io.FileIO(fd, "w") if unbuffered else io.BufferedWriter(io.FileIO(fd, "w")), "ascii")  # type: ignore[arg-type]
@@ -36,7 +38,7 @@ def test_nothing_that_prints_fails_inside_the_block(monkeypatch: pytest.MonkeyPa
     assert lost.strerror == "No space left on device"
     assert (sys.stdout, sys.stderr) == (out, err)
     out.flush()
-    err.flush()  # nothing is left to fail at exit
+    err.flush()  # nothing is left that could fail at exit
 
 
 def test_a_stream_that_is_not_lasting_fails_and_remembers_why() -> None:
@@ -53,7 +55,9 @@ def test_a_stream_that_is_not_lasting_fails_and_remembers_why() -> None:
     ("encoding", "expected"),
     [("ascii", r"gr\xf6\xdfer # ~ * |\u20ac \udce9"), ("latin-1", r"größer # ~ * |\u20ac \udce9")],
 )
-def test_a_text_has_lookalikes_or_escapes(encoding: str, expected: str, tmp_path: Path) -> None:
+def test_characters_that_cannot_be_encoded_become_lookalikes_or_escapes(
+    encoding: str, expected: str, tmp_path: Path
+) -> None:
     with file_stream(tmp_path / "out", encoding) as file:
         stream = text_output(file, lasting=False)
         stream.write("größer █ … ⠒ │€ \udce9")
@@ -61,7 +65,7 @@ def test_a_text_has_lookalikes_or_escapes(encoding: str, expected: str, tmp_path
     assert (tmp_path / "out").read_text(encoding=encoding) == expected
 
 
-def test_what_utf8_can_encode_is_written_as_it_is(tmp_path: Path) -> None:
+def test_characters_that_utf_8_can_encode_are_unchanged(tmp_path: Path) -> None:
     with file_stream(tmp_path / "out") as file:
         file.write("before ")
         stream = text_output(file, lasting=False)
@@ -71,7 +75,7 @@ def test_what_utf8_can_encode_is_written_as_it_is(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_text(encoding="utf-8") == "before größer █ … ⠒ │€ \\udce9 after"
 
 
-def test_the_users_own_choice_for_such_characters_is_kept(tmp_path: Path) -> None:
+def test_an_error_handler_chosen_by_the_user_is_kept(tmp_path: Path) -> None:
     with file_stream(tmp_path / "out", "ascii", "replace") as file:
         stream = text_output(file, lasting=False)
         stream.write("größer")
@@ -79,7 +83,7 @@ def test_the_users_own_choice_for_such_characters_is_kept(tmp_path: Path) -> Non
     assert (tmp_path / "out").read_text(encoding="ascii") == "gr??er"
 
 
-def test_a_full_pipe_that_does_not_block_is_waited_for() -> None:
+def test_writing_waits_for_a_full_nonblocking_pipe() -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     received = bytearray()
@@ -100,7 +104,7 @@ def test_a_full_pipe_that_does_not_block_is_waited_for() -> None:
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_stream_that_is_closed_or_missing_goes_nowhere(closed: bool, tmp_path: Path) -> None:
+def test_output_to_a_closed_or_missing_stream_is_discarded(closed: bool, tmp_path: Path) -> None:
     file = file_stream(tmp_path / "out")
     file.close()
     print("ü", file=text_output(file if closed else None, lasting=True), flush=True)

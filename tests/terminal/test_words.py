@@ -1,4 +1,4 @@
-"""How values are written for people."""
+"""Formatting values for people."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from utils.terminal import words
 
 
-def test_the_examples_in_docstrings_hold() -> None:
+def test_the_doctests_of_words_pass() -> None:
     assert doctest.testmod(words).failed == 0
 
 
@@ -35,7 +35,7 @@ def test_a_setting_is_written_without_losing_digits(value: Any, text: str) -> No
         ("tag", None, ""),
     ],
 )
-def test_the_column_decides_how_a_value_is_written(column: str, value: Any, text: str) -> None:
+def test_a_value_is_formatted_according_to_its_column(column: str, value: Any, text: str) -> None:
     assert words.column_text(column, value) == text
 
 
@@ -50,5 +50,5 @@ def test_the_column_decides_how_a_value_is_written(column: str, value: Any, text
         (1e6, "277:46:40 h", "12 d"),
     ],
 )
-def test_durations(seconds: float, exact: str, rough: str) -> None:
+def test_durations_are_formatted(seconds: float, exact: str, rough: str) -> None:
     assert (words.duration(seconds), words.rough_duration(seconds)) == (exact, rough)

@@ -1,4 +1,4 @@
-"""Where long lines are broken on a terminal."""
+"""Wrapping long lines on a terminal."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def printed(renderable: RenderableType, width: int = 30, terminal: bool = True) 
 
 
 @pytest.mark.parametrize("make", [str, Text, Group])
-def test_sentences_are_broken_between_words_on_a_terminal_alone(make: Callable[[str], RenderableType]) -> None:
+def test_sentences_are_wrapped_between_words_only_on_a_terminal(make: Callable[[str], RenderableType]) -> None:
     text = "this configuration and code were run already"
     assert printed(make(text)) == ["this configuration and code", "were run already"]
     assert printed(make(text), terminal=False) == [text]
     assert printed(make(text), width=44) == [text]
 
 
-def test_facts_go_on_below_their_value() -> None:
+def test_long_facts_continue_below_their_value() -> None:
     rows = [("best val loss", "1.2 at step 3, the last"), *SHORT]
     assert printed(fact_lines(rows, title="A title")) == [
         "A title",
@@ -55,11 +55,11 @@ def test_facts_go_on_below_their_value() -> None:
         ("x" * 50 + " is kept", ["x" * 50, "is kept"]),
     ],
 )
-def test_commands_paths_ids_and_fields_stay_whole(text: str, lines: list[str]) -> None:
+def test_commands_paths_ids_and_fields_are_not_broken(text: str, lines: list[str]) -> None:
     assert printed(text) == lines
 
 
-def test_a_table_in_a_file_ends_its_lines_where_the_text_ends() -> None:
+def test_a_table_in_a_file_has_no_trailing_blanks() -> None:
     table = Table("a", "note", box=None)
     table.add_row("1", "")
     table.add_row("2", "x" * 20)
@@ -67,14 +67,14 @@ def test_a_table_in_a_file_ends_its_lines_where_the_text_ends() -> None:
     assert printed(table)[1].endswith("  ")
 
 
-def test_what_is_copied_has_no_break() -> None:
+def test_text_to_be_copied_is_not_wrapped() -> None:
     value = "a value of several words, longer than the line"
     assert printed(fact_lines([("name", value)], copied=True)) == [f"name  {value}"]
     assert printed(Text(value, no_wrap=True)) == [value]
     assert printed(fact_lines([("directory", "/a/path/" + "x" * 40)])) == ["directory  /a/path/" + "x" * 40]
 
 
-def test_wide_characters_count_twice_and_colours_stay() -> None:
+def test_wide_characters_count_twice_and_colours_are_kept() -> None:
     console = PrintableConsole(file=io.StringIO(), force_terminal=True, width=30, color_system="standard")
     print_to(console, Text.assemble(("warning: ", "yellow"), "語語語語語語語語語語語 語 語"))
     assert console.file.getvalue() == "\x1b[33mwarning:\x1b[0m\n語語語語語語語語語語語 語 語\n"  # type: ignore[attr-defined]

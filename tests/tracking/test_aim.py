@@ -1,4 +1,4 @@
-"""Aim's database: where Aim itself would print tracebacks, and after a write has failed."""
+"""Aim's database: damage, failed writes, and edits made in Aim."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.tracking import RunEnd, RunFacts
 from utils.tracking.aim import AimView, _upgrade_database
 
 
-def test_a_percent_sign_in_the_path_of_aim_does_no_harm_and_a_damaged_database_is_one_line(
+def test_a_damaged_database_of_aim_is_one_error_even_if_its_path_has_a_percent_sign(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     place = tmp_path / "p%q" / "storage"
@@ -28,10 +28,8 @@ def test_a_percent_sign_in_the_path_of_aim_does_no_harm_and_a_damaged_database_i
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_name_and_a_description_that_were_given_in_aim_outlast_a_resume(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Repo, "_all_run_hashes", Repo._all_run_hashes.__wrapped__)  # which is cached for half a second
+def test_a_name_and_description_edited_in_aim_survive_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Repo, "_all_run_hashes", Repo._all_run_hashes.__wrapped__)  # without its cache of half a second
     facts = RunFacts("one", tmp_path / "one", (), "", Config().model_dump(mode="json"), {}, {}, ())
     moved = dataclasses.replace(facts, id="two", path=tmp_path / "two")
     shown = []
@@ -48,8 +46,8 @@ def test_a_name_and_a_description_that_were_given_in_aim_outlast_a_resume(
     assert shown == [("two", "the good one", place), ("the baseline", "the good one", place)]
 
 
-def test_a_write_to_the_database_of_runs_that_failed_does_not_spoil_the_next_attempt(tmp_path: Path) -> None:
-    """Another process that holds the lock for long makes it fail, say, or a file that only its owner may write."""
+def test_opening_aim_can_be_retried_after_a_failed_database_write(tmp_path: Path) -> None:
+    """Such a write fails, for example, while another process holds the lock for long."""
     facts = RunFacts("one", tmp_path, ("a tag",), "", Config().model_dump(mode="json"), {}, {}, ())
     Repo(str(tmp_path), init=True).close()
     with contextlib.closing(sqlite3.connect(tmp_path / ".aim" / "run_metadata.sqlite")) as database:

@@ -1,6 +1,7 @@
 """Real faults of trackers: locks, disks, servers, kills and clocks.
 
-Training is not affected, the log is complete, one line is printed, the process ends, and a rebuild repairs the view.
+In each case training is unaffected, the log complete, one line is printed, the process ends, and a rebuild repairs the
+view.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ PROMPT_SECONDS = 5.0  # from the last line that a process prints to its end
 
 
 class Training:
-    """A train.py in a process of its own; with `pause` it waits halfway, when the views have shown something."""
+    """A train.py in its own process; with `pause` it waits halfway, when the views already have some records."""
 
     def __init__(self, argv: list[str], errors: Path, *, pause: bool) -> None:
         self.errors = errors
@@ -72,7 +73,7 @@ class Training:
         assert self._paused.readline() == "paused\n", self.errors.read_text()
 
     def end(self) -> str:
-        """Let it continue to its end, which must be a good one; returns what it has printed."""
+        """Let it continue, assert that it ends promptly and without errors, and return its output."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with self._paused:
@@ -93,7 +94,7 @@ class Training:
 
 @pytest.fixture
 def training(tiny_argv: Argv, tmp_path: Path) -> Callable[..., Training]:
-    """Starts a train.py with these arguments."""
+    """Start a train.py with these arguments."""
 
     def start(*words: str, pause: bool = True) -> Training:
         number = len(list(tmp_path.glob("errors_*")))
@@ -107,7 +108,7 @@ UNTROUBLED: list[list[dict[str, Any]]] = []  # the same in all tests
 
 @pytest.fixture
 def untroubled_log(tiny_argv: Argv, tmp_path: Path) -> list[dict[str, Any]]:
-    """All records of all logs of a run without faults."""
+    """The records of all logs of a run without faults."""
     if not UNTROUBLED:
         folder = tmp_path / "untroubled"
         assert train.main(tiny_argv(*SETTINGS, "--runs-dir", str(folder))) == 0
@@ -119,10 +120,10 @@ def untroubled_log(tiny_argv: Argv, tmp_path: Path) -> list[dict[str, Any]]:
 def assert_only_view_failed(
     only_run: Callable[[], Path], untroubled_log: list[dict[str, Any]]
 ) -> Callable[[str, str], None]:
-    """A check that the run is as if there were no trackers, and that one line reports the problem."""
+    """Assert that the run equals one without trackers, except for one line that reports the problem."""
 
     def check(output: str, problem: str) -> None:
-        """`problem`: "aim is off", say."""
+        """`problem` is the line up to its first colon, for example "aim is off"."""
         run, (view, _, state) = only_run(), problem.split()
         record = read_record(run)
         assert (record["status"], record["last_step"]) == ("completed", 40)
@@ -151,7 +152,7 @@ def rebuild(run: Path, view: str) -> None:
 
 
 def shown_points(run: Path, view: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each metric that a view should show."""
+    """The points (step, value) of each metric that a view should show."""
     points: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for record in read_records(run / "logs" / METRICS_FILE):
         for metric, value in shown_metrics(record, view):
@@ -161,7 +162,7 @@ def shown_points(run: Path, view: str) -> dict[str, list[tuple[int, float]]]:
 
 
 def assert_tensorboard_equals_log(run: Path) -> None:
-    """Assert that TensorBoard reads from the event files what the logs hold; to this reader everything is a tensor."""
+    """Assert that TensorBoard reads the contents of the logs from the event files; this reader returns only tensors."""
     events = EventAccumulator(str(run), size_guidance={TENSORS: 0})
     events.Reload()
 
@@ -181,7 +182,7 @@ def assert_tensorboard_equals_log(run: Path) -> None:
 
 
 def histograms(run: Path) -> dict[str, list[tuple[int, list[int]]]]:
-    """(step, counts) of each histogram."""
+    """The points (step, counts) of each histogram."""
     found: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
     for record in read_records(run / "logs" / HISTOGRAMS_FILE):
         found[record["name"]].append((record["step"], record["counts"]))
@@ -229,8 +230,8 @@ def _assert_aim_run_equals_log(shown: Any, run: Path) -> None:
 
 
 @pytest.fixture
-def released() -> Iterator[None]:
-    """At the end Aim, whose caches keep repositories open, releases their files: another may have the same path."""
+def aim_released() -> Iterator[None]:
+    """Afterwards, close the files that Aim's caches keep open, because another test may reuse the path."""
     from aim.storage.structured.db import DB
 
     yield
@@ -247,9 +248,9 @@ HOLDERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("released")
+@pytest.mark.usefixtures("aim_released")
 @pytest.mark.parametrize("locked", HOLDERS)
-def test_a_repository_locked_by_another_process(
+def test_training_survives_an_aim_repository_locked_by_another_process(
     locked: str,
     training: Callable[..., Training],
     only_run: Callable[[], Path],
@@ -275,7 +276,7 @@ def test_a_repository_locked_by_another_process(
 
 
 @pytest.fixture
-def disk(small_disk: Path, released: None) -> Path:
+def disk(small_disk: Path, aim_released: None) -> Path:
     """`small_disk`, which Aim releases at the end."""
     return small_disk
 
@@ -291,8 +292,15 @@ def fill(disk: Path) -> None:
             file.write(bytes(4096))
 
 
+def assert_repaired_with_more_room(disk: Path, run: Path) -> None:
+    """Enlarge the disk (which also makes it writable), rebuild the view of Aim there, and compare it with the log."""
+    resize(disk, "64m")
+    rebuild(run, "aim")
+    assert_aim_equals_log(disk, run)
+
+
 @pytest.mark.slow
-def test_a_disk_that_fills_up_during_training(
+def test_training_survives_a_disk_that_fills_up(
     training: Callable[..., Training],
     only_run: Callable[[], Path],
     assert_only_view_failed: Callable[[str, str], None],
@@ -303,13 +311,11 @@ def test_a_disk_that_fills_up_during_training(
     run.wait()
     fill(disk)
     assert_only_view_failed(run.end(), "aim is off")
-    resize(disk, "64m")
-    rebuild(only_run(), "aim")
-    assert_aim_equals_log(disk, only_run())
+    assert_repaired_with_more_room(disk, only_run())
 
 
 def in_process(argv: list[str], repo: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    """What train.py prints in this process, at whose end Aim closes nothing in the repository in the folder `repo`."""
+    """Run train.py in this process and return its output; asserts that Aim has left nothing open in `repo`."""
     from aim import Repo
     from aim.ext.cleanup import AutoClean
 
@@ -324,7 +330,7 @@ def in_process(argv: list[str], repo: Path, capfd: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_too_small_for_a_repository(
+def test_training_survives_a_disk_that_is_too_small_for_aim(
     tiny_argv: Argv,
     untroubled_log: list[dict[str, Any]],
     only_run: Callable[[], Path],
@@ -336,12 +342,10 @@ def test_a_disk_that_is_too_small_for_a_repository(
     monkeypatch.setattr(feeder, "RETRY_SECONDS", (0.01, 0.01, 0.01))
     output = in_process(tiny_argv(*SETTINGS, "--aim-logging", "--aim-repo", str(disk)), disk, capfd)
     assert_only_view_failed(output, "aim is off")
-    resize(disk, "64m")
-    rebuild(only_run(), "aim")
-    assert_aim_equals_log(disk, only_run())
+    assert_repaired_with_more_room(disk, only_run())
 
 
-def test_a_read_only_disk(
+def test_training_survives_a_read_only_aim_repository(
     tiny_argv: Argv,
     untroubled_log: list[dict[str, Any]],
     only_run: Callable[[], Path],
@@ -359,16 +363,14 @@ def test_a_read_only_disk(
     make_read_only()
     output = in_process(tiny_argv(*SETTINGS, "--aim-logging", "--aim-repo", str(disk)), disk, capfd)
     assert_only_view_failed(output, "aim is off")
-    resize(disk, "64m")
-    rebuild(only_run(), "aim")
-    assert_aim_equals_log(disk, only_run())
+    assert_repaired_with_more_room(disk, only_run())
 
 
 # ------------------------------------------------------------------------------------------ deleted
 
 
 @pytest.mark.slow
-def test_an_aim_repository_deleted_during_training(
+def test_training_survives_the_deletion_of_its_aim_repository(
     training: Callable[..., Training],
     only_run: Callable[[], Path],
     assert_only_view_failed: Callable[[str, str], None],
@@ -382,7 +384,7 @@ def test_an_aim_repository_deleted_during_training(
     assert_aim_equals_log(tmp_path, only_run())
 
 
-def test_event_files_deleted_during_training(
+def test_training_survives_the_deletion_of_its_event_files(
     training: Callable[..., Training],
     only_run: Callable[[], Path],
     assert_only_view_failed: Callable[[str, str], None],
@@ -400,7 +402,7 @@ def test_event_files_deleted_during_training(
 
 
 class AimServer:
-    """An `aim server` of a repository; it keeps its port when it is started again."""
+    """An `aim server` of a repository, which keeps its port when it is restarted."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as free:
@@ -445,7 +447,7 @@ def aim_server(tmp_path: Path) -> Iterator[AimServer]:
 
 
 def rebuild_elsewhere(run: Path) -> None:
-    """Rebuild in a process of its own, which must end: this one would stay a client of the server."""
+    """Rebuild in another process, because this one would remain a client of the server; assert that it ends."""
     command = [sys.executable, str(ROOT / "experiments.py"), "rebuild", str(run), "--aim"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
@@ -453,7 +455,7 @@ def rebuild_elsewhere(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_aim_server_that_is_killed_and_comes_back(
+def test_training_survives_the_end_of_its_aim_server(
     aim_server: AimServer,
     training: Callable[..., Training],
     only_run: Callable[[], Path],
@@ -474,7 +476,7 @@ def test_an_aim_server_that_is_killed_and_comes_back(
 
 
 @pytest.mark.slow
-def test_an_aim_server_that_hangs(
+def test_training_survives_an_aim_server_that_hangs(
     aim_server: AimServer,
     training: Callable[..., Training],
     only_run: Callable[[], Path],
@@ -493,7 +495,7 @@ def test_an_aim_server_that_hangs(
 # ------------------------------------------------------------------------------------------ kills, two runs, clocks
 
 
-def test_a_kill_during_a_write(
+def test_a_run_killed_during_a_write_is_rebuilt_and_resumed(
     tiny_argv: Argv, only_run: Callable[[], Path], untroubled_log: list[dict[str, Any]]
 ) -> None:
     command = [sys.executable, str(ROOT / "tests" / "troubled_training.py"), "tear", "27"]
@@ -531,7 +533,7 @@ def test_two_runs_at_once_create_a_repository_and_share_it(
         assert_tensorboard_equals_log(path)
 
 
-def test_a_clock_that_goes_backwards_in_a_run_and_before_its_resume(
+def test_a_clock_that_goes_backwards_changes_neither_losses_nor_views(
     tiny_argv: Argv,
     only_run: Callable[[], Path],
     untroubled_log: list[dict[str, Any]],

@@ -1,4 +1,4 @@
-"""A run whose process was killed while its trackers closed: it is named in the list, and can be finished."""
+"""A run whose process was killed while its trackers closed is listed as such, and can be finished."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Argv = Callable[..., list[str]]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_run_killed_while_it_closed_is_finished_by_a_command(
+def test_a_run_killed_while_it_closed_can_be_finished(
     tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     program = str(ROOT / "tests" / "killed_training.py")
@@ -43,7 +43,7 @@ def test_a_run_killed_while_it_closed_is_finished_by_a_command(
     assert experiments.main(["check", run.name, *words]) == 0
 
 
-def test_a_run_that_still_closes_is_not_called_unfinished(tmp_path: Path) -> None:
+def test_a_run_that_is_still_closing_is_not_reported_as_unfinished(tmp_path: Path) -> None:
     run = make_run(tmp_path, "run", views={"tensorboard": {"state": "on"}}, metrics=[{"step": 1}])
     assert "finish" in str(read_run(run).problem)
     with held_lock(run):
@@ -84,17 +84,25 @@ def wrong_types(path: Path) -> None:
     path.write_text('[{"tags": 1, "offsets": 2}]')
 
 
-SERVING = (NOTES, METRIC_REGISTRY, MODEL_SUMMARY, SEAL, CURVES, LOGS / "train.log", fed_note("tensorboard"))
+AUXILIARY = (  # files that training does not need
+    NOTES,
+    METRIC_REGISTRY,
+    MODEL_SUMMARY,
+    SEAL,
+    CURVES,
+    LOGS / "train.log",
+    fed_note("tensorboard"),
+)
 
 
 @pytest.mark.parametrize("spoil", [folder, nonsense, loop, nested, wrong_types])
-def test_no_file_for_trackers_and_people_stops_a_resume(
+def test_damaged_auxiliary_files_do_not_prevent_a_resume(
     spoil: Callable[[Path], None], tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tag = ("--run-tag", "one")
     assert train.main(tiny_argv(*tag, "--stop-at-step", "3")) == 0
     run = only_run()
-    for name in SERVING:
+    for name in AUXILIARY:
         (run / name).unlink(missing_ok=True)
         spoil(run / name)
     assert train.main(tiny_argv(*tag, "--resume", "auto")) == 0
@@ -108,12 +116,12 @@ def test_no_file_for_trackers_and_people_stops_a_resume(
 
 
 @pytest.mark.parametrize("spoil", [folder, nonsense, loop, nested, wrong_types])
-def test_no_file_for_trackers_and_people_stops_a_rebuild(
+def test_damaged_auxiliary_files_do_not_prevent_a_rebuild(
     spoil: Callable[[Path], None], tiny_argv: Argv, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(tiny_argv()) == 0
     run = only_run()
-    for name in SERVING:
+    for name in AUXILIARY:
         (run / name).unlink(missing_ok=True)
         spoil(run / name)
     assert experiments.main(["rebuild", str(run)]) == 0
@@ -121,7 +129,7 @@ def test_no_file_for_trackers_and_people_stops_a_rebuild(
 
 
 @pytest.mark.parametrize("line", ["not json", '{"step": 1}', '{"time": 1.0}', "[1]", '{"step": "x", "time": 1}'])
-def test_a_damaged_line_of_a_log_is_named_by_a_rebuild(
+def test_a_rebuild_reports_a_damaged_line_with_its_number(
     line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path, "run", settings={"aim_logging": False})

@@ -1,4 +1,4 @@
-"""runs/ and .aim on one disk (the default), and it fills up: one line, the process ends, the run can be resumed."""
+"""runs/ and .aim are on one disk, as by default, and it fills up: the process ends, and the run is marked as failed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = ("--max-iters", "40", "--eval-interval", "20", "--flush-interval", "5", 
 
 @pytest.fixture
 def roomy_disk(small_disk: Path) -> Path:
-    """A file system of 24 megabytes: enough for Aim."""
+    """A file system of 24 megabytes, which is enough for Aim."""
     subprocess.run(["mount", "-o", "remount,size=24m", small_disk], check=True)
     return small_disk
 
@@ -37,7 +37,7 @@ def fill(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("tracker", ["--aim-logging", "--no-aim-logging"])
-def test_a_run_ends_when_the_disk_of_everything_is_full(
+def test_training_ends_with_one_error_if_the_disk_of_runs_and_aim_is_full(
     tracker: str, roomy_disk: Path, tiny_argv: Callable[..., list[str]]
 ) -> None:
     if tracker == "--aim-logging":

@@ -1,4 +1,4 @@
-"""experiments.py rebuild: a rebuilt view equals one that was fed during training, point by point."""
+"""experiments.py rebuild: a rebuilt view equals the one that was fed during training, point by point."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Odd(Callback):
 
 @pytest.fixture(autouse=True)
 def quick_pictures() -> None:
-    """Pictures of this process are compared with those of another, so they are rendered."""
+    """Render the pictures, because those of two processes are compared."""
 
 
 @pytest.fixture(autouse=True)
 def fresh_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Aim caches its list of runs for half a second, which is longer than some of these runs take."""
+    """Disable Aim's cache of its list of runs, which lasts longer than some of these runs."""
     monkeypatch.setattr(Repo, "_all_run_hashes", Repo._all_run_hashes.__wrapped__)
 
 
@@ -61,7 +61,7 @@ def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shown_by_tensorboard(run: Path) -> dict[str, Any]:
-    """Everything that TensorBoard reads of a run; texts that describe it have no time of their own."""
+    """Everything that TensorBoard reads of a run, without the times of the texts that describe it."""
     sizes = dict.fromkeys(("scalars", "tensors", "histograms", "images"), 0)
     events = EventAccumulator(os.fspath(run), size_guidance=sizes).Reload()
     tags = events.Tags()
@@ -93,16 +93,16 @@ def shown_by_tensorboard(run: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """An Aim object as numbers or bytes that can be compared."""
+    """An Aim object converted to numbers or bytes that can be compared."""
     if hasattr(value, "weights"):
         return tuple(value.weights.tolist()), tuple(value.range)
     return value.storage["data"].load() if type(value).__name__ == "Image" else getattr(value, "data", value)
 
 
 def shown_by_aim(run: Path, repo_folder: Path) -> dict[str, Any]:
-    """Everything that Aim reads of a run except its hash and the time of its picture, which is that of the feeding."""
+    """Everything that Aim reads of a run except its hash and the time of its picture, which is when it was fed."""
     run_hash = read_record(run)["views"]["aim"]["hash"]
-    for kind in ("meta", "seqs"):  # it is the only one
+    for kind in ("meta", "seqs"):  # the only run
         assert os.listdir(repo_folder / ".aim" / kind / "chunks") == [run_hash]
     repo = Repo(os.fspath(repo_folder))
     RepoIndexManager.get_index_manager(repo).index(run_hash)
@@ -136,7 +136,7 @@ def rebuild(run: Path, *flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one completed run, fed to TensorBoard and Aim during training; tests work on copies."""
+    """A folder with one completed run, fed to TensorBoard and Aim during training; tests use copies of it."""
     from conftest import TINY_FLAGS
 
     folder = tmp_path_factory.mktemp("made")
@@ -150,16 +150,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tracked(made: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A copy of a completed run and of its Aim repository: its directory, and the folder of the repository."""
+    """A copy of a completed run and its Aim repository: the run directory, and the folder of the repository."""
     folder = tmp_path / "copy"
     shutil.copytree(made, folder)
     (run,) = (folder / "runs").iterdir()
-    for path in (run / "run.json", run / "meta" / "full_config.json"):  # recorded paths move with it
+    for path in (run / "run.json", run / "meta" / "full_config.json"):  # update the recorded paths
         path.write_text(path.read_text().replace(os.fspath(made), os.fspath(folder)))
     return run, folder
 
 
-def test_a_rebuild_shows_what_live_feeding_showed(
+def test_a_rebuilt_view_equals_the_live_one(
     tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = (*TRACKED, "--max-iters", "30", "--eval-interval", "10", "--histogram-interval", "10")
@@ -183,7 +183,7 @@ def test_a_rebuild_shows_what_live_feeding_showed(
     assert (step, picture[:4]) == (30, b"\x89PNG")
     capsys.readouterr()
 
-    for _ in range(2):  # twice gives the same
+    for _ in range(2):  # rebuilding twice gives the same
         assert rebuild(run) == 0
         assert capsys.readouterr().out == f"rebuilt from the logs of {run.name}: TensorBoard, Aim\n"
         again = shown(run, tmp_path)
@@ -198,18 +198,18 @@ def test_a_rebuild_shows_what_live_feeding_showed(
 
 
 @pytest.mark.parametrize("flag", ["--aim", "--tensorboard"])
-def test_only_the_named_view_is_fed(flag: str, tracked: tuple[Path, Path]) -> None:
+def test_only_the_named_view_is_rebuilt(flag: str, tracked: tuple[Path, Path]) -> None:
     run, _ = tracked
     before = read_record(run)["views"]["aim"]["hash"]
     (event_file,) = event_files(run)
     written = event_file.stat().st_mtime_ns
     assert rebuild(run, flag) == 0
     assert (read_record(run)["views"]["aim"]["hash"] != before) == (flag == "--aim")
-    (event_file,) = event_files(run)  # its name is that of the second, which may be the same
+    (event_file,) = event_files(run)  # its name has the time in seconds and may be the same
     assert (event_file.stat().st_mtime_ns == written) == (flag == "--aim")
 
 
-def test_a_rebuild_restores_what_trackers_have_lost(made: Path, tracked: tuple[Path, Path]) -> None:
+def test_a_rebuild_restores_deleted_views_and_pictures(made: Path, tracked: tuple[Path, Path]) -> None:
     run, folder = tracked
     event_files(run)[0].unlink()
     shutil.rmtree(folder / ".aim")
@@ -219,7 +219,9 @@ def test_a_rebuild_restores_what_trackers_have_lost(made: Path, tracked: tuple[P
     assert repr(shown(run, folder)) == repr(shown(original, made)).replace(os.fspath(made), os.fspath(folder))
 
 
-def test_a_run_can_be_fed_to_aim_later(tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path) -> None:
+def test_a_run_without_aim_can_be_added_to_it_later(
+    tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path
+) -> None:
     assert train.main(tiny_argv("--run-tag", "bare")) == 0
     assert rebuild(only_run()) == 0
     assert "aim" not in read_record(only_run())["views"]
@@ -242,7 +244,7 @@ def test_a_torn_last_line_is_ignored(tracked: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_is_shown_as_such_and_can_be_resumed_after_a_rebuild(
+def test_an_interrupted_run_is_rebuilt_as_such_and_can_then_be_resumed(
     tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(self: Callbacks, step: int, loss: object) -> None:
@@ -262,10 +264,10 @@ def test_an_interrupted_run_is_shown_as_such_and_can_be_resumed_after_a_rebuild(
     assert (whole[0]["status"], whole[1]["status"]) == ("STATUS_SUCCESS", "completed")
     assert rebuild(only_run()) == 0
     again = shown(only_run(), tmp_path)
-    # After live feeding TensorBoard shows how each session ended: its reader does not purge texts.
+    # After live feeding TensorBoard shows how each session ended, because its reader does not purge texts.
     assert again[0]["texts"].pop("status/text_summary") == whole[0]["texts"].pop("status/text_summary")[-1:]
     assert again[0] == whole[0]
-    # After live feeding Aim has a picture of each session; the one drawn now shows both.
+    # After live feeding Aim has a picture of each session; the rebuilt one shows both sessions.
     assert again[1].pop("images: curves {}") == whole[1].pop("images: curves {}")[-1:]
     assert again[1] == whole[1]
 
@@ -285,7 +287,7 @@ def test_a_killed_run_with_a_callback_is_rebuilt_without_its_module(
     assert read_status(run) == "crashed"
     monkeypatch.setattr(metrics, "_REGISTRY", dict(metrics._REGISTRY))
     assert rebuild(run) == 0
-    assert read_status(run) == "crashed"  # rebuilding is not training
+    assert read_status(run) == "crashed"  # rebuilding does not change the status
     tensorboard, aim = shown(run, tmp_path)
     assert (tensorboard["status"], aim["status"]) == ("STATUS_FAILURE", "crashed")
     for metric in ("odd {'subset': 'mine'}", "loss {'subset': 'train'}"):
@@ -325,7 +327,7 @@ def test_a_run_that_is_being_trained_is_refused(tracked: tuple[Path, Path], caps
         (["rebuild", "no-such-run-anywhere"], "no run no-such-run-anywhere"),
     ],
 )
-def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_reported_in_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert experiments.main(words) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -333,7 +335,7 @@ def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.Ca
     assert (err.startswith("error: "), err.count("\n")) == (True, 1)
 
 
-def test_a_package_that_is_not_installed_is_refused_before_anything_is_emptied(
+def test_a_rebuild_without_the_package_is_refused_before_anything_is_deleted(
     tracked: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = tracked
@@ -346,7 +348,7 @@ def test_a_package_that_is_not_installed_is_refused_before_anything_is_emptied(
 
 
 @pytest.mark.parametrize("missing", ["logs/samples.jsonl", "meta/full_config.json", "run.json"])
-def test_a_damaged_run_is_refused_before_anything_is_emptied(
+def test_a_rebuild_of_a_damaged_run_is_refused_before_anything_is_deleted(
     missing: str, tracked: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = tracked
@@ -358,7 +360,7 @@ def test_a_damaged_run_is_refused_before_anything_is_emptied(
     assert event_files(run) == events
 
 
-def test_a_view_that_fails_prints_one_line_and_run_json_has_the_reason(
+def test_a_failed_rebuild_prints_one_line_and_records_the_reason(
     tracked: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, _ = tracked
@@ -381,7 +383,9 @@ def test_a_view_that_fails_prints_one_line_and_run_json_has_the_reason(
     assert read_record(run)["views"]["tensorboard"]["state"] == "complete"
 
 
-def test_the_run_may_be_the_current_folder(tracked: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_run_to_rebuild_may_be_the_current_folder(
+    tracked: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, folder = tracked
     monkeypatch.chdir(run)
     assert experiments.main(["rebuild", ".", "--aim"]) == 0

@@ -1,4 +1,4 @@
-"""Views fed from the log: what they show equals the log, and their failures never reach training."""
+"""Views fed from the log show exactly its contents, and their failures never affect training."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from torch.utils.tensorboard.summary import scalar
 
 import train
 from utils.config.loader import ConfigLoader
-from utils.runs.log import LOG_FILES, METRICS_FILE, RunLog, offset_of_step, read_metrics, read_records, truncate
-from utils.runs.metrics import decode_number, metric_record
+from utils.runs.log import METRICS_FILE, RunLog, offset_of_step, read_metrics, read_records, truncate
+from utils.runs.metrics import metric_record
 from utils.runs.run import read_record
 from utils.tracking import RunEnd, RunFacts, feeder
 from utils.tracking.aim import AimView
@@ -35,7 +35,7 @@ Argv = Callable[..., list[str]]
 
 
 class RecordingView:
-    """Records what it is fed; raises or hangs on request."""
+    """A view that records what it is fed; it raises or hangs on request."""
 
     name = "recording"
     rolls_back = False
@@ -89,7 +89,7 @@ def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def feed(view: RecordingView, logs_dir: Path, seconds: float = 20.0) -> tuple[dict[str, Any], list[str]]:
-    """Feed a complete log; returns the facts recorded about the view, and the warnings."""
+    """Feed a complete log, and return the recorded state of the view and the warnings."""
     facts: dict[str, Any] = {}
     warnings: list[str] = []
 
@@ -101,7 +101,7 @@ def feed(view: RecordingView, logs_dir: Path, seconds: float = 20.0) -> tuple[di
     return facts, warnings
 
 
-def test_everything_in_the_log_is_fed_once_in_order(log: RunLog, tmp_path: Path) -> None:
+def test_all_records_are_fed_once_and_in_order(log: RunLog, tmp_path: Path) -> None:
     view = RecordingView()
     facts, warnings = feed(view, tmp_path)
     assert [step for name, step in view.fed if name == METRICS_FILE] == list(range(1000))
@@ -117,13 +117,13 @@ def test_temporary_failures_are_retried_without_loss_or_repetition(log: RunLog, 
     assert (facts["state"], warnings) == ("complete", [])
 
 
-def test_lasting_failures_switch_the_view_off_with_one_warning(log: RunLog, tmp_path: Path) -> None:
+def test_a_permanent_failure_switches_the_view_off_with_one_warning(log: RunLog, tmp_path: Path) -> None:
     facts, warnings = feed(RecordingView(failures=10**9), tmp_path)
     assert facts["state"] == "off"
     assert warnings == ["recording is off: ConnectionError: locked; to feed it later: rebuild it"]
 
 
-def test_a_hanging_view_is_left_with_a_warning(log: RunLog, tmp_path: Path) -> None:
+def test_a_view_that_hangs_at_the_end_is_abandoned_with_a_warning(log: RunLog, tmp_path: Path) -> None:
     release = threading.Event()
     facts, warnings = feed(RecordingView(hang=release), tmp_path, seconds=0.2)
     release.set()
@@ -143,7 +143,7 @@ def test_a_torn_last_line_is_not_fed(log: RunLog, tmp_path: Path) -> None:
 
 
 class Clock:
-    """Stands in for the time module: processor time passes only in `work`."""
+    """Replaces the time module; processor time passes only in `work`."""
 
     now = worked = 0.0
 
@@ -189,7 +189,7 @@ def test_feeders_rest_in_proportion_to_their_work(clock: Clock) -> None:
 def test_feeders_share_one_budget(
     background: float, log: RunLog, tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two views that take 2 ms per record, with threads of their own or without, during 60 s of training."""
+    """Two views that take 2 ms per record, with or without background threads, during 60 s of training."""
 
     class Working(RecordingView):
         def feed(self, log_file: str, record: Mapping[str, Any]) -> None:
@@ -215,39 +215,39 @@ def test_feeders_share_one_budget(
     assert 0.5 * 0.02 * 60 < worked < 1.1 * 0.02 * 60 + 2 * feeder.SLICE_SECONDS
 
 
-def test_a_view_that_hangs_during_training_is_reported_once(
-    log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(feeder, "HANGING_SECONDS", 0.05)
-    release, warnings, states = threading.Event(), [], []
+def watched(view: RecordingView, logs_dir: Path) -> tuple[Feeders, list[object], list[str]]:
+    """Feed a view during a training of 0.4 s; returns its feeders, the states that were recorded, and the warnings."""
+    states: list[object] = []
+    warnings: list[str] = []
 
     def record(name: str, **news: Any) -> None:
         states.append(news.get("state"))
 
-    one = Feeder(RecordingView(hang=release), tmp_path, Budget(1.0), record, warnings.append, "rebuild it")
+    one = Feeder(view, logs_dir, Budget(1.0), record, warnings.append, "rebuild it")
     feeders = Feeders([one], warnings.append, record)
     for _ in range(20):
         feeders.watch()
         time.sleep(0.02)
+    return feeders, states, warnings
+
+
+def test_a_view_that_hangs_during_training_is_reported_once(
+    log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feeder, "HANGING_SECONDS", 0.05)
+    release = threading.Event()
+    feeders, states, warnings = watched(RecordingView(hang=release), tmp_path)
     assert warnings == ["recording hangs (no answer for 0.05 s); training continues without it"]
     release.set()
     feeders.finish(RunEnd("completed"), print, 20)
     assert states == ["on", "hangs", "complete"]
 
 
-def test_a_view_that_is_off_does_not_hang(log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_view_that_is_off_is_not_reported_as_hanging(
+    log: RunLog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(feeder, "HANGING_SECONDS", 0.05)
-    warnings: list[str] = []
-    states: list[object] = []
-
-    def record(name: str, **news: Any) -> None:
-        states.append(news.get("state"))
-
-    one = Feeder(RecordingView(failures=10**9), tmp_path, Budget(1.0), record, warnings.append, "rebuild it")
-    feeders = Feeders([one], warnings.append, record)
-    for _ in range(20):
-        feeders.watch()
-        time.sleep(0.02)
+    _, states, warnings = watched(RecordingView(failures=10**9), tmp_path)
     assert states == ["on", "off"]
     assert warnings == ["recording is off: ConnectionError: locked; to feed it later: rebuild it"]
 
@@ -265,12 +265,12 @@ def test_a_feeder_rests_while_the_run_is_closed(log: RunLog, tmp_path: Path, mon
     feeders = Feeders([one])
     feeders.lift_budget()
     time.sleep(0.3)
-    assert len(looks) < 20  # every POLL_SECONDS, once everything is fed
+    assert len(looks) < 20  # it looks every POLL_SECONDS once everything is fed
     feeders.finish(RunEnd("completed"), print, 20)
     assert not one.is_alive()
 
 
-def test_saved_progress_is_cut_with_the_logs(log: RunLog, tmp_path: Path) -> None:
+def test_the_saved_offsets_of_views_are_cut_back_with_the_logs(log: RunLog, tmp_path: Path) -> None:
     size = (tmp_path / METRICS_FILE).stat().st_size
     offsets = {METRICS_FILE: size, "histograms.jsonl": 0, "samples.jsonl": 10}
     (tmp_path / "fed_aim.json").write_text(json.dumps({"offsets": offsets, "last_step": 999}))
@@ -301,8 +301,8 @@ def test_tensorboard_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path
     assert len(list(only_run().rglob("events.*"))) == 1
 
 
-def test_a_column_of_the_hparams_page_has_numbers_or_texts_and_not_both(tmp_path: Path) -> None:
-    """TensorBoard answers 500 when such a column is sorted; what is left out of a session is an empty cell."""
+def test_a_column_of_the_hparams_page_has_values_of_one_type(tmp_path: Path) -> None:
+    """TensorBoard fails with 500 when a column of mixed types is sorted; a missing value is an empty cell."""
     kinds: dict[str, set[str]] = {}
     overrides: tuple[dict[str, str | bool], ...] = (
         {"epochs": "1.5", "ngram_rows": "64", "qkv_bias": True, "lora_rank": "4", "lora_targets": "attention"},
@@ -324,11 +324,11 @@ def test_a_column_of_the_hparams_page_has_numbers_or_texts_and_not_both(tmp_path
     assert all(len(of_column) == 1 for of_column in kinds.values()), kinds
 
 
-def test_an_event_file_is_cut_where_zeros_begin_at_once(tmp_path: Path) -> None:
+def test_trailing_zeros_of_an_event_file_are_cut_quickly(tmp_path: Path) -> None:
     events = EventFile(tmp_path, purge_step=0)
     events.close()
     whole = events.path.stat().st_size
-    os.truncate(events.path, 3 << 30)  # a minute of records without data, if nobody looks at their checksums
+    os.truncate(events.path, 3 << 30)  # takes a minute if the checksums of empty records are not checked
     began = time.monotonic()
     cut_session_end(events.path)
     assert events.path.stat().st_size == whole
@@ -336,7 +336,7 @@ def test_an_event_file_is_cut_where_zeros_begin_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["google_crc32c", None], ids=["google_crc32c", "without it"])
-def test_records_are_framed_as_tensorboard_frames_them(
+def test_event_records_equal_those_that_tensorboard_writes(
     package: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if package is None:
@@ -382,7 +382,7 @@ def test_aim_equals_the_log(tiny_argv: Argv, only_run: Callable[[], Path], tmp_p
     assert {m.name for group in found.iter_runs() for m in group} == {"loss", "bits_per_byte"}
 
 
-def test_a_tracker_that_has_lost_the_run_gets_all_of_it_when_it_is_resumed(
+def test_a_resume_feeds_the_whole_run_to_a_view_that_has_lost_it(
     tiny_argv: Argv, only_run: Callable[[], Path], tmp_path: Path
 ) -> None:
     from aim import Repo, Run
@@ -410,7 +410,7 @@ def test_a_tracker_that_has_lost_the_run_gets_all_of_it_when_it_is_resumed(
     assert list(zip(steps, values, strict=True)) == logged
 
 
-def test_aim_keeps_no_thread_of_its_own(tmp_path: Path, tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+def test_aim_leaves_no_thread_running(tmp_path: Path, tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
     assert train.main(tiny_argv()) == 0
     before = set(threading.enumerate())
     view = AimView(RunFacts.read(only_run()), str(tmp_path))
@@ -436,8 +436,3 @@ def test_a_broken_view_does_not_change_training(
     assert read_metrics(good / "logs", "train/loss") == read_metrics(bad / "logs", "train/loss")
     assert read_record(bad)["status"] == "completed"
     assert {view["state"] for view in read_record(bad)["views"].values()} == {"off"}
-
-
-def test_numbers_that_are_not_finite_can_be_decoded(tmp_path: Path) -> None:
-    assert [decode_number(value) for value in ("inf", "-inf", 1.5)] == [float("inf"), float("-inf"), 1.5]
-    assert set(LOG_FILES) == {"metrics.jsonl", "histograms.jsonl", "samples.jsonl"}

@@ -1,4 +1,4 @@
-"""Weights & Biases, offline, with its real package: its files hold what the log holds, and nothing else."""
+"""Weights & Biases, offline, with its real package: its files contain exactly what the log contains."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from utils.tracking import RunEnd, RunFacts
 from utils.tracking.wandb import WandbView
 
 ROOT = Path(__file__).resolve().parents[2]
-KEY = 2 * "0123456789abcdef" + "01234567"  # looks like a key; in pieces, since this file may be part of code.patch
+KEY = 2 * "0123456789abcdef" + "01234567"  # in pieces, or this file would be left out of code.patch as a secret
 BLOCK = 32_768
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("wandb"),  # with --dist loadgroup the run of all these tests is made once
+    pytest.mark.xdist_group("wandb"),  # with --dist loadgroup the run of these tests is trained once
 ]
 
 
@@ -56,7 +56,7 @@ def decoded(items: Any) -> dict[str, Any]:
 
 
 class Shown:
-    """What W&B would be sent of one session: history, configuration, last summary, exit code."""
+    """What would be sent to W&B for one session: history, configuration, last summary, exit code."""
 
     def __init__(self, path: Path) -> None:
         self.history: list[dict[str, Any]] = []
@@ -83,13 +83,13 @@ def sessions(run: Path) -> list[Shown]:
 
 
 def wandb_processes_of(pid: int) -> list[psutil.Process]:
-    """W&B's own processes that were started by the process `pid`, which is an argument of theirs."""
+    """The processes of W&B that the process `pid` started, which have it as an argument."""
     found = psutil.process_iter(["name", "cmdline"])
     return [p for p in found if "wandb" in p.info["name"] and str(pid) in (p.info["cmdline"] or ())]
 
 
 def train_in_a_process(words: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run train.py with a key in the environment and no server, and check that W&B's own process ends with it."""
+    """Run train.py with a key but no server, and assert that the process of W&B ends with it."""
     env = {**os.environ, "WANDB_API_KEY": KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     command = [sys.executable, os.fspath(ROOT / "train.py"), *words]
     process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -108,7 +108,7 @@ def printed_by_wandb(result: subprocess.CompletedProcess[str]) -> list[str]:
 
 @contextlib.contextmanager
 def wandb_in_this_process() -> Iterator[None]:
-    """W&B with a key in the environment; its process is ended on exit."""
+    """Use W&B in this process with a key in the environment, and end its process on exit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_API_KEY", KEY)
         try:
@@ -119,7 +119,7 @@ def wandb_in_this_process() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str], list[str]]:
-    """A run that was interrupted and resumed: its directory, how the first session ended, its command line."""
+    """A run that was interrupted and resumed: its directory, the process of its first session, its command line."""
     from conftest import TINY_FLAGS
 
     folder = tmp_path_factory.mktemp("offline")
@@ -147,19 +147,19 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.
 Offline = tuple[Path, subprocess.CompletedProcess[str], list[str]]
 
 
-def test_the_sessions_together_hold_every_step_of_the_log(offline: Offline) -> None:
+def test_both_sessions_together_contain_every_step_of_the_log(offline: Offline) -> None:
     run, *_ = offline
     first, second = sessions(run)
     assert [step for step, _ in first.metric("train/loss")] == [0, 1, 2, 3]
     assert [step for step, _ in second.metric("train/loss")] == [4, 5]
     for name in ("train/loss", "val/loss", "train/eval_loss", "lr", "grad_norm", "tokens_per_second"):
         assert first.metric(name) + second.metric(name) == read_metrics(run / "logs", name)
-    assert not first.metric("step_ms")  # not among the views of this metric
+    assert not first.metric("step_ms")  # this metric is not for W&B
     times = {record["_timestamp"] for record in first.history + second.history if "train/loss" in record}
     assert times == {record["time"] for record in read_records(run / "logs" / "metrics.jsonl") if "lr" in record}
 
 
-def test_histograms_and_texts_are_there(offline: Offline) -> None:
+def test_histograms_and_sample_texts_are_sent(offline: Offline) -> None:
     run, *_ = offline
     first, second = sessions(run)
     history = first.history + second.history
@@ -174,7 +174,7 @@ def test_histograms_and_texts_are_there(offline: Offline) -> None:
     assert len(files) == len(texts) == 3
 
 
-def test_configuration_status_and_identity_are_there(offline: Offline) -> None:
+def test_configuration_status_and_name_are_sent(offline: Offline) -> None:
     run, *_ = offline
     first, second = sessions(run)
     for session in (first, second):
@@ -195,14 +195,14 @@ def test_configuration_status_and_identity_are_there(offline: Offline) -> None:
     }
 
 
-def test_nothing_is_printed_and_no_credentials_are_kept(offline: Offline) -> None:
+def test_wandb_prints_nothing_and_no_key_is_stored(offline: Offline) -> None:
     run, first, _ = offline
     assert printed_by_wandb(first) == []
     assert first.stderr == ""
     assert [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()] == []
 
 
-def test_a_rebuild_makes_one_session_of_all(
+def test_a_rebuild_makes_one_session_of_the_whole_run(
     offline: Offline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(offline[0], tmp_path / offline[0].name)
@@ -214,7 +214,7 @@ def test_a_rebuild_makes_one_session_of_all(
     assert session.summary["status"] == "completed"
 
 
-def test_names_that_wandb_refuses_are_fitted(tmp_path: Path) -> None:
+def test_names_that_wandb_refuses_are_adapted(tmp_path: Path) -> None:
     tracking = TrackingConfig(experiment="size: 1/2 " + "x" * 128)
     hparams = Config(tracking=tracking).model_dump(mode="json")
     facts = RunFacts("one", tmp_path, ("t" * 70, "short"), "", hparams, {}, {}, ())
@@ -228,7 +228,7 @@ def test_names_that_wandb_refuses_are_fitted(tmp_path: Path) -> None:
     assert sorted(session.tags) == ["short", "t" * 64]
 
 
-def test_without_the_package_there_is_one_warning(
+def test_without_the_package_wandb_there_is_one_warning(
     tiny_argv: Callable[..., list[str]],
     only_run: Callable[[], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -242,7 +242,7 @@ def test_without_the_package_there_is_one_warning(
     assert read_record(only_run())["views"]["wandb"] == {"state": "off", "reason": "not installed"}
 
 
-def test_a_server_that_is_not_there_delays_nothing(
+def test_an_unreachable_wandb_server_does_not_delay_the_end_of_training(
     tiny_argv: Callable[..., list[str]], only_run: Callable[[], Path]
 ) -> None:
     result = train_in_a_process(tiny_argv("--wandb-mode", "online", "--closing-seconds", "1"))  # else 90 s and more
