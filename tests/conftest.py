@@ -89,7 +89,7 @@ def copy_code(folder: Path, *names: str) -> None:
 
 
 def git(folder: Path, *words: str) -> str:
-    """Run git and return its output; Ada is the author of commits, whatever this machine configures."""
+    """Run git and return its output; commits are by Ada, independent of this machine's configuration."""
     identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=false"]
     return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
 

@@ -270,7 +270,9 @@ def test_help_does_not_import_torch() -> None:
         ("startup", ["--repeat", "3"], "unknown flag --repeat; did you mean --repeats?"),
     ],
 )
-def test_a_bad_flag_is_one_line(name: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_flag_is_reported_in_one_line(
+    name: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert COMMANDS[name](words) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
 
@@ -318,7 +320,7 @@ def test_checkpoints_prints_the_share_of_plain_writing_and_reading(capsys: pytes
 
 
 @pytest.mark.slow
-def test_checkpoints_prints_what_saving_adds_to_a_step(
+def test_checkpoints_prints_the_cost_of_saving_per_step(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "INTERVAL", 5)
@@ -351,7 +353,7 @@ def test_interleaving_measures_every_arm_once_per_repeat_in_rotating_order() -> 
     assert order == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
 
 
-def test_the_ratio_is_that_of_the_medians_and_its_interval_excludes_one_outlier() -> None:
+def test_the_ratio_of_medians_has_an_interval_that_excludes_one_outlier() -> None:
     # Of 7 values drawn from these, the median is the least or the largest one in 1% of the draws.
     assert common.ratio_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 100.0], [1.0] * 7) == (4.0, 2.0, 6.0)
 

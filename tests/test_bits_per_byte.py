@@ -170,7 +170,7 @@ def test_the_list_has_a_column_for_bits_per_byte_if_tokenizers_differ(tmp_path: 
     assert read_run(older).row()["bits_per_byte"] is None
 
 
-def test_bits_of_a_crashed_run_are_those_of_its_best_evaluation(tmp_path: Path) -> None:
+def test_a_crashed_run_has_the_bits_of_its_best_evaluation(tmp_path: Path) -> None:
     metrics = [
         {"step": step, "time": 1.0, "tokens": 0, "val/loss": loss, "val/bits_per_byte": loss / 2}
         for step, loss in enumerate((4.0, 3.0, 3.5))

@@ -505,7 +505,7 @@ def test_train_batches_depend_on_the_seed_and_evaluation_batches_do_not() -> Non
             assert torch.equal(a[1], b[1])
 
 
-def test_evaluation_batches_are_those_of_seed_0_in_every_version() -> None:
+def test_evaluation_batches_use_seed_0_in_every_version() -> None:
     ((inputs, _),) = sampler(seed=9).evaluation_batches("train_eval", 1)  # so losses are comparable
     assert inputs[:, 0].tolist() == sample_offsets(0, "train_eval", 0, len(inputs), 80, 8).tolist()
     assert len(inputs) > 4

@@ -393,7 +393,7 @@ def test_the_readme_stays_short() -> None:
         for page in PAGES
     ],
 )
-def test_what_a_page_shows_works(page: str, project: Project) -> None:
+def test_every_block_of_a_page_works(page: str, project: Project) -> None:
     for block in blocks((ROOT / page).read_text(encoding="utf-8")):
         try:
             check(block, project)

@@ -85,7 +85,7 @@ def test_list_shows_settings_that_differ_and_marks_damaged_runs(ask: Ask) -> Non
     assert "has schema_version 99, this workbench reads 1" in text
 
 
-def test_list_shows_the_newest_twenty_and_says_how_many_there_are(
+def test_list_shows_the_newest_twenty_runs_and_the_number_of_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad").mkdir()
@@ -192,13 +192,13 @@ def test_list_where_sort_columns_and_limit(ask: Ask) -> None:
         (["--limit", "0"], "--limit must be at least 1"),
     ],
 )
-def test_a_mistake_in_a_list_is_one_line(ask: Ask, words: list[str], message: str) -> None:
+def test_a_mistake_in_list_is_an_error_without_traceback(ask: Ask, words: list[str], message: str) -> None:
     text = ask("list", *words, status=2)
     assert message in text
     assert "Traceback" not in text
 
 
-def test_a_folder_without_runs_says_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_list_shows_how_to_train_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert experiments.main(["list", "--runs-dir", str(tmp_path / "none")]) == 0
     assert "has no runs yet: python train.py --run-tag baseline" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()

@@ -1,4 +1,4 @@
-"""Files are complete or absent: whatever fails, the old content stays and nothing is left beside it."""
+"""Files are complete or absent: after any failure, the old content stays and nothing is left beside it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from utils.inference.prompts import read_prompts, read_text
 
 
 @pytest.mark.parametrize("data", [b"", b"\x00\xff\n", "", "über\n", "line\r\nline"])
-def test_content_is_written_as_it_is(tmp_path: Path, data: bytes | str) -> None:
+def test_content_is_written_unchanged(tmp_path: Path, data: bytes | str) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old and longer than the new content")
     write_atomic(path, data)

@@ -363,7 +363,7 @@ def test_the_target_is_given_up_once_the_loss_rises() -> None:
     assert nanogpt.given_up([1.6, 1.5, 1.49, 1.50, 1.51, 1.52, 1.53])
 
 
-def test_a_run_of_nanogpt_is_read_and_one_that_fails_is_one_line(tmp_path: Path, checkout: Path) -> None:
+def test_a_run_of_nanogpt_is_read_and_its_failure_is_reported_in_one_line(tmp_path: Path, checkout: Path) -> None:
     copy = nanogpt.prepare(checkout, tmp_path / "work", "abcabcabca")
     task = Task(str(tmp_path), "", "", str(copy), 1, dry=True)
     progress = nanogpt.run(task, {}, lambda progress: len(progress.iterations) == 6)

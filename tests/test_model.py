@@ -323,7 +323,7 @@ def test_initialisation_depends_on_the_seed_only() -> None:
 
 
 @every_variant
-def test_loss_at_initialisation_is_that_of_guessing(variant: str) -> None:
+def test_loss_at_initialisation_equals_that_of_guessing(variant: str) -> None:
     torch.manual_seed(0)
     model = LanguageModel(config_of(variant), 50)
     tokens = torch.randint(50, (32, 10))

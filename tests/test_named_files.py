@@ -55,7 +55,7 @@ def one_run(runs_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["report.html", "picture.png"])
-def test_out_as_a_device_stays_a_device(one_run: Path, tmp_path: Path, name: str) -> None:
+def test_a_device_given_as_out_stays_a_device(one_run: Path, tmp_path: Path, name: str) -> None:
     device = make_device(tmp_path / name)
     command = "report" if name.endswith("html") else "plot"
     assert experiments.main([command, str(one_run), "--out", str(device)]) == 0

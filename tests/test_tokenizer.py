@@ -176,7 +176,7 @@ def test_the_token_that_begins_a_document_has_no_bytes() -> None:
     assert tokenizer.byte_counts().tolist() == [0, 1, 2]
 
 
-def test_bytes_of_tokens_are_those_of_their_text() -> None:
+def test_tokens_decode_to_the_bytes_of_their_text() -> None:
     tokenizer = from_text("aü😀\ud800")
     assert tokenizer.decode_bytes(tokenizer.encode("ü😀a")) == "ü😀a".encode()
     assert tokenizer.decode_bytes(tokenizer.encode("\ud800")) == b"\xed\xa0\x80"

@@ -37,7 +37,7 @@ def tiny_config(argv: list[str]) -> Config:
     return parse_experiment(argv, Parser(prog="train.py")).load().config
 
 
-def test_a_run_directory_explains_itself(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+def test_a_run_directory_has_all_records_of_the_experiment(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
     assert train.main(tiny_argv("--run-tag", "first", "--tags", "a,b", "--note", "why")) == 0
     run = only_run()
     expected = [

@@ -79,7 +79,7 @@ EXAMPLES = {name: examples_of(name) for name in workbench.__all__} | {
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_does_what_it_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_in_docstrings_give_the_output_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     test = EXAMPLES[name]
     test.globs = {"__name__": "example", "math": math} | {name: getattr(workbench, name) for name in workbench.__all__}
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
@@ -154,7 +154,7 @@ def test_making_a_model_leaves_all_random_streams_alone(monkeypatch: pytest.Monk
     assert seeded == []
 
 
-def test_a_config_is_taken_as_it_is() -> None:
+def test_a_config_is_used_unchanged() -> None:
     assert Trainer(Config()).config == Config()
     assert Trainer(Config(), n_layer=2).config == Config(model=ModelConfig(n_layer=2))
 
@@ -374,7 +374,7 @@ def test_fit_takes_a_text_a_path_or_a_configuration(kind: str, project: Path, tm
     assert Path(config.data.dataset).read_text() == text
 
 
-def test_a_fit_that_was_interrupted_leaves_the_model_as_it_is() -> None:
+def test_an_interrupted_fit_leaves_the_model_unchanged() -> None:
     model = create_model(stop_at_step=1)
     before = [parameter.clone() for parameter in model.parameters()]
     assert model.fit(quiet=True).status == "interrupted"
@@ -419,7 +419,7 @@ def test_a_run_can_be_given_instead_of_its_path() -> None:
     assert runs.find(run).path == Run(run).path == run.path
 
 
-def test_the_facts_of_a_model_equal_those_of_its_run() -> None:
+def test_a_model_and_its_run_have_the_same_facts() -> None:
     facts, run = workbench.get_model_info("baseline"), runs.find("baseline")
     model, _ = load_model(run, device="cpu")
     assert facts == workbench.get_model_info(model) | {"training": facts["training"]}

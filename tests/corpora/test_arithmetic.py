@@ -35,7 +35,7 @@ def texts(config: ArithmeticConfig, found: ProblemSet) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("settings", [SMALL, EVERYTHING])
-def test_answers_are_those_of_python(settings: dict[str, Any]) -> None:
+def test_answers_equal_those_of_python(settings: dict[str, Any]) -> None:
     config, found = problems_of(**settings)
     for text in [*texts(config, found)["train"][:2000], *texts(config, found)["held_out"]]:
         question, _, answer = text.partition("=")

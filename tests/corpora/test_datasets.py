@@ -27,7 +27,7 @@ def write(folder: Path) -> Dataset:
     return dataset
 
 
-def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+def test_a_written_dataset_is_read_back(tmp_path: Path) -> None:
     dataset = write(tmp_path / "mine")
     assert is_dataset(tmp_path / "mine")
     assert not is_dataset(tmp_path)

@@ -33,7 +33,7 @@ def test_pydocs_is_the_language_reference_of_this_python(tmp_path: Path) -> None
     assert text == find_source("pydocs", tmp_path).read()
 
 
-def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_file_is_read_unchanged_but_for_its_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes("\ufeffZeile\r\nübergroß 😀".encode())
     assert find_source(str(path), tmp_path).read() == "Zeile\r\nübergroß 😀"  # without the byte order mark
@@ -194,7 +194,7 @@ def test_readable_text_is_read_without_rights(answers_without_rights: dict[str, 
 
 
 @pytest.mark.parametrize("place", ["unreadable.txt", "closed/inside.txt", "closed", "open"])
-def test_an_unreadable_place_is_an_error_that_says_so(answers_without_rights: dict[str, str], place: str) -> None:
+def test_an_unreadable_place_is_an_error(answers_without_rights: dict[str, str], place: str) -> None:
     answer = answers_without_rights[place]
     assert answer.startswith(place)
     assert answer.endswith("cannot be read: Permission denied")

@@ -96,7 +96,7 @@ def test_a_nanogpt_checkpoint_computes_the_same_and_keeps_its_settings(run: Any,
     assert f"--resume {made}" in out
 
 
-def test_a_nanogpt_run_trains_on_as_nanogpt_itself_would(run: Any, tmp_path: Path) -> None:
+def test_a_converted_run_continues_to_train_like_nanogpt(run: Any, tmp_path: Path) -> None:
     """The updates of the resumed run are those of the same AdamW in nanoGPT's model, on the same batches."""
     p, optimizer = trained_nanogpt(tmp_path / "ckpt.pt")
     made, _ = run(tmp_path / "ckpt.pt", "--tokenizer", "char", "--dataset", "letters.txt")

@@ -57,7 +57,7 @@ def test_stats_omit_columns_that_would_be_empty(tmp_path: Path, capsys: Capture)
     assert row.split()[0] == name  # in one piece, in a terminal of 80 columns
 
 
-def test_stats_equal_those_of_torch(file: Path, capsys: Capture) -> None:
+def test_stats_equal_a_computation_by_torch(file: Path, capsys: Capture) -> None:
     from safetensors.torch import load_file
 
     found = answer(capsys, "inspect", file, "--stats", "--json")["tensors"]

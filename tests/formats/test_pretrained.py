@@ -214,7 +214,7 @@ def test_unknown_keys_are_reported(tmp_path: Path) -> None:
     assert open_pretrained(model_folder(tmp_path / "model", flux=3)).unknown == ["flux"]
 
 
-def test_only_safetensors_of_its_own_folder_are_read(tmp_path: Path) -> None:
+def test_only_safetensors_inside_the_folder_are_read(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     weights = (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")

@@ -633,7 +633,7 @@ def test_a_long_record_is_read_in_pieces(
 def test_a_piece_of_a_long_document_may_have_no_tokens(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tokenizer such as BERT's drops white space, of which a document may have megabytes."""
+    """A tokenizer such as BERT's drops white space, and a document may have megabytes of it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))

@@ -305,7 +305,7 @@ def test_one_long_word_needs_no_stack(kind: str, gpt2: Gpt2Tokenizer) -> None:
 # ----------------------------------------------------------------------------------------------------- bpe, learned
 
 
-def test_learned_subwords_are_those_of_the_library(bpe: BpeTokenizer) -> None:
+def test_learned_subwords_equal_those_of_the_library(bpe: BpeTokenizer) -> None:
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.train_from_iterator(
