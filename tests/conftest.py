@@ -1,13 +1,15 @@
-"""The tiny fixtures: a corpus of a few kilobytes and an experiment that trains in a second."""
+"""Shared fixtures and helpers: a corpus of a few kilobytes, and an experiment that trains in a second."""
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from warm_python import PIXEL, WarmPython, copy_databases
 
+from utils.runs.log import read_metrics
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of `make test &` in a script: it would be inherited
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in `make test &`; children inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not Path("/dev/nvidiactl").exists():
-    os.environ["TRITON_INTERPRET"] = "1"  # Triton, if some module imports it, runs its kernels on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # if a module imports Triton, its kernels run on the CPU
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE_MS = 60_000  # for a page of a browser on a slow machine, where it takes one to five seconds
+PAGE_MS = 60_000  # the timeout of a browser page, which takes one to five seconds on a slow machine
 FORK = multiprocessing.get_context("fork")
 TINY_FLAGS = {
     "--n-layer": "1",
@@ -43,17 +47,17 @@ TINY_FLAGS = {
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Half as many again as cores: a fourth of the time a test waits for a disk, another process or a browser."""
+    """Start 1.5 workers per core: a test spends a quarter of its time waiting for a disk, a process or a browser."""
     return (os.cpu_count() or 1) * 3 // 2
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """A text of many kilobytes is no name of a test."""
+    """Keep texts of many kilobytes out of the names of tests."""
     return f"{argname} of {len(val):,}" if isinstance(val, str | bytes) and len(val) > 1000 else None
 
 
 def in_child(prepare: Callable[[], object], action: Callable[[], object]) -> Any:
-    """What `action` returns or raises in a forked process, after `prepare` has changed that process."""
+    """Return what `action` returns or raises in a forked process, after `prepare` has changed that process."""
 
     def work(pipe: Connection) -> None:
         prepare()
@@ -72,7 +76,7 @@ def in_child(prepare: Callable[[], object], action: Callable[[], object]) -> Any
 
 
 def copy_code(folder: Path, *names: str) -> None:
-    """Copy files and folders of the project with their times and their compiled code, which is seconds a copy."""
+    """Copy files and folders of the project with their times and their compiled code, which saves seconds per copy."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
@@ -85,14 +89,35 @@ def copy_code(folder: Path, *names: str) -> None:
 
 
 def git(folder: Path, *words: str) -> str:
-    """What git prints; commits are Ada's, whatever this machine configures."""
+    """Run git and return its output; commits are by Ada, independent of this machine's configuration."""
     identity = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org", "-c", "commit.gpgsign=false"]
     return subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
+def one_error(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the line of an error, after checking that it is all that was printed."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def wait_until_trained(process: subprocess.Popen[Any], runs_dir: Path, losses: int = 1, seconds: float = 60.0) -> Path:
+    """Wait until a training has logged that many losses, and return its run directory."""
+    deadline = time.monotonic() + seconds
+    while sum(len(read_metrics(path, "train/loss")) for path in runs_dir.glob("*/logs")) < losses:
+        assert process.poll() is None, "training ended before it had logged its losses"
+        assert time.monotonic() < deadline
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=0.1)
+    (run,) = runs_dir.iterdir()
+    return run
+
+
 @pytest.fixture(autouse=True)
 def torch_settings() -> Iterator[None]:
-    """What a run in this process sets for itself (determinism, threads, precision) ends with the test."""
+    """Restore the settings of torch that a run in this process changes (determinism, threads, precision)."""
     import torch
 
     before = (torch.get_deterministic_debug_mode(), torch.get_num_threads(), torch.get_float32_matmul_precision())
@@ -104,7 +129,7 @@ def torch_settings() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process plot their curves, but do not render them, which would be a third of a tiny training."""
+    """Let runs in this process plot their curves without rendering them, which takes a third of a tiny training."""
     import utils.runs.curves
 
     monkeypatch.setattr(utils.runs.curves, "picture_of", lambda figure: PIXEL)
@@ -112,14 +137,14 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def quick_databases(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Once a test has imported Aim, its new databases are copies."""
+    """Once a test has imported Aim, copy its new databases instead of creating them."""
     if "aim.storage.migrations.utils" in sys.modules:
         copy_databases(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
 def prompt_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes a millisecond here: without waiting, which steps have a checkpoint would depend on the disk."""
+    """Wait for each checkpoint: a step takes a millisecond, so which steps have one would depend on the disk."""
     from utils.training.checkpointer import Checkpointer
 
     save = Checkpointer.save
@@ -180,7 +205,7 @@ def only_run(runs_dir: Path) -> Callable[[], Path]:
 
 @pytest.fixture(scope="session")
 def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython]:
-    """The interpreter of tests of what a script does; those of its start and its end use sys.executable."""
+    """The interpreter for tests of what a script does; tests of how it starts and ends use sys.executable."""
     python = WarmPython(tmp_path_factory.mktemp("warm"))
     yield python
     python.close()
@@ -188,7 +213,7 @@ def warm_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmPython
 
 @pytest.fixture
 def warm_processes(warm_python: WarmPython, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sys.executable is `warm_python`, for the tests and for what the project starts in them."""
+    """Make `warm_python` sys.executable, for the tests and for the processes that the project starts in them."""
     monkeypatch.setattr(sys, "executable", str(warm_python.path))
 
 
@@ -200,7 +225,7 @@ def train_command(tiny_argv: Callable[..., list[str]]) -> Callable[..., list[str
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A new file system of one megabyte; without the right to mount one skipped, but not in CI."""
+    """A new file system of one megabyte; skips the test (in CI, fails it) without the right to mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     options = ["-t", "tmpfs", "-o", "size=1m", "tmpfs"]
@@ -214,13 +239,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture
 def make_read_only(small_disk: Path) -> Callable[[], None]:
-    """Turns `small_disk` into a read-only one (file permissions do not stop root)."""
+    """Remounts `small_disk` read-only (file permissions do not stop root)."""
     return lambda: subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Headless Chromium, without what it asks of the network by itself."""
+    """Headless Chromium that sends no requests of its own."""
     from playwright.sync_api import expect, sync_playwright
 
     flags = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking"]

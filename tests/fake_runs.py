@@ -1,4 +1,4 @@
-"""Run directories written by hand, as a training leaves them, without training."""
+"""Writes run directories as a training leaves them, without training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def config_of(**settings: Any) -> Config:
 
 
 def record_of(run_id: str, **facts: Any) -> dict[str, Any]:
-    """The run.json of a completed run: the fields of Run.create, and what is added later."""
+    """The run.json of a completed run: the fields of Run.create and those that are added later."""
     return {
         "schema_version": 1,
         "id": run_id,
@@ -68,7 +68,7 @@ def record_of(run_id: str, **facts: Any) -> dict[str, Any]:
 
 
 def write(path: Path, content: str | bytes | Any) -> Path:
-    """A file with its folders; what is neither text nor bytes is written as JSON."""
+    """Write a file and create its folders; content that is neither text nor bytes is written as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if not isinstance(content, str | bytes):
         content = json.dumps(content)
@@ -81,7 +81,7 @@ def log_lines(records: Iterable[Mapping[str, Any]]) -> str:
 
 
 def training_records(losses: Sequence[Any], interval: int = 10) -> list[dict[str, Any]]:
-    """Records with a val/loss every `interval` steps, a second and a hundred tokens a step."""
+    """Records with a val/loss every `interval` steps; a step takes a second and a hundred tokens."""
     return [
         {"step": i * interval, "time": 1000.0 + i * interval, "tokens": 100 * i * interval, "val/loss": loss}
         for i, loss in enumerate(losses)
@@ -101,11 +101,11 @@ def make_run(
     patch: str = "",
     **facts: Any,
 ) -> Path:
-    """A run directory.
+    """Write a run directory.
 
     Args:
-        settings: what differs from the defaults, by leaf name.
-        checkpoints: step -> bytes.
+        settings: the settings that differ from the defaults, by leaf name.
+        checkpoints: the size in bytes of the checkpoint of each step.
         patch: the content of meta/code.patch.
         facts: fields of run.json.
     """
@@ -127,13 +127,13 @@ def make_run(
 
 
 def indexed(runs_dir: Path, run_id: str = "run", **facts: Any) -> IndexedRun:
-    """`make_run`, as the index reads it."""
+    """A run of `make_run`, as the index reads it."""
     return read_run(make_run(runs_dir, run_id, **facts))
 
 
 @contextmanager
 def held_lock(run: Path) -> Iterator[None]:
-    """The lock of a run is held, as by a training; flock excludes another handle of the same process too."""
+    """Hold the lock of a run, as its training does; flock also excludes another handle of the same process."""
     handle = os.open(run / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

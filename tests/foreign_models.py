@@ -1,6 +1,6 @@
-"""Models of other programs for the tests: their files, written by their layouts, and what each computes.
+"""Models of other programs: writers of their file formats, and reference implementations of their logits.
 
-python tests/foreign_models.py FOLDER TEXT     # a checkpoint of nanoGPT, with the characters of TEXT for tokens
+python tests/foreign_models.py FOLDER TEXT     # writes a nanoGPT checkpoint whose tokens are the characters of TEXT
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def gpt2_logits(p: Tensors, idx: torch.Tensor, approximate: str = "none") -> tor
 
 
 def adamw_of(p: Tensors, weight_decay: float = 0.1) -> torch.optim.AdamW:
-    """nanoGPT's optimizer: weight decay of what has two dimensions."""
+    """nanoGPT's optimizer: weight decay for parameters of two or more dimensions."""
     groups = [
         {"params": [x for x in p.values() if x.dim() > 1], "weight_decay": weight_decay},
         {"params": [x for x in p.values() if x.dim() < 2], "weight_decay": 0.0},
@@ -132,7 +132,7 @@ def raw(tensor: torch.Tensor) -> bytes:
 
 
 def llm_c_numbers(p: Tensors, padding: int, dtype: torch.dtype) -> Iterator[bytes]:
-    """All tensors in llm.c's order: each kind for all layers."""
+    """The bytes of all tensors in llm.c's order: each kind of tensor for all layers."""
     yield raw(F.pad(p["transformer.wte.weight"], (0, 0, 0, padding)).to(dtype))
     yield raw(p["transformer.wpe.weight"].to(dtype))
     for kind in GPT2_TENSORS:
@@ -224,7 +224,7 @@ def write_llama2_c(path: Path, p: Tensors, version: int) -> None:
                 file.write(raw(p[name]))
 
 
-PIECES = ("<unk>", "\n<s>\n", "\n</s>\n", "<0x0A>", " ", "a", "b", "c", "ab", " a", " ab")  # a space for each U+2581
+PIECES = ("<unk>", "\n<s>\n", "\n</s>\n", "<0x0A>", " ", "a", "b", "c", "ab", " a", " ab")  # U+2581 written as a space
 
 
 def write_llama2_c_tokenizer(path: Path) -> None:
@@ -238,7 +238,7 @@ def write_llama2_c_tokenizer(path: Path) -> None:
 
 
 def mypt(tied: bool = False) -> Tensors:
-    """GPT of MyPT with learned positions: no bias in q, k, v and the projection after them, biases everywhere else."""
+    """MyPT's GPT with learned positions: biases everywhere except in the attention's projections."""
     torch.manual_seed(3)
     tensors = {"token_embedding_table.weight": random(V, C), "position_embedding_table.weight": random(T, C)}
     for layer in range(L):

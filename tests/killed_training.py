@@ -1,4 +1,6 @@
-"""train.py, killed by SIGKILL at a chosen moment: `python tests/killed_training.py MOMENT STEP [train.py's words]`.
+"""Run train.py and kill it with SIGKILL at a chosen moment.
+
+    python tests/killed_training.py MOMENT STEP [arguments of train.py]
 
 A script, not tests: test_resume.py starts it.
 """
@@ -22,9 +24,10 @@ def die() -> None:
 
 
 def kill_at(moment: str, step: int) -> None:
-    """Patch the moment: the second micro-step, the end of an evaluation, a half-written checkpoint, one whose pointers
-    are not written, a step's end, when the views show a step, or when they
-    are closed.
+    """Patch the code that reaches `moment`, so that the process dies there.
+
+    Moments: micro_step (the second one), evaluation (its end), checkpoint (half-written), pointer (a checkpoint whose
+    pointers are not written), step (its end), fed (the views show the step), closing (the views are being closed).
     """
     import data
     import utils.checkpoints.files
@@ -68,7 +71,7 @@ def kill_at(moment: str, step: int) -> None:
 
 
 def wait_until_fed(step: int) -> None:
-    """Hold the loop at a step until all views have shown it, then die: they are ahead of the checkpoint."""
+    """Hold the loop at a step until all views have shown it, then die: the views are ahead of the checkpoint."""
     from utils.tracking.feeder import Feeder, Feeders
     from utils.training import step as training
 
@@ -94,7 +97,7 @@ def wait_until_fed(step: int) -> None:
 
 
 def wait_for_writes() -> None:
-    """A step takes a millisecond here: without waiting, which steps have a checkpoint would depend on the disk."""
+    """Wait for each checkpoint: a step takes a millisecond, so which steps have one would depend on the disk."""
     from utils.training.checkpointer import Checkpointer
 
     save = Checkpointer.save

@@ -1,4 +1,4 @@
-"""A prepared dataset from lists of short texts."""
+"""Writes a prepared dataset from lists of short texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_dataset(
     leaks: Sequence[int] = (),
     **config: Any,
 ) -> Dataset:
-    """Its documents are lines of train.txt and val.txt; each split has that many shards."""
+    """Write a dataset whose documents are lines of train.txt and val.txt, with `shards` shards in each split."""
     folder.mkdir(parents=True)
     tokenizer = build_tokenizer(DataConfig(tokenizer=kind, **config), ["\0", *train, *val])
     tokenizer.save(folder / "tokenizer.json")

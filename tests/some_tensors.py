@@ -1,4 +1,4 @@
-"""Tensors of all kinds, and whether tensors are equal bit for bit."""
+"""Tensors of every type, and a bitwise comparison of tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WEIGHTS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([True, False]
 
 
 def same(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
-    """Equal names, types, shapes and bits (NaN and -0.0 included)."""
+    """Return whether names, types, shapes and bits are equal (NaN and -0.0 included)."""
 
     def facts(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size, bytes]:
         return tensor.dtype, tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

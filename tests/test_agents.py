@@ -1,4 +1,4 @@
-"""AGENTS.md: short, and each of its commands and flags exists."""
+"""AGENTS.md is short, and its commands, flags and pages exist."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ AGENTS = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
 COMMANDS = [line.split("#")[0].split()[1:] for line in AGENTS.splitlines() if line.startswith("    python ")]
 
 
-def test_it_is_forty_lines_at_most() -> None:
+def test_agents_md_has_at_most_forty_lines() -> None:
     assert len(AGENTS.splitlines()) <= 40
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_a_command_has_the_flags_that_are_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_command_has_the_flags_it_is_shown_with(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     script, *rest = words
     command = rest[:1] if script == "experiments.py" else []
     with pytest.raises(SystemExit):
@@ -28,5 +28,5 @@ def test_a_command_has_the_flags_that_are_named(words: list[str], capsys: pytest
 
 
 @pytest.mark.parametrize("link", re.findall(r"docs/\w+\.md", AGENTS))
-def test_a_page_that_it_names_exists(link: str) -> None:
+def test_each_page_it_links_to_exists(link: str) -> None:
     assert (ROOT / link).is_file()

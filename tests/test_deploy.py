@@ -1,10 +1,9 @@
-"""The templates in deploy/: a parser reads them, and their commands are ours."""
+"""The templates in deploy/ are valid and run the commands of this project."""
 
 from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -15,7 +14,7 @@ from conftest import ROOT
 from torch.distributed.run import get_args_parser
 
 SLURM, SKYPILOT = ROOT / "deploy" / "slurm.sbatch", ROOT / "deploy" / "skypilot.yaml"
-# Of the manual page of sbatch.
+# From the manual page of sbatch.
 SBATCH = {
     "job-name",
     "output",
@@ -29,7 +28,7 @@ SBATCH = {
     "requeue",
     "signal",
 }
-# Of https://docs.skypilot.co/en/latest/reference/yaml-spec.html.
+# From https://docs.skypilot.co/en/latest/reference/yaml-spec.html.
 TASK = {"name", "workdir", "num_nodes", "resources", "envs", "secrets", "file_mounts", "setup", "run"}
 RESOURCES = {"infra", "accelerators", "cpus", "memory", "use_spot", "disk_size", "image_id", "any_of", "job_recovery"}
 
@@ -46,10 +45,26 @@ def test_the_slurm_script_has_options_that_sbatch_knows() -> None:
 
 
 def stand_ins(folder: Path, **bodies: str) -> None:
-    """Commands of these names in a folder."""
+    """Write shell commands with these names into a folder."""
     for name, body in bodies.items():
         (folder / name).write_text(f"#!/bin/sh\n{body}\n")
         (folder / name).chmod(0o755)
+
+
+def slurm_job(folder: Path, **variables: str) -> dict[str, str]:
+    """The environment of job 7, with the stand-ins of a folder."""
+    path = f"{folder}:{os.environ['PATH']}"
+    return {"PATH": path, "SLURM_SUBMIT_DIR": str(folder), "SLURM_JOB_ID": "7", **variables}
+
+
+def terminated(folder: Path, *words: str, **variables: str) -> int:
+    """Run the Slurm script until srun has created `started`, then send SIGTERM; returns the exit status."""
+    process = subprocess.Popen(["bash", SLURM, *words], cwd=folder, env=slurm_job(folder, **variables))
+    while not (folder / "started").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    return process.wait(20)
 
 
 @pytest.mark.parametrize(
@@ -60,37 +75,28 @@ def stand_ins(folder: Path, **bodies: str) -> None:
         (["sweep", "s.yaml", "--trials", "9"], 1, ["sweep.py", "s.yaml", "--trials", "9", "--resume"], False),
     ],
 )
-def test_the_slurm_script_starts_again_what_was_stopped(
+def test_the_slurm_script_requeues_a_stopped_run(
     tmp_path: Path, words: list[str], status: int, ran: list[str], requeued: bool
 ) -> None:
     """A dry run, with stand-ins for srun and scontrol."""
     stand_ins(tmp_path, srun=f'printf "%s\\n" "$@" > srun.txt; exit {status}', scontrol='echo "$@" > scontrol.txt')
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
-    bash = shutil.which("bash")
-    assert bash is not None
-    done = subprocess.run([bash, SLURM, *words], cwd=tmp_path, env=env)
+    done = subprocess.run(["bash", SLURM, *words], cwd=tmp_path, env=slurm_job(tmp_path))
     assert done.returncode == status
     assert (tmp_path / "srun.txt").read_text().splitlines()[2:] == ran
     assert (tmp_path / "scontrol.txt").exists() == requeued
 
 
-def test_the_slurm_script_does_not_start_again_what_completed_as_the_signal_came(tmp_path: Path) -> None:
+def test_the_slurm_script_does_not_requeue_a_run_that_completes_after_the_signal(tmp_path: Path) -> None:
     srun = 'trap "exit 0" TERM; touch started; while :; do sleep 0.05; done'
     stand_ins(tmp_path, srun=srun, scontrol='echo "$@" > scontrol.txt')
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_ID": "7"}
-    process = subprocess.Popen(["bash", SLURM, "--run-tag", "x"], cwd=tmp_path, env=env)
-    while not (tmp_path / "started").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.terminate()
-    assert process.wait(20) == 0
+    assert terminated(tmp_path, "--run-tag", "x") == 0
     assert not (tmp_path / "scontrol.txt").exists()
 
 
 def test_the_slurm_script_starts_a_rank_for_each_gpu_and_passes_the_signal_on(tmp_path: Path) -> None:
-    """
-    Two nodes of four GPUs; torchrun ends with 1 after a signal, as it does after any failure. More names of nodes than
-    a pipe holds: a reader that leaves after the first would end the script with 141.
+    """Two nodes of four GPUs; torchrun exits with 1 after a signal, as after any failure.
+
+    The list of nodes is longer than a pipe holds; a reader that stopped after the first name would end the script.
     """
     srun = (
         'printf "%s\\n" "$@" > srun.txt; trap "touch stopped; exit 1" TERM; touch started; while :; do sleep 0.05; done'
@@ -98,14 +104,8 @@ def test_the_slurm_script_starts_a_rank_for_each_gpu_and_passes_the_signal_on(tm
     stand_ins(
         tmp_path, srun=srun, scontrol='if [ "$1" = show ]; then seq -f n%g 20000; else echo "$@" > scontrol.txt; fi'
     )
-    slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "7"}
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_SUBMIT_DIR": str(tmp_path), **slurm}
-    process = subprocess.Popen(["bash", SLURM, "--run-tag", "wide"], cwd=tmp_path, env=env)
-    while not (tmp_path / "started").exists():
-        assert process.poll() is None
-        time.sleep(0.02)
-    process.terminate()
-    assert process.wait(20) == 1
+    slurm = {"SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "n[1-2]"}
+    assert terminated(tmp_path, "--run-tag", "wide", **slurm) == 1
     words = (tmp_path / "srun.txt").read_text().splitlines()
     assert words[2:] == [
         *("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "4", "--max-restarts", "3"),
@@ -147,7 +147,7 @@ def test_the_skypilot_task_starts_a_rank_for_each_gpu(
     assert known.training_script_args[:2] == ["--seed", "1"]
 
 
-def test_the_skypilot_task_has_fields_that_are_documented() -> None:
+def test_the_skypilot_task_has_documented_fields() -> None:
     task = yaml.safe_load(SKYPILOT.read_text())
     assert task.keys() <= TASK
     assert task["resources"].keys() <= RESOURCES

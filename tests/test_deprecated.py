@@ -25,7 +25,7 @@ MOVED = [
 def test_an_old_import_gives_the_same_object_and_names_the_new_one(
     module: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if module != "utils.config":  # a package in use, which warns at each access
+    if module != "utils.config":  # still a package, which warns at each access
         monkeypatch.delitem(sys.modules, module, raising=False)
     found: dict[str, object] = {}
     with pytest.warns(DeprecationWarning, match=rf"{module}.* is deprecated: .*\b{name}\b") as caught:
@@ -34,7 +34,7 @@ def test_an_old_import_gives_the_same_object_and_names_the_new_one(
     assert {warning.filename for warning in caught} == {"<string>"}  # the line that has to change
 
 
-def test_other_names_are_not_there() -> None:
+def test_other_names_cannot_be_imported() -> None:
     with pytest.raises(ImportError, match="cannot import name 'Confog'"):
         exec("from utils.config import Confog")
     assert importlib.import_module("utils.config.loader")

@@ -52,7 +52,7 @@ SLOW = (
     "docs/tracking.md",
     "docs/weights.md",
 )
-NOT_RUN = ("docs/LOG.md", "docs/index.md")  # a log of what was run; README.md once more
+NOT_RUN = ("docs/LOG.md", "docs/index.md")  # a log of past runs; a copy of README.md
 PAGES = [
     name
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,7 +75,7 @@ TINY = {
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"  # of Tiny Shakespeare
 SECONDS = 900  # for one block, on a busy machine
 
-# A tenth of the steps is trained, if there are 50 or more; TINY has a tenth of the default, too.
+# Numbers of steps from 50 on are divided by ten, as TINY does with the default.
 STEPS = re.compile(
     r"((?:--(?:max-iters|stop-at-step|eval-interval|profile-step|steps|min-steps) |max_iters=|max_iters: )"
     r"(?:\d{2,}|[5-9]))0\b"
@@ -92,7 +92,7 @@ RUN_ID = r"\d{8}_\d{6}_[\w.-]+?"
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block; marks: what the comments before it say, as (kind, reason, file name, command or words)."""
+    """A fenced block; `marks` are the markers in the comments before it, as (kind, words)."""
 
     line: int
     language: str
@@ -142,7 +142,7 @@ def commands(block: Block) -> list[tuple[str, list[str]]]:
 
 
 def smaller(text: str) -> str:
-    """A command or a file of a page with fewer steps and trials."""
+    """Return a command or a file of a page with fewer steps and trials."""
     for pattern, replacement in SMALLER:
         text = pattern.sub(replacement, text)
     return text
@@ -159,11 +159,11 @@ class Project:
     """A copy of the project in `path`, whose scripts run with the Python of the tests."""
 
     path: Path
-    ports: dict[str, int] = field(default_factory=dict)  # a free one for each port of the page
+    ports: dict[str, int] = field(default_factory=dict)  # port of the page -> free port
     servers: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def here(self, text: str) -> str:
-        """A command or script of a page with free ports."""
+        """Return a command or script of a page with free ports."""
         return PORT.sub(lambda found: found[1] + str(self.ports.setdefault(found[2], free_port())), text)
 
     def start(self, command: str, **options: Any) -> subprocess.Popen[str]:
@@ -211,7 +211,7 @@ class Project:
         self.servers.append(server)
 
     def close(self) -> None:
-        """End the servers as Ctrl-C does; raises AssertionError if one has ended before, or takes it for a failure."""
+        """End the servers as Ctrl-C does; raises AssertionError if one ended earlier, or ends with another status."""
         before = [server.poll() for server in self.servers]
         for server in self.servers:
             end(server, signal.SIGINT)
@@ -221,7 +221,7 @@ class Project:
             for server in self.servers:
                 end(server, signal.SIGKILL)
         assert not any(status is not None for status in before), before
-        assert all(status in (0, 1, 130, -signal.SIGINT) for status in after), after  # 1: click's word for Ctrl-C
+        assert all(status in (0, 1, 130, -signal.SIGINT) for status in after), after  # 1: click's status after Ctrl-C
 
 
 def answers(port: int) -> bool:
@@ -230,13 +230,13 @@ def answers(port: int) -> bool:
 
 
 def end(process: subprocess.Popen[str], signum: signal.Signals) -> None:
-    """Send a signal to all that a command has started; what runs by `warm_python` ends with its client."""
+    """Signal all processes that a command has started; those of `warm_python` end with their clients."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signum)
 
 
 def shrink(folder: Path) -> None:
-    """Gives the files of configs/ and the presets tiny values; what else they set stays."""
+    """Give the files of configs/ and the presets tiny values; their other settings stay."""
     for path in folder.rglob("*.yaml"):
         sections = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         if not isinstance(sections, dict):  # cleaning.yaml, a list of steps
@@ -252,7 +252,7 @@ def shrink(folder: Path) -> None:
 
 
 def shakespeare() -> bytes:
-    """Stands for Tiny Shakespeare: short, with its dollar sign, which pydocs lacks."""
+    """A short stand-in for Tiny Shakespeare, with its dollar sign, which pydocs lacks."""
     return b"".join(b"ROMEO: we have %d $ and no corn; speak, First Citizen.\n" % i for i in range(200))
 
 
@@ -280,7 +280,7 @@ def tiny_project(tmp_path_factory: pytest.TempPathFactory, warm_python: WarmPyth
     for entry in warm_python.bin.iterdir():
         if entry.name not in ("torchrun", "lm-workbench"):
             (path / ".venv" / "bin" / entry.name).symlink_to(entry)
-    torchrun = path / ".venv" / "bin" / "torchrun"  # the installed one names its interpreter
+    torchrun = path / ".venv" / "bin" / "torchrun"  # the first line of the installed one names another interpreter
     torchrun.write_text('#!/bin/sh\nexec python -m torch.distributed.run "$@"\n')
     torchrun.chmod(0o755)
     for name in (".installed", ".installed-dev", ".installed-bench"):
@@ -305,7 +305,7 @@ def project(tmp_path: Path, tiny_project: Path) -> Iterator[Project]:
 
 
 def check_commands(block: Block, project: Project) -> None:
-    """Runs a bash or console block; raises AssertionError if a command does not do what the page says."""
+    """Run a bash or console block; raises AssertionError if a command does not do what the page says."""
     statuses = [int(status) for words in block.marked("status") for status in words.split()]
     typed = "".join(f"{words}\n" for words in block.marked("type"))
     for command, shown in commands(block):
@@ -321,13 +321,13 @@ def check_commands(block: Block, project: Project) -> None:
         errors = [line for line in shown if line.startswith("error: ")]
         assert done.returncode in (statuses or [2 if errors else 0]), f"{command}\n{done.stdout}"
         printed = " ".join(done.stdout.split())
-        for error in errors:  # in words, whatever the id of the run and the size of the vocabulary are
+        for error in errors:  # with any run id and any vocabulary size
             pattern = re.escape(" ".join(error.split())).replace(r"20261121_071807_long", RUN_ID)
             assert re.search(re.sub(r"\d+\\ characters", r"\\d+\\ characters", pattern), printed), done.stdout
 
 
 def check(block: Block, project: Project) -> None:
-    """Does with a block what its language and its markers ask for."""
+    """Run or parse a block, as its language and its markers require."""
     for command in block.marked("first"):
         check_commands(Block(block.line, "bash", command), project)
     for command in block.marked("with"):
@@ -364,12 +364,12 @@ def check_block(block: Block, project: Project) -> None:
 
 
 def load(file: Path) -> Any:
-    """Raises ConfigError if the file is no valid configuration."""
+    """Raises ConfigError if the file is not a valid configuration."""
     return ConfigLoader(ROOT).load_only(file)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_block_is_one_that_is_checked(page: str) -> None:
+def test_every_block_has_a_language_and_markers_that_are_checked(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     found = blocks(text)
     for block in found:
@@ -393,7 +393,7 @@ def test_the_readme_stays_short() -> None:
         for page in PAGES
     ],
 )
-def test_what_a_page_shows_works(page: str, project: Project) -> None:
+def test_every_block_of_a_page_works(page: str, project: Project) -> None:
     for block in blocks((ROOT / page).read_text(encoding="utf-8")):
         try:
             check(block, project)
@@ -402,7 +402,7 @@ def test_what_a_page_shows_works(page: str, project: Project) -> None:
             raise
 
 
-def test_a_page_that_is_wrong_is_noticed(project: Project) -> None:
+def test_a_wrong_block_is_noticed(project: Project) -> None:
     """The runner itself: a failing command, a wrong error message, a setting that does not exist."""
     for language, text in (
         ("bash", "python train.py --no-such-flag 3"),
@@ -416,7 +416,7 @@ def test_a_page_that_is_wrong_is_noticed(project: Project) -> None:
             check(Block(1, language, text + "\n"), project)
 
 
-def test_a_comment_whose_command_fails_is_noticed(project: Project) -> None:
+def test_a_marker_that_fails_is_noticed(project: Project) -> None:
     for text, kind, words in (
         ("true", "first", "false"),
         ("true", "then", "false"),
@@ -432,7 +432,7 @@ def test_a_comment_whose_command_fails_is_noticed(project: Project) -> None:
 
 
 def test_a_page_with_servers_leaves_none_behind(project: Project) -> None:
-    """Each gets a port of its own, and Ctrl-C at the end."""
+    """Each server gets its own port, and Ctrl-C at the end."""
     script = "from http.server import *; import sys; HTTPServer(('127.0.0.1', int(sys.argv[-1])), None).serve_forever()"
     project.serve(f'python -c "{script}" --port 8000')
     project.serve(f'python -c "{script}" --port 8001')

@@ -28,7 +28,7 @@ def test_windows_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Windows is not supported" in str(utils.environment_problem())
 
 
-def test_an_old_python_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_python_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     assert utils.environment_problem() is None
     monkeypatch.setattr(sys, "version_info", (3, 10, 1, "final", 0))
     assert "3.11 or newer is needed" in str(utils.environment_problem())

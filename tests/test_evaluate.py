@@ -1,4 +1,4 @@
-"""evaluate.py: the loss of whole texts, several runs side by side, recorded and shown."""
+"""evaluate.py scores whole texts with one or several runs, records the results and shows them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import one_error
 from fake_runs import held_lock, make_run
 
 import evaluate
@@ -33,7 +34,7 @@ TEXT = "the quick brown fox jumps over the lazy dog. " * 6 + "ü: äh"
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Two runs, whose tokenizers differ."""
+    """Two runs with different tokenizers."""
     for name, tokenizer in (("chars", TOKENIZER), ("bytes", BYTES)):
         run = make_run(tmp_path / "runs", name)
         save_export(run / EXPORT, tiny_model(tokenizer), tokenizer, {"run": name, "step": 100})
@@ -44,14 +45,6 @@ def runs(tmp_path: Path) -> Path:
 @pytest.fixture
 def run_evaluate(runs: Path) -> Callable[..., int]:
     return lambda *words: evaluate.main([*map(str, words), "--runs-dir", str(runs), "--device", "cpu"])
-
-
-def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("error: ")
-    assert captured.err.count("\n") == 1, captured.err
-    return captured.err
 
 
 def test_a_text_is_scored_by_several_runs_recorded_and_shown(
@@ -85,7 +78,7 @@ def test_a_text_is_scored_by_several_runs_recorded_and_shown(
     assert f"notes.txt {by_run['chars']['bits_per_byte']:.4f}" in capsys.readouterr().out
 
 
-def test_the_list_has_a_column_of_evaluations_only_where_there_are_any(
+def test_the_list_has_a_column_of_evaluations_only_if_there_are_any(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path, "one")
@@ -99,7 +92,7 @@ def test_the_list_has_a_column_of_evaluations_only_where_there_are_any(
     assert "sums 99.50%, a.txt 1.5000" in output
 
 
-def test_without_data_each_run_reads_all_of_its_own_validation_split(
+def test_without_data_each_run_is_evaluated_on_its_whole_validation_split(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "own.txt"
@@ -121,7 +114,7 @@ def test_without_data_each_run_reads_all_of_its_own_validation_split(
     assert (found["tokens"], found["bytes"]) == (len(ids) - 1, expected.bytes)
     text.write_text(TEXT * 4, encoding="utf-8")
     assert evaluate.main(words) == 2
-    assert "its data has changed since it was trained" in error_of(capsys)
+    assert "its data has changed since it was trained" in one_error(capsys)
 
 
 def test_a_smaller_stride_gives_each_token_more_context(
@@ -136,8 +129,8 @@ def test_a_smaller_stride_gives_each_token_more_context(
     assert losses[0] != losses[1]
 
 
-def test_a_run_in_training_is_evaluated_by_its_checkpoint_and_not_disturbed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_run_in_training_is_evaluated_from_its_checkpoint_and_not_disturbed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from train import train
 
@@ -161,13 +154,13 @@ def test_a_run_in_training_is_evaluated_by_its_checkpoint_and_not_disturbed(
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert {path for path in run.rglob("*") if path.is_file()} - files.keys() == {run / EVALUATIONS}
     assert evaluate.main([*words, "--checkpoint", "7"]) == 2
-    assert "no checkpoint of step 7" in error_of(capsys)
+    assert "no checkpoint of step 7" in one_error(capsys)
     assert evaluate.main(words[:6]) == 0  # its own validation split
     experiments.main(["check", run.name, "--runs-dir", str(run.parent)])  # a seal does not cover evaluations
     assert EVALUATIONS.name not in capsys.readouterr().out
 
 
-def test_mistakes_are_one_line(
+def test_mistakes_are_reported_in_one_line(
     run_evaluate: Callable[..., int], runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = runs.parent / "bad.txt"
@@ -187,11 +180,11 @@ def test_mistakes_are_one_line(
         ([runs.parent / "export"], "an export without its run has no data of its own"),
     ):
         assert run_evaluate(*words) == 2, words
-        assert message in error_of(capsys)
+        assert message in one_error(capsys)
     assert not (runs / "chars" / EVALUATIONS).exists()
 
 
-def test_bad_lines_and_links_hide_nothing_and_are_named(tmp_path: Path) -> None:
+def test_damaged_lines_and_links_are_reported_and_other_evaluations_are_kept(tmp_path: Path) -> None:
     run = make_run(tmp_path, "one")
     good = {"time": "2026-01-31T14:25:01", "data": "a", "loss": math.nan, "bits_per_byte": math.inf}
     append_evaluation(run, good)
@@ -230,7 +223,7 @@ def test_the_dataset_of_a_run_is_found_in_the_folder_that_the_run_names(
     assert (found["data"], found["data_hash"]) == ("val of notes", dataset.hash)
 
 
-def test_of_a_dataset_the_validation_documents_are_scored_with_and_without_leaks(
+def test_validation_documents_of_a_dataset_are_scored_with_and_without_leaks(
     run_evaluate: Callable[..., int], runs: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_evaluate("bytes", "chars", "--data", dataset.folder, "--json") == 0
@@ -241,7 +234,7 @@ def test_of_a_dataset_the_validation_documents_are_scored_with_and_without_leaks
         ids = tokenizer.encode_array(text)
         losses = np.concatenate([*token_losses(tiny_model(tokenizer), ids)])
         assert found["loss"] == pytest.approx(losses.mean(), rel=1e-6)
-        assert found["bytes"] == len("".join(DOCUMENTS)) - (name == "chars")  # its first token is of the text
+        assert found["bytes"] == len("".join(DOCUMENTS)) - (name == "chars")  # the first token is not predicted
         is_leak = np.concatenate(
             [np.full(len(text) + (name == "bytes"), place in (1, 2)) for place, text in enumerate(DOCUMENTS)]
         )[1:]
@@ -255,10 +248,10 @@ def test_of_a_dataset_the_validation_documents_are_scored_with_and_without_leaks
     assert "without leaks" in capsys.readouterr().out
 
 
-def test_a_model_of_rows_of_documents_sees_each_document_alone(
+def test_a_model_trained_on_rows_of_documents_sees_each_document_alone(
     runs: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With the windows of the text; within them, each document as if it were alone."""
+    """The windows are those of the whole text; within them, each document is scored as if it were alone."""
     run = make_run(runs, "rows")
     save_export(run / EXPORT, tiny_model(BYTES), BYTES, {"run": "rows", "step": 3, "packing": "documents"})
     words = ["rows", "--runs-dir", str(runs), "--device", "cpu", "--data", str(dataset.folder), "--json"]

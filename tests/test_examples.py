@@ -1,4 +1,4 @@
-"""The scripts of examples/ run, and use nothing but the public interface."""
+"""The scripts in examples/ run, and use only the public interface."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS
 
 import train
 import utils.inference.generator
@@ -20,14 +20,13 @@ import workbench
 from utils.runs import metrics
 from utils.runs.log import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 OWN = {path.stem for path in ROOT.glob("*.py")} | {"utils", "benchmarks", "tests"}
 
 
 @pytest.fixture(autouse=True)
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project folder that is configured for a tiny experiment."""
+    """A project folder configured for a tiny experiment."""
     settings: dict[str, Any] = {name[2:].replace("-", "_"): int(value) for name, value in TINY_FLAGS.items()}
     settings |= {"corpora_dir": str(tmp_path / "corpora"), "runs_dir": str(tmp_path / "runs"), "sample_tokens": 0}
     (tmp_path / "configs").mkdir()
@@ -40,7 +39,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_new_metrics(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What an example registers is forgotten afterwards."""
+    """Forget the metrics that an example registers."""
     monkeypatch.setattr(metrics, "_REGISTRY", dict(metrics._REGISTRY))
     yield
     sys.modules.pop("examples.smooth_loss", None)
@@ -70,7 +69,7 @@ def test_the_quickstart_trains_resumes_and_generates(capsys: pytest.CaptureFixtu
     assert workbench.runs.find("quickstart").status == "completed"
 
 
-def test_seeds_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_of_comparing_seeds_trains_every_pair(capsys: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "compare_seeds.py"))
     losses = example["compare"](seeds=(1, 2), max_iters=2)
     assert [len(found) for found in losses.values()] == [2, 2]

@@ -1,4 +1,4 @@
-"""The commands of experiments.py, in process: what they print, as text and as JSON, and their exit status."""
+"""What the commands of experiments.py print, as text and as JSON, and their exit status."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def runs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ask(runs: Path, capsys: pytest.CaptureFixture[str]) -> Ask:
-    """Runs a command on these runs; its JSON, or its text."""
+    """Runs a command on these runs, and returns its JSON or its text."""
 
     def run(*words: str, status: int = 0) -> Any:
         assert experiments.main([*words, "--runs-dir", str(runs)]) == status
@@ -58,10 +58,6 @@ def ask(runs: Path, capsys: pytest.CaptureFixture[str]) -> Ask:
         return json.loads(captured.out) if "--json" in words else captured.out + captured.err
 
     return run
-
-
-def ids(rows: list[dict[str, Any]]) -> list[str]:
-    return [row["id"].rpartition("_")[0][-6:] + row["id"].rpartition("_")[2] for row in rows]
 
 
 # -------------------------------------------------------------------------------------------- list and sql
@@ -89,7 +85,7 @@ def test_list_shows_settings_that_differ_and_marks_damaged_runs(ask: Ask) -> Non
     assert "has schema_version 99, this workbench reads 1" in text
 
 
-def test_list_shows_the_newest_twenty_and_says_how_many_there_are(
+def test_list_shows_the_newest_twenty_runs_and_the_number_of_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad").mkdir()
@@ -109,7 +105,7 @@ def test_list_shows_the_newest_twenty_and_says_how_many_there_are(
     assert len(json.loads(listed("--json", "--limit", "3"))) == 3
 
 
-def test_a_tag_means_all_its_runs_where_several_runs_are_compared(ask: Ask) -> None:
+def test_a_tag_stands_for_all_its_runs_in_comparisons(ask: Ask) -> None:
     groups = [("slow", 3), ("fast", 3)]
     for words in (("slow", "fast"), ("--where", "learning_rate > 0"), ("slow", "fast", "--where", "seed < 9")):
         found = ask("compare", *words, "--json")
@@ -122,7 +118,7 @@ def test_a_tag_means_all_its_runs_where_several_runs_are_compared(ask: Ask) -> N
 
 
 @pytest.mark.parametrize("width", [60, 80])
-def test_no_setting_takes_the_place_of_what_matters_most(runs_dir: Path, width: int) -> None:
+def test_settings_leave_room_for_the_main_columns(runs_dir: Path, width: int) -> None:
     runs = [
         indexed(runs_dir, f"20260131_14250{i}_a_long_tag_for_a_run", tag="a_tag_from_a_person", settings=settings)
         for i, settings in enumerate(({"n_embd": 64}, {"n_embd": 32, "learning_rate": 0.00123456789, "seed": 3}))
@@ -139,7 +135,7 @@ def test_no_setting_takes_the_place_of_what_matters_most(runs_dir: Path, width: 
     assert ids.count("a_long_tag_for_a_run") == 2
 
 
-def test_a_long_id_and_a_long_tag_share_the_room(runs_dir: Path) -> None:
+def test_a_long_id_and_a_long_tag_share_the_width(runs_dir: Path) -> None:
     run = indexed(runs_dir, "20260131_142501_" + "a" * 60, tag="b" * 60)
     console = Console(width=80, file=io.StringIO())
     console.print(list_table([run], columns_of([run]), 80))
@@ -148,7 +144,7 @@ def test_a_long_id_and_a_long_tag_share_the_room(runs_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(("tag", "best", "repeated"), [("slow", 2.5, True), (None, 2.5, True), ("mine", 2.0, False)])
-def test_what_differs_takes_the_place_of_what_is_repeated(
+def test_settings_that_differ_replace_columns_that_repeat_another(
     tag: str | None, best: float, repeated: bool, runs_dir: Path
 ) -> None:
     runs = [
@@ -196,13 +192,13 @@ def test_list_where_sort_columns_and_limit(ask: Ask) -> None:
         (["--limit", "0"], "--limit must be at least 1"),
     ],
 )
-def test_a_mistake_in_a_list_is_one_line(ask: Ask, words: list[str], message: str) -> None:
+def test_a_mistake_in_list_is_an_error_without_traceback(ask: Ask, words: list[str], message: str) -> None:
     text = ask("list", *words, status=2)
     assert message in text
     assert "Traceback" not in text
 
 
-def test_a_folder_without_runs_says_how_to_make_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_list_shows_how_to_train_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert experiments.main(["list", "--runs-dir", str(tmp_path / "none")]) == 0
     assert "has no runs yet: python train.py --run-tag baseline" in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
@@ -220,7 +216,7 @@ def test_sql_over_both_views(ask: Ask) -> None:
 
 
 @pytest.mark.parametrize(("threads", "words"), [(1, "2.4.0, 1 thread"), (2, "2.4.0, 2 threads"), (None, "2.4.0")])
-def test_threads_are_counted(threads: int | None, words: str, runs_dir: Path) -> None:
+def test_the_number_of_threads_is_shown(threads: int | None, words: str, runs_dir: Path) -> None:
     run = indexed(runs_dir, resolved={**RESOLVED, "threads": threads})
     assert ("torch", words) in provenance_facts(run, [], [])
 
@@ -236,7 +232,7 @@ def test_show_is_one_screen(ask: Ask, runs: Path) -> None:
     assert answer["record"]["parent"]["relation"] == "fork"
 
 
-def test_show_of_a_run_that_is_not_there_names_the_nearest(ask: Ask) -> None:
+def test_show_suggests_the_nearest_name_for_an_unknown_run(ask: Ask) -> None:
     assert "did you mean fast?" in ask("show", "fats", status=2)
     assert "20260101_000000_half is not a run: an empty folder" in ask("show", "20260101_000000_half", status=2)
     assert "schema_version 99" in ask("show", "20260102_000000_newer")  # what is known about it is shown
@@ -297,7 +293,7 @@ def test_edit_changes_tag_note_tags_and_pin(ask: Ask, runs: Path) -> None:
     assert "the <best> one" in ask("show", "quick")
     assert "--tag: " in ask("edit", "quick", "--tag", "a b", status=2)
     assert "expected --tag, --note" in ask("edit", "quick", status=2)
-    for flag in ("--note", "--add-tag"):  # what a shell makes of bytes that are no UTF-8
+    for flag in ("--note", "--add-tag"):  # bytes that are not UTF-8, as Python passes them
         assert f"{flag}: expected Unicode text" in ask("edit", "quick", flag, "caf\udce9", status=2)
 
 
@@ -306,7 +302,7 @@ def test_edit_changes_tag_note_tags_and_pin(ask: Ask, runs: Path) -> None:
     [("edit", "fast", "--note", "x"), ("edit", "fast", "--tag", "x"), ("promote", "fast", "x"), ("seal", "fast"),
      ("report", "fast", "--out", "page.html")],
 )  # fmt: skip
-def test_a_full_disk_is_no_mistake_in_the_command(
+def test_a_full_disk_is_a_failure_and_not_a_mistake_in_the_command(
     words: tuple[str, ...], ask: Ask, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_space(*_arguments: object) -> None:
@@ -337,7 +333,7 @@ def test_a_promoted_name_is_usable_wherever_a_run_is(ask: Ask, runs: Path) -> No
     assert "no model pros " in ask("show", "pros@v1", status=2).replace("pros in", "pros  in")
 
 
-def test_prune_is_dry_without_yes(ask: Ask, runs: Path) -> None:
+def test_prune_deletes_only_with_yes(ask: Ask, runs: Path) -> None:
     make_run(runs, "20260103_000000_big", checkpoints={100: 5000, 200: 5000}, start="2026-01-03T00:00:00.000+00:00")
     assert "expected --keep-last N" in ask("prune", status=2)
     assert "--max-size 1B cannot be reached" in ask("prune", "--max-size", "1B", "--keep-last", "3")
@@ -368,11 +364,11 @@ def test_check_names_one_changed_byte(ask: Ask, runs: Path) -> None:
     assert "changed  artifacts/export/model.safetensors\n" in text
     assert "not as sealed" in text
     assert ask("check", "fast", "--json", status=1)["good"] is False
-    assert "fast: " in ask("finish", "fast")  # which seals what has no seal, and excuses no damage
+    assert "fast: " in ask("finish", "fast")  # `finish` seals unsealed runs only, and excuses no damage
     assert "changed  meta/code.patch\n" in ask("check", "fast", status=1)
 
 
-# ------------------------------------------------------------------------------------------------- the whole
+# ------------------------------------------------------------------------------------------------- all commands
 
 
 def test_no_command_but_reproduce_imports_torch(runs: Path, tmp_path: Path) -> None:

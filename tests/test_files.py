@@ -1,4 +1,4 @@
-"""Files are complete or absent: whatever fails, the old content stays and nothing is left beside it."""
+"""Files are complete or absent: after any failure, the old content stays and nothing is left beside it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from conftest import ROOT
 
 from utils.config.loader import ConfigLoader
 from utils.corpora.sources import find_source
@@ -22,11 +23,9 @@ from utils.files import open_named, real_path, write_atomic, write_json
 from utils.folders import remove
 from utils.inference.prompts import read_prompts, read_text
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.mark.parametrize("data", [b"", b"\x00\xff\n", "", "über\n", "line\r\nline"])
-def test_content_is_written_as_it_is(tmp_path: Path, data: bytes | str) -> None:
+def test_content_is_written_unchanged(tmp_path: Path, data: bytes | str) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old and longer than the new content")
     write_atomic(path, data)
@@ -108,7 +107,7 @@ def test_json_has_no_nan(tmp_path: Path, value: object) -> None:
     assert (tmp_path / "a.json").read_text() == "1\n"
 
 
-def test_a_file_that_a_person_names_is_a_regular_one_wherever_a_link_leads(tmp_path: Path) -> None:
+def test_a_named_file_must_be_a_regular_file_after_following_links(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.txt").write_bytes(b"text")
     (tmp_path / "folder" / "link").symlink_to(tmp_path / "text.txt")
@@ -126,7 +125,7 @@ def test_a_pipe_that_is_open_already_is_read_to_its_end() -> None:
     reading, writing = os.pipe()
     os.write(writing, b"text")
     os.close(writing)
-    with open_named(Path(f"/dev/fd/{reading}")) as file:  # what a shell's <(...) stands for
+    with open_named(Path(f"/dev/fd/{reading}")) as file:  # as a shell passes <(...)
         assert file.read() == b"text"
     os.close(reading)
 
@@ -140,13 +139,13 @@ def test_no_script_waits_for_a_pipe_or_reads_a_device(name: str, tmp_path: Path)
         lambda: find_source(str(path), tmp_path).read(),
         lambda: ConfigLoader(tmp_path).load([path]),
         lambda: read_prompts(path),
-        lambda: read_text(path),  # of --score
+        lambda: read_text(path),  # for --score
     ):
         with pytest.raises(UserError, match=r"\.yaml: cannot be read: is a (pipe|device), not a file"):
             read()
 
 
-def test_a_link_to_itself_is_a_path_like_any_other(tmp_path: Path) -> None:
+def test_a_link_to_itself_is_resolved_without_an_error(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     assert real_path(tmp_path / "loop").name == "loop"
     (tmp_path / "there").mkdir()
@@ -154,7 +153,7 @@ def test_a_link_to_itself_is_a_path_like_any_other(tmp_path: Path) -> None:
     assert real_path(tmp_path / "link" / "x") == real_path(tmp_path) / "there" / "x"
 
 
-def test_whatever_is_there_is_removed_and_a_pipe_is_not_opened(tmp_path: Path) -> None:
+def test_any_kind_of_entry_is_removed_and_a_pipe_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()

@@ -109,12 +109,12 @@ def deletes_the_bad_run(argv: Sequence[str]) -> int:
         (fails, ["status"]),
         (leaves_a_temporary_file, ["leftover"]),
         (leaves_a_folder_after_a_mistake, ["leftover"]),
-        (changes_the_good_run, ["hidden", "hidden"]),  # its files, and its row
+        (changes_the_good_run, ["hidden", "hidden"]),  # in its files and in its row
         (deletes_the_bad_run, ["hidden"]),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_each_kind_of_fault_is_seen(
+def test_each_kind_of_fault_is_found(
     main: Callable[[Sequence[str]], int], kinds: list[str], fuzzer: Fuzzer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(fuzz.SCRIPTS, "planted", main)
@@ -124,7 +124,7 @@ def test_each_kind_of_fault_is_seen(
     assert [kind for kind, _ in faults] == kinds
 
 
-def test_the_limit_of_a_case_is_not_that_of_the_list_after_it(fuzzer: Fuzzer) -> None:
+def test_the_time_limit_of_a_case_does_not_apply_to_the_list_after_it(fuzzer: Fuzzer) -> None:
     fuzzer.copy()
     assert replace(fuzzer, seconds=0.01).rows()[fuzzer.ids[GOOD]] == fuzzer.good
 
@@ -136,7 +136,7 @@ def test_a_command_that_reads_must_not_write(fuzzer: Fuzzer, monkeypatch: pytest
     assert faults == [("leftover", "notes.txt is changed")]
 
 
-def test_commands_that_read_say_so() -> None:
+def test_commands_that_only_read_are_marked_as_such() -> None:
     assert {words[0] for script, words, _, kind in COMMANDS if kind == READS and script == "experiments"} >= {
         *("list", "show", "diff", "compare", "explain", "plot", "sql", "check", "prune")
     }

@@ -59,7 +59,7 @@ class GPT(torch.nn.Module):
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A folder with the files of nanoGPT that are used; its train.py prints what the real one prints."""
+    """A stand-in for a checkout of nanoGPT, whose train.py prints lines like the real one's."""
     folder = tmp_path / "checkout"
     (folder / "config").mkdir(parents=True)
     for name, text in {"train.py": FAKE_TRAIN, "model.py": FAKE_MODEL}.items():
@@ -83,7 +83,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_dry_run_measures_writes_and_judges_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_measures_and_writes_but_does_not_judge(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "gpu.json"
     assert gpu.main([*DRY, "--parts", "limits,tracking", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_a_dry_run_measures_writes_and_judges_nothing(tmp_path: Path, capsys: py
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm_processes")
-def test_a_dry_run_of_everything_has_every_figure_that_a_cpu_can_have(tmp_path: Path, checkout: Path) -> None:
+def test_a_dry_run_of_everything_has_every_figure_that_a_cpu_can_measure(tmp_path: Path, checkout: Path) -> None:
     out = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", *DRY, "--out", str(out), "--nanogpt", str(checkout)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -135,7 +135,7 @@ def with_jobs(monkeypatch: pytest.MonkeyPatch, code: Callable[[str], str]) -> No
     monkeypatch.setattr(gpu, "job_command", lambda name, task_file: [sys.executable, "-c", code(name)])
 
 
-def test_a_job_that_fails_or_hangs_loses_no_other_and_keeps_what_it_reported(
+def test_a_job_that_fails_or_hangs_keeps_its_results_and_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     endings = {
@@ -166,7 +166,7 @@ def test_a_job_that_fails_or_hangs_loses_no_other_and_keeps_what_it_reported(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_prints_the_table_and_keeps_what_there_is(
+def test_a_signal_prints_the_table_and_keeps_the_results(
     signum: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = f'print(\'{MARK} {{"gemm": {{"flops": 7e14}}}}\', flush=True)'
@@ -204,7 +204,7 @@ def test_a_second_signal_does_not_lose_the_table(
     assert read(out)["jobs"]["limits"]["status"] == "stopped"
 
 
-def test_a_signal_before_the_first_measurement_is_one_line(
+def test_a_signal_before_the_first_measurement_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu, "make_task", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -212,14 +212,14 @@ def test_a_signal_before_the_first_measurement_is_one_line(
     assert capsys.readouterr().out == "stopped: SIGTERM, before the first measurement\n"
 
 
-def test_the_json_is_there_before_the_first_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_json_file_exists_before_the_first_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "gpu.json"
     with_jobs(monkeypatch, lambda name: f"open({str(out)!r})")
     assert gpu.main([*DRY, "--parts", "limits", "--out", str(out)]) == 0
     assert read(out)["jobs"]["limits"]["status"] == "done"
 
 
-def test_what_no_time_is_left_for_is_skipped(
+def test_jobs_without_time_left_are_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_jobs(monkeypatch, lambda name: "")
@@ -229,7 +229,7 @@ def test_what_no_time_is_left_for_is_skipped(
     assert "no time was left for: limits" in capsys.readouterr().out
 
 
-def test_results_are_the_last_whole_line_of_a_job() -> None:
+def test_results_are_read_from_complete_lines_only() -> None:
     assert read_report(f'{MARK} {{"a": 1}}') == {"a": 1}
     assert read_report(f'{MARK} {{"a": NaN}}') == {"a": None}
     assert read_report(f'{MARK} {{"a": 1') is None
@@ -239,7 +239,7 @@ def test_results_are_the_last_whole_line_of_a_job() -> None:
 # ------------------------------------------------------------------------------------------------- the plan
 
 
-def test_every_part_has_jobs_and_nanogpt_only_where_there_is_one() -> None:
+def test_every_part_has_jobs_and_nanogpt_only_with_a_checkout() -> None:
     for part in PARTS:
         assert chosen([part], with_nanogpt=False, dry=False)
     assert not any(job.nanogpt for job in chosen(PARTS, with_nanogpt=False, dry=False))
@@ -283,7 +283,12 @@ def test_an_arm_that_failed_counts_as_not_measured_and_the_others_are_judged() -
     }
     by_name = {figure.name: figure for figure in figures(results)}
     step = by_name["step, 10.7M, 64x256, tracked, against nanoGPT"]
-    assert (step.ours, step.reference, step.compared, step.reached) == (3.0, 5.0, 0.6, False)  # its faster run counts
+    assert (step.ours, step.reference, step.compared, step.reached) == (
+        3.0,
+        5.0,
+        0.6,
+        False,
+    )  # its faster run
     assert by_name["the same in milliseconds"].reached is True
     assert by_name["all tracking against none"].reached is None
     assert by_name["shakespeare_gpu to 1.47, training"].reached is None  # nanoGPT did not get there
@@ -346,7 +351,7 @@ def test_nanogpts_lines_become_times_and_losses() -> None:
     ]
     for moment, line in lines:
         progress.add(line, moment)
-    assert progress.mean_ms == pytest.approx(15.0)  # of 10 and 20, without the evaluations
+    assert progress.mean_ms == pytest.approx(15.0)  # the mean of 10 and 20, without the evaluations
     results = progress.loss_results(1.47)
     assert results["reached"] == {"step": 50, "val_loss": 1.4697, "seconds": 5.0, "process_seconds": 18.0}
     assert progress.loss_results(1.4)["reached"] is None
@@ -358,7 +363,7 @@ def test_the_target_is_given_up_once_the_loss_rises() -> None:
     assert nanogpt.given_up([1.6, 1.5, 1.49, 1.50, 1.51, 1.52, 1.53])
 
 
-def test_a_run_of_nanogpt_is_read_and_one_that_fails_is_one_line(tmp_path: Path, checkout: Path) -> None:
+def test_a_run_of_nanogpt_is_read_and_its_failure_is_reported_in_one_line(tmp_path: Path, checkout: Path) -> None:
     copy = nanogpt.prepare(checkout, tmp_path / "work", "abcabcabca")
     task = Task(str(tmp_path), "", "", str(copy), 1, dry=True)
     progress = nanogpt.run(task, {}, lambda progress: len(progress.iterations) == 6)
@@ -369,7 +374,7 @@ def test_a_run_of_nanogpt_is_read_and_one_that_fails_is_one_line(tmp_path: Path,
         nanogpt.run(task, {}, lambda progress: False)
 
 
-def test_the_hash_is_of_tensors_and_not_of_the_name_of_their_run(tmp_path: Path) -> None:
+def test_the_hash_covers_the_tensors_and_not_the_name_of_the_run(tmp_path: Path) -> None:
     def run(name: str, value: float) -> str:
         folder = tmp_path / name / CHECKPOINTS / folder_name(120)
         folder.mkdir(parents=True)

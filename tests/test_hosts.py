@@ -1,4 +1,4 @@
-"""Two hosts, of which one is cut off while it trains. Network namespaces stand in for hosts."""
+"""Training on two hosts, one of which is cut off. Network namespaces stand in for the hosts."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from utils.runs.run import read_record
 
 pytestmark = pytest.mark.slow
 SECONDS = 200.0
-END_SECONDS = 30.0  # for the ranks of a host that is cut off
+END_SECONDS = 30.0  # within which the ranks of a host that is cut off must end
 STEPS = 1000
 IP = shutil.which("ip", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") or "ip"
 
 
 class Hosts:
-    """Two hosts, joined by a cable. The processes that are started end with the test."""
+    """Two hosts joined by a cable; close() ends the processes that start() has started."""
 
     def __init__(self) -> None:
         self.names = [f"wb{os.getpid()}-{number}" for number in range(2)]
@@ -44,7 +44,7 @@ class Hosts:
         ip("link", "add", self.cables[0], "netns", self.names[0], "type", "veth", "peer", "name", self.cables[1],
            "netns", self.names[1])  # fmt: skip
         for number, (name, cable) in enumerate(zip(self.names, self.cables, strict=True)):
-            folder = Path("/etc/netns") / name  # what `ip netns exec` shows as /etc: names without a name server
+            folder = Path("/etc/netns") / name  # `ip netns exec` mounts its files over those of /etc
             folder.mkdir(parents=True)
             (folder / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 host0\n10.77.0.2 host1\n")
             (folder / "nsswitch.conf").write_text("hosts: files\n")
@@ -91,7 +91,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    """Skipped without the right to make network namespaces, but not in CI."""
+    """Two connected hosts; skips the test (in CI, fails it) without the right to make network namespaces."""
     made = Hosts()
     try:
         made.connect()
@@ -114,7 +114,7 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = SECONDS)
         time.sleep(0.05)
 
 
-def test_a_host_that_is_cut_off_is_left_behind(
+def test_training_continues_without_a_host_that_is_cut_off(
     hosts: Hosts, tiny_argv: Callable[..., list[str]], runs_dir: Path, tmp_path: Path
 ) -> None:
     words = [
@@ -146,8 +146,8 @@ def test_a_host_that_is_cut_off_is_left_behind(
     ranks = hosts.ranks(1)
     assert len(ranks) == 1
     hosts.cut_off(1)
-    wait_for(lambda: ranks[0].status() == psutil.STATUS_ZOMBIE, printed(), END_SECONDS)  # torchrun hangs, too
-    hosts.processes[1].send_signal(signal.SIGKILL)  # torchrun itself asks its store forever
+    wait_for(lambda: ranks[0].status() == psutil.STATUS_ZOMBIE, printed(), END_SECONDS)  # torchrun hangs too
+    hosts.processes[1].send_signal(signal.SIGKILL)  # torchrun itself would wait for its store forever
     assert hosts.processes[0].wait(SECONDS) == 0, printed()
     (run,) = runs_dir.glob("*_two")
     record = read_record(run)

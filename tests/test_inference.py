@@ -1,4 +1,4 @@
-"""inference.py: each of its modes, and one line for each mistake."""
+"""Each mode of inference.py, and its mistakes, each reported in one line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import one_error
 
 import inference
 from tests.tiny_export import BLOCK_SIZE, TOKENIZER, char_tokenizer, save_tiny_run
@@ -35,22 +36,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_inference(runs: Path) -> Main:
-    """inference.py with that run; 20 tokens unless said otherwise."""
+    """Runs inference.py on that run, with 20 tokens by default."""
     return lambda *words: inference.main(["tiny", "--runs-dir", str(runs), "--max-new-tokens", "20", *map(str, words)])
 
 
 @pytest.fixture
 def generator(runs: Path) -> Generator:
     return Generator.from_run("tiny", runs)
-
-
-def one_error(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on stderr; nothing on stdout."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1, captured.err
-    assert captured.err.startswith("error: ")
-    return captured.err
 
 
 # ------------------------------------------------------------------------------ one prompt
@@ -116,7 +108,7 @@ def test_samples_as_lines_of_json(
 
 
 @pytest.mark.parametrize("words", [["--weights", "bfloat16"], ["--quantize", "int8"], ["--weights", "float32"]])
-def test_weights_may_be_smaller(words: list[str], run_inference: Main, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_can_be_smaller(words: list[str], run_inference: Main, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_inference("--prompt", "ab", *words) == 0
     assert len(capsys.readouterr().out) == len("ab") + 20 + 1
 
@@ -140,7 +132,7 @@ def test_a_prompt_longer_than_the_context_gives_a_note(run_inference: Main, caps
 
 
 class Ascii:
-    """A stdout that knows no other characters."""
+    """A stdout that can encode ASCII only."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.bytes = io.BytesIO()
@@ -155,7 +147,7 @@ def test_characters_that_a_terminal_lacks_are_shown_as_escapes(
     assert stdout.bytes.getvalue().startswith(b"f\\xfc")
 
 
-def test_json_is_utf_8_wherever_it_goes(run_inference: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_json_is_utf_8_on_any_stdout(run_inference: Main, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("fü", encoding="utf-8")
     stdout = Ascii(monkeypatch)
     assert run_inference("--prompt-file", tmp_path / "prompts.txt") == 0
@@ -214,13 +206,16 @@ def test_a_closed_pipe_ends_quietly(
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n"))
     with ClosedPipe() as stdout:
         monkeypatch.setattr("sys.stdout", stdout)
-        assert inference.main(["one", *words.split(), "--runs-dir", str(two_runs)]) in (0, 141)  # tables go on unseen
+        assert inference.main(["one", *words.split(), "--runs-dir", str(two_runs)]) in (
+            0,
+            141,
+        )  # 0: a table is built without noticing
         monkeypatch.undo()
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("words", ["", "two", "--show-info"])
-def test_a_full_disk_behind_stdout_is_one_line(
+def test_a_full_disk_behind_stdout_is_reported_in_one_line(
     words: str, two_runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Path("/dev/full").open("w") as stdout:
@@ -262,7 +257,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_text_file_has_a_prompt_a_line(
+def test_each_line_of_a_text_file_is_a_prompt(
     run_inference: Main, generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_bytes("\ufeffab\r\n\nfür\n c".encode())
@@ -314,7 +309,7 @@ def test_without_out_the_lines_go_to_stdout(
     assert captured.err == ""
 
 
-def test_questions_of_a_file_are_asked(run_inference: Main, tmp_path: Path) -> None:
+def test_questions_in_a_file_are_answered(run_inference: Main, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("why\n")
     assert run_inference("--prompt-file", tmp_path / "prompts.txt", *QA, "--out", tmp_path / "out") == 0
     (line,) = read_lines(tmp_path / "out")
@@ -322,7 +317,7 @@ def test_questions_of_a_file_are_asked(run_inference: Main, tmp_path: Path) -> N
     assert "s" not in line["completion"]
 
 
-def test_a_batch_says_of_how_many_prompts_only_the_end_is_seen(
+def test_a_batch_reports_how_many_prompts_exceed_the_context(
     run_inference: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "prompts.txt").write_text("ab\n" + "a" * 17 + "\n" + "b" * 40)
@@ -346,7 +341,7 @@ def test_a_batch_says_of_how_many_prompts_only_the_end_is_seen(
         ("p.txt", b"\n\r\n", "p.txt: no prompts found"),
     ],
 )
-def test_a_mistake_in_a_file_of_prompts(
+def test_a_mistake_in_a_file_of_prompts_is_reported_in_one_line(
     name: str, content: bytes, expected: str, run_inference: Main, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -394,14 +389,14 @@ def test_a_write_that_fails_leaves_the_old_file(
     assert (tmp_path / "out").read_text() == "old"
 
 
-# ------------------------------------------------------------------------------ in turns
+# ------------------------------------------------------------------------------ the interactive mode
 
 
 @pytest.fixture
 def converse(
     run_inference: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[str, str]]:
-    """What is printed on stdout and stderr for typed lines; an exception among them is raised instead."""
+    """Types lines into the interactive mode, and returns its stdout and stderr; raises exceptions among the lines."""
 
     def run(*lines: str | type[BaseException], words: tuple[str, ...] = ()) -> tuple[str, str]:
         typed: Iterator[str | type[BaseException]] = iter(lines)
@@ -423,10 +418,10 @@ def converse(
 Converse = Callable[..., tuple[str, str]]
 
 
-def test_what_is_typed_continues_one_text(converse: Converse, generator: Generator) -> None:
+def test_typed_lines_continue_one_text(converse: Converse, generator: Generator) -> None:
     first = generator.generate("ab", Request(20)).text
     second = generator.generate(f"ab{first}\ncd", Request(20, seed=1338)).text
-    third = generator.generate(f"ab{first}\ncd{second}", Request(20, seed=1339)).text  # an empty line: go on
+    third = generator.generate(f"ab{first}\ncd{second}", Request(20, seed=1339)).text  # the empty line
     out, err = converse("ab", "cd", "", "/reset", "ab")
     assert out == f"{first}\n{second}\n{third}\n{first}\n"
     assert err == "note: the model sees only the last 16 of the text's 25 tokens\n"
@@ -465,18 +460,18 @@ def test_settings_change_between_the_turns(converse: Converse, generator: Genera
     assert err == ""
 
 
-def test_settings_can_be_switched_off_and_asked_for(converse: Converse) -> None:
+def test_settings_can_be_switched_off_and_shown(converse: Converse) -> None:
     words = ("--top-k", "3", "--stop", "a", "--ban", "b")
-    out, _ = converse("/top-k", "/top-k none", "/stop b", "/stop none", "/ban \\\\n".replace("\\\\", "\\"), words=words)
+    out, _ = converse("/top-k", "/top-k none", "/stop b", "/stop none", "/ban \\n", words=words)
     assert out == f"top-k 3\ntop-k {OFF}\nstop 'a', 'b'\nstop {OFF}\nban '\\nb'\n"
 
 
-def test_asking_for_the_seed_changes_nothing(converse: Converse) -> None:
+def test_showing_the_seed_changes_nothing(converse: Converse) -> None:
     asked, _ = converse("ab", "/seed", "cd")
     assert asked.replace("seed 1337\n", "") == converse("ab", "cd")[0]
 
 
-def test_the_seed_after_the_last_is_the_first(converse: Converse) -> None:
+def test_the_seed_wraps_around_after_the_largest(converse: Converse) -> None:
     _, err = converse(f"/seed {2**63 - 1}", "/max-new-tokens 3", "ab", "cd")
     assert err == ""
 
@@ -505,7 +500,7 @@ def test_a_seed_restarts_the_random_streams(converse: Converse) -> None:
         ("a\udcff", "character '\\udcff'"),
     ],
 )
-def test_a_mistake_is_one_line_and_the_loop_goes_on(
+def test_a_mistake_is_reported_in_one_line_and_the_loop_goes_on(
     line: str, expected: str, converse: Converse, generator: Generator
 ) -> None:
     out, err = converse(line, "ab")
@@ -535,7 +530,7 @@ def test_ctrl_c_stops_a_generation_and_not_the_loop(
     begun = generator.generate("ab", Request(5)).text
     rest = generator.generate(f"ab{begun}\ncd", Request(20, seed=1338)).text
     out, _ = converse(KeyboardInterrupt, "ab", "cd")
-    assert out == f"\n{begun}\n{rest}\n"  # the first line break: of a line that was given up
+    assert out == f"\n{begun}\n{rest}\n"  # the first line break ends the abandoned line
 
 
 def test_a_conversation_of_questions(converse: Converse, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,7 +552,7 @@ def test_speeds_are_reported_after_each_turn(converse: Converse, monkeypatch: py
     ]
 
 
-def test_lines_from_a_pipe_that_are_not_text(
+def test_lines_from_a_pipe_that_are_not_utf_8_are_errors(
     run_inference: Main, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], generator: Generator
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\nab\n"), encoding="utf-8"))
@@ -609,16 +604,40 @@ def test_lines_from_a_pipe_that_are_not_text(
         (["--html", "x.html"], "--html cannot go with one RUN; it goes with: several RUNs"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: cannot be read: No such file or directory"),
         (["--mode", "qa", "--prompt", "€"], "character '€' (U+20AC) at position 0"),
+        (["--temperature", "warm"], "--temperature: expected number"),
+        (["--device", "cuda:7"], "not available here"),
+        (["--prompd", "x"], "did you mean --prompt?"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_a_mistake_is_reported_in_one_line(
     words: list[str], expected: str, run_inference: Main, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_inference(*words) == 2
     assert expected in one_error(capsys)
 
 
-def test_an_export_of_another_version_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("name", "expected"), [("two", "no run two in"), ("20", "ambiguous")])
+def test_an_unknown_or_ambiguous_run_is_not_guessed(
+    name: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for tag in ("one", "other"):
+        save_tiny_run(tmp_path, f"20260131_142501_{tag}")
+    assert inference.main([name, "--runs-dir", str(tmp_path)]) == 2
+    assert expected in one_error(capsys)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_file_of_an_export_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_tiny_run(tmp_path, "one") / "artifacts" / "export" / name
+    path.write_bytes(path.read_bytes()[:-20])
+    assert inference.main(["one", "--runs-dir", str(tmp_path)]) == 2
+    assert name in one_error(capsys)
+    path.unlink()
+    assert inference.main(["one", "--runs-dir", str(tmp_path)]) == 2
+    assert f"{name} missing" in one_error(capsys)
+
+
+def test_an_export_of_another_version_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = save_tiny_run(tmp_path, "old") / "artifacts" / "export" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 99}))
     assert inference.main(["old", "--runs-dir", str(tmp_path)]) == 2
@@ -636,7 +655,7 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_several_runs_stand_side_by_side(two_runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_runs_are_shown_side_by_side(two_runs: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     words = ["--prompt", "an", "--max-new-tokens", "5", "--logprobs", "--html", str(page), "--runs-dir", str(two_runs)]
     assert inference.main(["one", "two", *words, "--temperature", "0"]) == 0
@@ -676,7 +695,7 @@ def test_runs_are_compared_on_a_terminal_without_utf_8(two_runs: Path, monkeypat
         monkeypatch.undo()
 
 
-def test_a_page_that_cannot_be_written_is_one_line(
+def test_a_page_that_cannot_be_written_is_reported_in_one_line(
     two_runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: object) -> None:
@@ -707,7 +726,7 @@ def test_a_score_shows_the_cost_of_smaller_weights(
     assert "int8 - float32" in out
 
 
-def test_a_run_is_described(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_info_describes_a_run(two_runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inference.main(["one", "--show-info", "--runs-dir", str(two_runs)]) == 0
     out = capsys.readouterr().out
     assert "architecture" in out
@@ -735,16 +754,14 @@ def test_a_run_is_described(two_runs: Path, capsys: pytest.CaptureFixture[str]) 
         (["one", "--score", "missing.txt"], "missing.txt: cannot be read"),
     ],
 )
-def test_what_does_not_go_together_is_one_line(
+def test_flags_that_exclude_each_other_are_reported_in_one_line(
     two_runs: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
 ) -> None:
     assert inference.main([*words, "--runs-dir", str(two_runs)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.strip().splitlines()) == 1
+    assert message in one_error(capsys)
 
 
-def test_every_option_is_of_some_mode_or_of_all() -> None:
+def test_every_option_belongs_to_some_mode_or_to_all() -> None:
     parser = argparse.ArgumentParser()
     inference.add_arguments(parser)
     flags = {action.dest for action in parser._actions} | InferenceConfig.model_fields.keys()

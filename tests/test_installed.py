@@ -1,4 +1,4 @@
-"""The workbench as an installed package: a wheel, and the program lm-workbench in another folder."""
+"""The workbench as an installed package: the wheel, and the program lm-workbench in another folder."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import workbench
 from lm_workbench import CODE
 from lm_workbench.__main__ import NAMES, main
 from utils.training.result import script_command
 
-ROOT = Path(__file__).resolve().parents[1]
 
-
-def test_an_unknown_command_names_the_nearest(
+def test_an_unknown_command_suggests_the_nearest(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["lm-workbench", "experiment"])
@@ -45,20 +44,20 @@ def test_every_script_has_a_command() -> None:
     assert scripts <= set(NAMES)
 
 
-def test_the_api_is_that_of_workbench() -> None:
+def test_lm_workbench_has_the_names_of_workbench() -> None:
     from lm_workbench import UserError
 
     assert UserError is workbench.UserError
 
 
-def test_an_installed_workbench_prints_commands_of_its_program(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_workbench_prints_commands_with_lm_workbench(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("utils.training.result.INSTALLED", True)
     assert script_command("profile_model.py").endswith("lm-workbench profile")
 
 
 @pytest.mark.slow
 def test_a_wheel_works_in_another_folder(tmp_path: Path) -> None:
-    """Built from a copy of what git knows, installed without its dependencies, which are there."""
+    """Build it from a copy of the files that git knows, and install it without its dependencies, which are present."""
     source, wheels, target, work = (tmp_path / name for name in ("source", "wheels", "target", "work"))
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.decode().split("\0")
@@ -80,7 +79,7 @@ def test_a_wheel_works_in_another_folder(tmp_path: Path) -> None:
     (work / "configs").mkdir(parents=True)
     (work / "configs" / "train.yaml").write_text("max_iters: 2\nthreads: 1\neval_iters: 2\n")
     (work / "notes.txt").write_text("the quick brown fox jumps over it\n" * 100)
-    subprocess.run(["git", "init", "-q", work], check=True)  # of another project
+    subprocess.run(["git", "init", "-q", work], check=True)  # a repository of another project
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         program, path = [sys.executable, str(target / "bin" / "lm-workbench")], {"PYTHONPATH": str(target)}

@@ -1,4 +1,4 @@
-"""Real signals to a real process: the status, the logs and the views that are left."""
+"""Real signals to a real process: the status, the logs and the views that it leaves."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, wait_until_trained
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record, read_status
 
-ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_SECONDS = 60.0
 
 
@@ -24,26 +23,18 @@ DEADLINE_SECONDS = 60.0
 def training(train_command: Callable[..., list[str]], runs_dir: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     """A process in the middle of an endless training, and its run directory."""
     flags = ("--max-iters", "1000000", "--eval-interval", "1000000", "--flush-interval", "5")
-    process = subprocess.Popen(train_command(*flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + DEADLINE_SECONDS
+    process = subprocess.Popen(train_command(*flags), stdout=subprocess.DEVNULL)
     try:
-        while not any(read_metrics(path, "train/loss") for path in runs_dir.glob("*/logs")):
-            assert process.poll() is None, process.communicate()[1].decode()
-            assert time.monotonic() < deadline
-            try:
-                process.wait(timeout=0.1)
-            except subprocess.TimeoutExpired:
-                continue
-        (run,) = runs_dir.iterdir()
+        run = wait_until_trained(process, runs_dir)
         yield process, run
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 @pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize(("signum", "exit_status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_after_the_step(
+def test_a_signal_ends_training_after_the_step(
     signum: signal.Signals, exit_status: int, training: tuple[subprocess.Popen[bytes], Path]
 ) -> None:
     process, run = training
@@ -67,7 +58,7 @@ def test_sigkill_is_seen_as_crashed_at_once(training: tuple[subprocess.Popen[byt
 
 
 @pytest.mark.usefixtures("warm_processes")
-def test_sigterm_stops_a_start_that_waits(tiny_argv: Callable[..., list[str]], only_run: Callable[[], Path]) -> None:
+def test_sigterm_stops_a_waiting_start(tiny_argv: Callable[..., list[str]], only_run: Callable[[], Path]) -> None:
     """Before the first step there is nothing to finish: the first signal stops at once."""
     reader, writer = os.pipe()
     program = str(ROOT / "tests" / "troubled_training.py")

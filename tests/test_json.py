@@ -32,7 +32,7 @@ def test_no_script_is_left_out() -> None:
     [[script] for script in SCRIPTS] + [[script, name] for script, names in WITH_COMMANDS.items() for name in names],
     ids=" ".join,
 )
-def test_a_command_has_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         importlib.import_module(words[0]).main([*words[1:], "--help"])
     assert "--json" in capsys.readouterr().out

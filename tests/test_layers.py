@@ -1,16 +1,15 @@
-"""The order of the packages: each imports only from those below it, and what works without torch never imports it."""
+"""Each package imports only from those below it, and modules that work without torch never import it."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-ORDER = (  # from the bottom up: packages of utils/, and the files beside it
+ORDER = (  # from the bottom up: the packages of utils/, and the scripts and modules beside it
     *("errors", "locks", "crc32", "files", "folders", "config", "tokenization", "tokenizer.py"),
     *("machine", "checkpoints", "nn", "terminal", "web", "runs", "corpora", "packing", "preparation"),
     *("model.py", "data.py", "tracking", "optim", "inference"),
@@ -18,7 +17,7 @@ ORDER = (  # from the bottom up: packages of utils/, and the files beside it
     *("inference.py", "evaluate.py", "train.py", "profile_model.py", "prepare.py", "weights.py"),
     *("experiments.py", "sweep.py", "serve.py", "workbench.py"),
 )
-OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that pass on names until the next release
+OLD_NAMES = ("callbacks", "generator", "run_log", "sampling")  # modules that re-export names until the next release
 WITHOUT_TORCH = (
     *("errors", "locks", "crc32", "files", "folders", "config", "terminal"),
     *("web", "runs", "corpora", "experiments", "pages"),
@@ -71,7 +70,7 @@ NAMES = sorted(name for name in SOURCES if name not in OLD_NAMES)
 
 
 def imports(name: str) -> set[str]:
-    """What a module imports anywhere, in a function or for type checking too."""
+    """The modules that a module imports anywhere, including in functions and for type checking."""
     found = set()
     for node in ast.walk(ast.parse(SOURCES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -102,7 +101,7 @@ def test_a_module_without_torch_does_not_mention_it(name: str) -> None:
     assert not HEAVY & {imported.split(".")[0] for imported in imports(name)}
 
 
-def test_what_works_without_torch_can_be_imported_where_it_is_not_installed() -> None:
+def test_modules_that_work_without_torch_can_be_imported_without_it() -> None:
     modules = [n.removesuffix(".py") if n.endswith(".py") else f"utils.{n}" for n in NAMES if works_without_torch(n)]
     code = "import importlib, sys; sys.modules.update(torch=None, numpy=None, aim=None, tensorboard=None)\n"
     code += f"for name in {modules!r}: importlib.import_module(name)"
@@ -110,8 +109,8 @@ def test_what_works_without_torch_can_be_imported_where_it_is_not_installed() ->
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_the_whole_design_is_seen() -> None:
-    """The rules above mean nothing if the files are not found."""
+def test_all_modules_and_imports_are_found() -> None:
+    """The rules above would hold trivially if the files were not found."""
     assert {"config.settings", "training.step", "tracking.aim", "tracking", "model.py", "train.py"} <= set(NAMES)
     assert set(ORDER) == {place(name) for name in NAMES}
     assert "config.settings" in imports("optim.groups")

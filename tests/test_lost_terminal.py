@@ -1,4 +1,4 @@
-"""stdout and stderr that are closed, broken, full or no UTF-8: training goes on, and every script says what it can."""
+"""With stdout and stderr closed, broken, full or not UTF-8, training goes on, and every script prints what it can."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT, wait_until_trained
 
-from tests.conftest import ROOT
 from utils.checkpoints.folder import list_checkpoints
 from utils.runs.layout import CHECKPOINTS
 from utils.runs.log import read_metrics
 from utils.runs.run import read_record
 
 DEADLINE_SECONDS = 60.0
-ENDLESS = (
+ENDLESS = [
     "--max-iters",
     "1000000",
     "--eval-interval",
@@ -32,7 +31,7 @@ ENDLESS = (
     "5",
     "--checkpoint-interval",
     "0",
-)
+]
 ASCII = os.environ | {"PYTHONIOENCODING": "ascii"}
 
 Command = Callable[..., list[str]]
@@ -40,7 +39,7 @@ Command = Callable[..., list[str]]
 
 @pytest.fixture
 def start(runs_dir: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
-    """Starts a process; it is killed at the end of the test."""
+    """Starts processes, which are killed at the end of the test."""
     started = []
 
     def begin(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
@@ -53,22 +52,8 @@ def start(runs_dir: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         process.wait()
 
 
-def wait_until_trained(process: subprocess.Popen[bytes], runs_dir: Path, losses: int = 1) -> Path:
-    """Wait for logged steps; returns the run directory."""
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while sum(len(read_metrics(path, "train/loss")) for path in runs_dir.glob("*/logs")) < losses:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        try:
-            process.wait(timeout=0.1)
-        except subprocess.TimeoutExpired:
-            continue
-    (run,) = runs_dir.iterdir()
-    return run
-
-
 def check_interrupted(run: Path, reason: str) -> None:
-    """The run has ended in order: its status, a checkpoint of its last step, a log with its result."""
+    """Check that a run has ended properly: its status, a checkpoint of its last step, its result in the log."""
     record = read_record(run)
     assert (record["status"], record["exit_reason"]) == ("interrupted", reason)
     assert next(step for step, _ in list_checkpoints(run / CHECKPOINTS)) == record["last_step"]
@@ -76,7 +61,7 @@ def check_interrupted(run: Path, reason: str) -> None:
 
 
 def broken_pipe() -> int:
-    """The end for writing of a pipe that nobody reads."""
+    """Return the write end of a pipe whose read end is closed."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
@@ -111,7 +96,7 @@ def test_training_goes_on_when_the_disk_behind_stdout_fills_up(
 
 
 @pytest.mark.usefixtures("warm_processes")
-def test_a_full_disk_under_the_log_of_what_was_printed_ends_no_run(
+def test_a_full_disk_under_the_log_of_the_output_ends_no_run(
     train_command: Command, only_run: Callable[[], Path], tmp_path: Path
 ) -> None:
     patched = tmp_path / "patched.py"
@@ -154,14 +139,14 @@ def test_callbacks_and_warnings_may_print(train_command: Command, only_run: Call
 
 @pytest.mark.usefixtures("warm_processes")
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
-def test_a_signal_ends_in_order_although_its_message_cannot_be_written(
+def test_a_signal_ends_training_properly_even_if_its_message_cannot_be_written(
     signum: signal.Signals, status: int, train_command: Command, start: Callable[..., Any], runs_dir: Path
 ) -> None:
     reader, writer = os.pipe()
     process = start(train_command(*ENDLESS), stdout=writer, stderr=writer)
     os.close(writer)
     run = wait_until_trained(process, runs_dir)
-    os.close(reader)  # as of `| tee log` after Ctrl-C
+    os.close(reader)  # as `| tee log` does after Ctrl-C
     process.send_signal(signum)
     assert process.wait(timeout=DEADLINE_SECONDS) == status
     check_interrupted(run, signum.name)
@@ -169,7 +154,7 @@ def test_a_signal_ends_in_order_although_its_message_cannot_be_written(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ignored", [False, True])
-def test_a_terminal_that_is_closed_is_a_signal_unless_it_is_ignored(
+def test_closing_the_terminal_ends_training_unless_sighup_is_ignored(
     ignored: bool, train_command: Command, start: Callable[..., Any], runs_dir: Path
 ) -> None:
     master, terminal = os.openpty()
@@ -181,7 +166,7 @@ def test_a_terminal_that_is_closed_is_a_signal_unless_it_is_ignored(
     process = start(train_command(*ENDLESS), preexec_fn=lead)
     os.close(terminal)
     run = wait_until_trained(process, runs_dir)
-    os.close(master)  # the kernel sends SIGHUP; to write is an error from now on
+    os.close(master)  # the kernel sends SIGHUP; writing fails from now on
     if ignored:
         wait_until_trained(process, runs_dir, len(read_metrics(run / "logs", "train/loss")) + 500)
         process.terminate()
@@ -194,7 +179,7 @@ def test_a_terminal_that_is_closed_is_a_signal_unless_it_is_ignored(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("closed", [(2,), (0, 1, 2)])
-def test_nothing_is_opened_in_place_of_a_standard_stream(
+def test_no_file_takes_the_descriptor_of_a_closed_standard_stream(
     closed: tuple[int, ...], train_command: Command, start: Callable[..., Any], runs_dir: Path
 ) -> None:
     def close() -> None:
@@ -215,7 +200,7 @@ def test_nothing_is_opened_in_place_of_a_standard_stream(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm_processes")
-def test_every_script_prints_any_text_to_a_stream_that_is_no_utf8(
+def test_every_script_prints_any_text_to_an_ascii_stream(
     train_command: Command, tiny_argv: Command, runs_dir: Path
 ) -> None:
     def output(script: str, *words: str) -> str:
@@ -241,7 +226,7 @@ def test_every_script_prints_any_text_to_a_stream_that_is_no_utf8(
 
 
 @pytest.mark.parametrize("words", [["train.py", "--help"], ["experiments.py", "--help"]])
-def test_help_that_cannot_be_written_is_one_line(words: list[str]) -> None:
+def test_help_that_cannot_be_written_is_reported_in_one_line(words: list[str]) -> None:
     command = [sys.executable, ROOT / words[0], *words[1:]]
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
@@ -268,7 +253,7 @@ def test_the_next_commands_work_as_pasted_from_another_folder(train_command: Com
     here.mkdir()
 
     def run(command: str | list[str]) -> dict[str, str]:
-        """Run it in the folder; returns the commands that it prints."""
+        """Run a command in the folder, and return the commands that it prints."""
         shell = isinstance(command, str)
         result = subprocess.run(command, shell=shell, cwd=here, capture_output=True, text=True, check=False)
         assert (result.returncode, result.stderr) == (0, ""), command
@@ -279,6 +264,6 @@ def test_the_next_commands_work_as_pasted_from_another_folder(train_command: Com
     following = run(following["continue"])
     assert "--prompt" not in following["generate"]  # the text of this corpus has no T
     run(following["generate"])
-    program, _, folder = shlex.split(following["curves"])  # it would serve until Ctrl-C
+    program, _, folder = shlex.split(following["curves"])  # not run: it would serve until Ctrl-C
     assert shutil.which(program)
     assert Path(folder) == tmp_path / "my runs"

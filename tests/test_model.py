@@ -1,4 +1,4 @@
-"""LanguageModel against a transformer written out step by step, its initialisation, and cached decoding."""
+"""LanguageModel compared with a transformer written out step by step, its initialisation, and cached decoding."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def reference_logits(weights: Mapping[str, torch.Tensor], config: ModelConfig, i
 
 
 def reference_ngram_rows(idx: torch.Tensor, n: int, rows: int) -> torch.Tensor:
-    """(B, T): the row of the n tokens that end at each place, computed in Python's integers."""
+    """(B, T): the row of the n tokens that end at each position, computed with Python integers."""
 
     def row(tokens: list[int]) -> int:
         ngram = 0
@@ -127,7 +127,7 @@ def reference_plain_norm(x: torch.Tensor, config: ModelConfig) -> torch.Tensor:
 
 
 def reference_frequency(pair: int, width: int, config: ModelConfig) -> float:
-    """theta^(-2i/D), for a longer context slower in full, in part or not at all."""
+    """theta^(-2i/D), slowed down fully, partly or not at all for a longer context."""
     frequency = config.rope_theta ** (-2 * pair / width)
     slow = frequency / config.rope_factor
     if config.rope_scaling == "none":
@@ -256,7 +256,7 @@ def test_targets_may_be_a_slice() -> None:
 
 
 @every_variant
-def test_a_token_changes_no_logits_before_it(variant: str) -> None:
+def test_a_token_does_not_change_earlier_logits(variant: str) -> None:
     model = lively_model(config_of(variant))
     idx = random_tokens(2, 9)
     logits, _ = model(idx)
@@ -292,7 +292,7 @@ def test_more_tokens_than_block_size_are_refused() -> None:
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama", "mixed"])
-def test_initialisation_is_the_table_of_init_weights(variant: str) -> None:
+def test_initialisation_follows_the_table_of_init_weights(variant: str) -> None:
     torch.manual_seed(3)
     config = config_of(variant, n_layer=3, n_embd=64, block_size=32)
     model = LanguageModel(config, 101)
@@ -307,7 +307,7 @@ def test_initialisation_is_the_table_of_init_weights(variant: str) -> None:
             n = values.numel()
             assert values.mean().abs() < 5 * std / math.sqrt(n), name
             assert values.std().item() == pytest.approx(std, abs=5 * std / math.sqrt(2 * n)), name
-            assert values.abs().max() > 2 * std, name  # a bell, not a box
+            assert values.abs().max() > 2 * std, name  # normal, not uniform
             within_one = (values.abs() < std).double().mean().item()
             assert within_one == pytest.approx(0.6827, abs=5 * math.sqrt(0.6827 * 0.3173 / n)), name
 
@@ -323,7 +323,7 @@ def test_initialisation_depends_on_the_seed_only() -> None:
 
 
 @every_variant
-def test_loss_at_initialisation_is_that_of_guessing(variant: str) -> None:
+def test_loss_at_initialisation_equals_that_of_guessing(variant: str) -> None:
     torch.manual_seed(0)
     model = LanguageModel(config_of(variant), 50)
     tokens = torch.randint(50, (32, 10))
@@ -385,8 +385,8 @@ def test_cached_decoding_equals_a_full_forward_pass(variant: str, lengths: list[
 
 @every_variant
 @torch.no_grad()
-def test_a_rotary_window_slides_as_the_reference_says(variant: str) -> None:
-    """Each layer sees the last block_size tokens, so that older ones still act through the layers below."""
+def test_a_rotary_window_slides_as_in_the_reference(variant: str) -> None:
+    """Each layer sees the last block_size tokens, so older ones still have an effect through the layers below."""
     config = config_of(variant, position="rope")
     model = lively_model(config, torch.float64)
     idx = random_tokens(2, 3 * config.block_size + 2)
@@ -399,12 +399,12 @@ def test_a_rotary_window_slides_as_the_reference_says(variant: str) -> None:
 
 @every_variant
 @torch.no_grad()
-def test_sequences_of_different_length_decode_as_each_alone(variant: str) -> None:
+def test_sequences_of_different_length_decode_as_if_alone(variant: str) -> None:
     model = lively_model(config_of(variant))
     lengths, more = [1, 5, 3, 5], 4
     idx = random_tokens(4, 9)
     cache = KVCache(model.config, 4, model.config.block_size, CPU, torch.float32)
-    hidden = model.hidden(idx[:, :5], cache, lengths)  # what stands after a sequence is padding
+    hidden = model.hidden(idx[:, :5], cache, lengths)  # the positions after a sequence are padding
     logits = [model.head_logits(hidden[torch.arange(4), torch.tensor(lengths) - 1])]
     for step in range(more):
         tokens = torch.stack([idx[row, length + step] for row, length in enumerate(lengths)])

@@ -1,4 +1,4 @@
-"""Files that people name: links, devices and pipes stay what they are, `~` is the home folder, the umask counts."""
+"""Files named by a user: links, devices and pipes stay what they are, `~` is the home folder, the umask applies."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def one_run(runs_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["report.html", "picture.png"])
-def test_out_as_a_device_stays_a_device(one_run: Path, tmp_path: Path, name: str) -> None:
+def test_a_device_given_as_out_stays_a_device(one_run: Path, tmp_path: Path, name: str) -> None:
     device = make_device(tmp_path / name)
     command = "report" if name.endswith("html") else "plot"
     assert experiments.main([command, str(one_run), "--out", str(device)]) == 0
@@ -75,7 +75,7 @@ def test_out_through_a_link_writes_its_target(one_run: Path, tmp_path: Path, exi
     assert os.listdir(target.parent) == ["target.html"]
 
 
-def test_a_pipe_gets_the_text_if_somebody_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_gets_the_text_if_a_process_reads_it(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     with pytest.raises(OSError, match="no process reads this pipe"):
@@ -96,7 +96,7 @@ def test_a_pipe_gets_the_text_if_somebody_reads_it(tmp_path: Path, capsys: pytes
 
 @pytest.mark.parametrize("append", [False, True])
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "log", "/dev/stderr"])
-def test_a_file_that_stdout_goes_to_is_written_not_replaced(tmp_path: Path, name: str, append: bool) -> None:
+def test_the_file_behind_stdout_is_written_to_and_not_replaced(tmp_path: Path, name: str, append: bool) -> None:
     program = "import sys; from utils.files import write_output; from pathlib import Path\nprint('before', flush=True)"
     program += "\nwrite_output(Path(sys.argv[1]), 'text\\n')\nprint('after')"
     log = tmp_path / "log"
@@ -138,13 +138,13 @@ def test_disks_sockets_and_folders_are_refused(tmp_path: Path) -> None:
     assert stat.S_ISBLK(disk.stat().st_mode)
 
 
-def test_a_full_device_is_one_line(one_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_device_is_an_error(one_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     full = make_device(tmp_path / "full", number=(1, 7))
     assert experiments.main(["report", str(one_run), "--out", str(full)]) == 1
     assert capsys.readouterr().err == f"error: {full}: No space left on device\n"
 
 
-def test_what_inference_writes_is_checked_in_the_folder_of_the_target(tmp_path: Path) -> None:
+def test_the_output_of_inference_is_checked_at_the_target_of_a_link(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("The ")
     (tmp_path / "link").symlink_to("prompts.txt")
     (tmp_path / "nowhere").symlink_to("missing/completions.jsonl")
@@ -155,7 +155,7 @@ def test_what_inference_writes_is_checked_in_the_folder_of_the_target(tmp_path: 
     check_out(make_device(tmp_path / "null"))
 
 
-def test_files_of_ours_never_follow_a_link(tmp_path: Path) -> None:
+def test_our_own_files_never_follow_a_link(tmp_path: Path) -> None:
     (tmp_path / "outside").write_text("old")
     (tmp_path / "run.json").symlink_to("outside")
     write_json(tmp_path / "run.json", 1)
@@ -174,7 +174,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_setting_that_is_a_path_knows_the_home_folder(home: Path, tmp_path: Path) -> None:
+def test_path_settings_expand_the_home_folder(home: Path, tmp_path: Path) -> None:
     file = tmp_path / "own.yaml"
     file.write_text('runs_dir: ~/runs\ncorpora_dir: "~"\naim_repo: ~/.aim\ndataset: ~/text.txt\n')
     config = ConfigLoader(tmp_path).load([file]).config
@@ -188,7 +188,7 @@ def test_a_setting_that_is_a_path_knows_the_home_folder(home: Path, tmp_path: Pa
     assert (config.data.corpora_dir, config.tracking.aim_repo) == (f"{home}/c", "aim://localhost:53800")
 
 
-def test_the_home_of_nobody_is_refused(tmp_path: Path) -> None:
+def test_the_home_of_an_unknown_user_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--runs-dir: ~nobodyx/runs: there is no home folder ~nobodyx"):
         ConfigLoader(tmp_path).load([], {"runs_dir": "~nobodyx/runs"})
     tokenizer = DataConfig(tokenizer="hf:~nobodyx/t.json")  # as a run made by another user may have recorded it
@@ -207,11 +207,9 @@ def test_a_file_whose_name_begins_with_a_tilde_is_found(tmp_path: Path, monkeypa
     assert expand_home("a/~/b") == "a/~/b"
 
 
-def test_flags_that_take_a_path_know_the_home_folder(
-    home: Path, one_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_path_flags_expand_the_home_folder(home: Path, one_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one_run.rename(home / "run")
-    assert experiments.main(["report", "run", f"--runs-dir={'~'}", "--out=~/report.html"]) == 0
+    assert experiments.main(["report", "run", "--runs-dir=~", "--out=~/report.html"]) == 0
     assert (home / "report.html").is_file()
     assert experiments.main(["show", "~/run", "--json"]) == 0
     capsys.readouterr()
@@ -225,7 +223,7 @@ def test_flags_that_take_a_path_know_the_home_folder(
     assert "argument --config-dir: ~nobodyx/c: there is no home folder ~nobodyx" in capsys.readouterr().err
 
 
-def test_a_run_that_is_named_by_its_path_knows_the_home_folder(home: Path, runs_dir: Path) -> None:
+def test_the_path_of_a_run_expands_the_home_folder(home: Path, runs_dir: Path) -> None:
     run = make_run(home, "run")
     export = home / "run" / "artifacts" / "export"
     export.mkdir(parents=True)
@@ -239,8 +237,8 @@ def test_a_run_that_is_named_by_its_path_knows_the_home_folder(home: Path, runs_
             find("~nobodyx/run", runs_dir)
 
 
-def test_every_flag_for_a_path_is_of_the_type_that_knows_the_home_folder() -> None:
-    """In a script that adds another flag with type=Path, `--flag=~/x` would make a folder named ~."""
+def test_every_path_flag_has_the_type_that_expands_the_home_folder() -> None:
+    """With a flag of type=Path, `--flag=~/x` would create a folder named ~."""
     from utils.inference.flags import add_arguments
 
     parser = argparse.ArgumentParser()
@@ -282,7 +280,7 @@ def test_a_new_file_has_the_mode_that_the_umask_leaves(
     )
 
 
-def test_an_older_file_keeps_its_mode(tmp_path: Path) -> None:
+def test_an_existing_file_keeps_its_mode(tmp_path: Path) -> None:
     for write in (write_atomic, write_output):
         path = tmp_path / write.__name__
         path.touch()
@@ -293,7 +291,7 @@ def test_an_older_file_keeps_its_mode(tmp_path: Path) -> None:
 
 @pytest.fixture
 def shared_runs() -> Iterator[Path]:
-    """A folder of runs that belongs to a group, as `chmod g+ws` makes it."""
+    """A folder of runs that a group shares, as `chmod g+ws` sets it up."""
     if os.geteuid() != 0:
         pytest.skip("needs the right to become another user")
     top = Path(tempfile.mkdtemp())
@@ -307,7 +305,7 @@ def shared_runs() -> Iterator[Path]:
 
 
 def as_member(user: int) -> Callable[[], None]:
-    """Become a user of the group that shares the runs, with the umask of such groups."""
+    """Return a function that turns this process into a user of the sharing group, with the umask of such groups."""
 
     def become() -> None:
         os.setgroups([4242])
@@ -318,7 +316,7 @@ def as_member(user: int) -> Callable[[], None]:
     return become
 
 
-def test_a_group_that_shares_a_folder_resumes_each_others_runs(shared_runs: Path) -> None:
+def test_members_of_a_group_resume_each_others_runs_in_a_shared_folder(shared_runs: Path) -> None:
     def train() -> Path:
         run = Run.create(shared_runs, "a")
         RunLog(run.path / "logs").close()
@@ -344,7 +342,7 @@ def test_a_group_that_shares_a_folder_resumes_each_others_runs(shared_runs: Path
 
 
 @pytest.mark.parametrize("flag", ["--runs-dir", "--corpora-dir"])
-def test_a_folder_on_a_disk_that_is_not_mounted_is_named(
+def test_a_link_to_a_disk_that_is_not_mounted_is_reported(
     flag: str, tiny_argv: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "link").symlink_to("/not/mounted")

@@ -1,4 +1,4 @@
-"""Training in a real Jupyter kernel: what a cell shows, and what logs/train.log has."""
+"""Training in a real Jupyter kernel: the output of cells, and the content of logs/train.log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SETTINGS = {name.removeprefix("--").replace("-", "_"): int(value) for name, valu
 
 
 def executed(folder: Path, *cells: str) -> list[str]:
-    """What each cell has shown, as text."""
+    """Execute cells, and return the output of each as text."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
@@ -36,7 +36,7 @@ def test_quiet_training_shows_nothing_and_other_training_each_line_once(tmp_path
     )
     assert shown[:3] == ["", "", ""]
     assert shown[3].count("Next") == shown[3].count("run directory") == 1
-    assert shown[3].count("text/html") == 1  # the bar, which is replaced
+    assert shown[3].count("text/html") == 1  # the progress bar, which is updated in place
     assert "\x1b[2K" not in shown[3]  # and no attempt to move the cursor
     for tag in ("quiet", "loud"):
         (log,) = tmp_path.glob(f"runs/*_{tag}/logs/train.log")
@@ -45,16 +45,16 @@ def test_quiet_training_shows_nothing_and_other_training_each_line_once(tmp_path
 
 
 def outputs_of(cell: Any, kind: str) -> list[str]:
-    """What a cell shows in one MIME type."""
+    """The outputs of a cell in one MIME type."""
     return ["".join(output.data[kind]) for output in cell.outputs if kind in output.get("data", {})]
 
 
 @pytest.mark.slow
 def test_the_tour_runs_and_its_results_are_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """examples/tour.ipynb, with few steps, in another folder of runs."""
+    """Run examples/tour.ipynb with few steps and another folder of runs."""
     monkeypatch.setenv("TOUR_SCALE", "0.01")
     notebook = nbformat.read(ROOT / "examples" / "tour.ipynb", 4)
-    assert all(not cell.get("outputs") for cell in notebook.cells), "is committed without outputs"
+    assert all(not cell.get("outputs") for cell in notebook.cells), "commit the notebook without outputs"
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert len(cells) == 10
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog\n" * 300)
@@ -77,7 +77,7 @@ def test_the_tour_runs_and_its_results_are_tables(tmp_path: Path, monkeypatch: p
     assert "4e-03" in comparison or "0.004" in comparison
 
 
-def test_what_a_run_says_is_escaped(tmp_path: Path) -> None:
+def test_texts_of_a_run_are_escaped_in_html(tmp_path: Path) -> None:
     from fake_runs import make_run
 
     from workbench import Run, RunTable

@@ -1,4 +1,4 @@
-"""The recipes of docs/architecture.md: applied to a copy of the project, they do what they say."""
+"""The recipes of docs/architecture.md work when applied to a copy of the project."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, copy_code
+from conftest import ROOT, copy_code, git
 
 from utils.runs.log import read_metrics
 
@@ -38,9 +38,12 @@ def test_a_recipe_works(
 ) -> None:
     copy = tmp_path / "project"
     copy_code(copy, *SOURCES)
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
-    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "a copy"]):  # else all of it is a patch
-        subprocess.run([*git, *words], cwd=copy, check=True)
+    for words in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["commit", "-q", "-m", "a copy"],
+    ):  # or a run records it all
+        git(copy, *words)
     subprocess.run(["git", "apply", "-"], cwd=copy, input=recipe(name), text=True, check=True)
     command = [sys.executable, "train.py", *tiny_argv(*flags)]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)

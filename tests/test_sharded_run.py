@@ -1,4 +1,4 @@
-"""A run in shards on two ranks, one of which finds its disk full once; and its second part again on one and on four."""
+"""A sharded run on two ranks, whose disk is full once; its second half is repeated on one rank and on four."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import ROOT
 from safetensors.torch import load_file
 from warm_python import WarmPython
 
@@ -23,11 +24,9 @@ from utils.experiments.bits import compare_logs
 from utils.runs.layout import CHECKPOINTS
 from utils.runs.run import read_record
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def train_on(python: Path, count: int, trouble: str, *words: str) -> str:
-    """Train on that many ranks; returns what they print, in one line."""
+    """Train on `count` ranks, and return their output in one line."""
     path = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "TROUBLE": trouble, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     torchrun = [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "--no-python"]
@@ -39,7 +38,7 @@ def train_on(python: Path, count: int, trouble: str, *words: str) -> str:
 
 
 def check_equal_from_step_3(whole: Path, forked: Path) -> None:
-    """Weights, optimizer state, metrics and export of a run, and of one that goes on from its checkpoint of step 3."""
+    """Compare metrics, weights, optimizer state and export of a run with those of its fork at step 3."""
     assert compare_logs(whole, forked, 3).identical
     expected, found = (read_checkpoint(run / CHECKPOINTS / folder_name(9)) for run in (whole, forked))
     for kind in ("weights", "optimizer_tensors"):
@@ -52,14 +51,14 @@ def check_equal_from_step_3(whole: Path, forked: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_train_in_shards_what_one_does(
+def test_sharded_training_on_two_ranks_equals_training_on_one_and_on_four(
     tiny_argv: Callable[..., list[str]],
     runs_dir: Path,
     warm_python: WarmPython,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Muon and AdamW, dropout, accumulation; of step 6, rank 1 finds no space for its files."""
+    """Muon and AdamW, dropout, accumulation; rank 1 finds no space for its files of step 6."""
     words = ["--shard", "fsdp", "--lanes", "4", "--gradient-accumulation-steps", "8", "--batch-size", "16"]
     words += ["--optimizer-name", "muon", "--dropout", "0.2", "--max-iters", "9", "--keep-last", "5"]
     words += ["--device", "cpu", "--callbacks", "troubled_rank:Trouble", "--activation-checkpointing"]

@@ -1,4 +1,4 @@
-"""What takes tens of seconds: learning real text, and a real compiler (make test-slow)."""
+"""Tests that take tens of seconds: learning real text, and a real compiler (make test-slow)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_default_experiment_imitates_its_text(tmp_path: Path, runs_dir: Path
     vocabulary = set(re.findall(r"[a-z]{3,}", find_source("pydocs", tmp_path).read()))
     samples = [re.findall(r"[a-z]{3,}", record["text"]) for record in read_records(run / "logs" / "samples.jsonl")]
     known = [sum(word in vocabulary for word in words) for words in samples]
-    assert known[-1] > known[0] + 5  # real words, where there was noise
+    assert known[-1] > known[0] + 5  # words of the text instead of noise
 
 
 def test_compiled_training_follows_eager_training(tiny_argv: Callable[..., list[str]], runs_dir: Path) -> None:

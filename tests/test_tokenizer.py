@@ -1,4 +1,4 @@
-"""Tokenizers: round trips, files, their errors, and a second kind that goes through the whole workbench."""
+"""Tokenizers: round trips, files, errors, and a new kind of tokenizer used throughout the workbench."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_decode_undoes_encode(text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_ids_are_places_in_code_point_order() -> None:
+def test_ids_follow_the_order_of_code_points() -> None:
     tokenizer = from_text("cab😀a\n")
     assert tokenizer.vocabulary == ["\n", "a", "b", "c", "😀"]
     assert tokenizer.vocab_size == 5
@@ -143,7 +143,7 @@ def saved(**changes: Any) -> str:
         pytest.param(saved(unknown_token=3), id="unknown token a number"),
     ],
 )
-def test_a_damaged_file_is_one_error_that_names_it(content: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_an_error_that_names_it(content: str, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(TokenizerError) as caught:
@@ -176,7 +176,7 @@ def test_the_token_that_begins_a_document_has_no_bytes() -> None:
     assert tokenizer.byte_counts().tolist() == [0, 1, 2]
 
 
-def test_bytes_of_tokens_are_those_of_their_text() -> None:
+def test_tokens_decode_to_the_bytes_of_their_text() -> None:
     tokenizer = from_text("aü😀\ud800")
     assert tokenizer.decode_bytes(tokenizer.encode("ü😀a")) == "ü😀a".encode()
     assert tokenizer.decode_bytes(tokenizer.encode("\ud800")) == b"\xed\xa0\x80"
@@ -186,11 +186,11 @@ def test_a_tokenizer_is_built_from_several_texts() -> None:
     assert build_tokenizer(DataConfig(), ["ba", "", "cb"]).to_json() == from_text("abc").to_json()
 
 
-# -------------------------------------------------------------------------- a second kind
+# -------------------------------------------------------------------------- a new kind of tokenizer
 
 
 class PairTokenizer(Tokenizer):
-    """Every character, and every two of them that stand side by side at an even place, is a token."""
+    """The tokens are all characters, and all pairs of characters that begin at an even position."""
 
     kind = "pair"
 
@@ -250,13 +250,13 @@ def pair_run(tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch)
             "tracking": {"runs_dir": str(tmp_path / "runs"), "sample_tokens": 4, "sample_prompt": "line"},
         }
     )
-    data = config.data.model_copy(update={"tokenizer": "pair"})  # which no setting may be yet
+    data = config.data.model_copy(update={"tokenizer": "pair"})  # no setting can name it yet
     train(config.model_copy(update={"data": data}), quiet=True)
     (run,) = (tmp_path / "runs").iterdir()
     return run
 
 
-def test_a_second_kind_of_tokenizer_is_trained_generates_and_scores(pair_run: Path, tiny_text: str) -> None:
+def test_a_new_kind_of_tokenizer_trains_generates_and_scores(pair_run: Path, tiny_text: str) -> None:
     from utils.inference.generator import Generator, Request
 
     tokenizer = load_tokenizer(pair_run / "meta" / "tokenizer.json")

@@ -28,7 +28,7 @@ TIMINGS = {"time", "tokens_per_second", "step_ms"}
 
 
 def numbers(run: Path) -> list[dict[str, object]]:
-    """metrics.jsonl without the timings and the samples of the machine."""
+    """The records of metrics.jsonl, without timings and system metrics."""
     records = [record for record in read_records(run / "logs" / "metrics.jsonl") if not is_system_record(record)]
     return [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
 
@@ -37,7 +37,7 @@ def tiny_config(argv: list[str]) -> Config:
     return parse_experiment(argv, Parser(prog="train.py")).load().config
 
 
-def test_a_run_directory_explains_itself(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
+def test_a_run_directory_has_all_records_of_the_experiment(tiny_argv: Argv, only_run: Callable[[], Path]) -> None:
     assert train.main(tiny_argv("--run-tag", "first", "--tags", "a,b", "--note", "why")) == 0
     run = only_run()
     expected = [
@@ -121,12 +121,6 @@ def test_activation_checkpointing_changes_no_number(tiny_argv: Argv, runs_dir: P
     assert losses["kept"] == losses["again"] != []
 
 
-def test_fp8_is_refused_without_a_gpu(tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main(tiny_argv("--fp8", "--device", "cpu")) == 2
-    assert "fp8 needs a CUDA device, not cpu" in capsys.readouterr().err
-    assert not runs_dir.exists()
-
-
 def test_epochs_decide_the_number_of_steps(tiny_argv: Argv, only_run: Callable[[], Path], tiny_text: str) -> None:
     argv = [*tiny_argv(), "--epochs", "0.1"]
     max_iters = argv.index("--max-iters")
@@ -148,7 +142,7 @@ def test_model_variants_train_and_export(mlp: str, tiny_argv: Argv) -> None:
     assert train.main(tiny_argv(*flags)) == 0
 
 
-def test_the_ingredients_of_the_speedrun_train_and_export_and_repeat(
+def test_the_features_of_the_speedrun_repeat_and_resume_to_the_same_numbers(
     tiny_argv: Argv, runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--optimizer-name", "muon", "--ngram-rows", "64,32", "--no-tie-embeddings", "--zero-init", "--qk-norm"]
@@ -209,7 +203,7 @@ def test_a_non_finite_loss_is_diverged(
     ("error", "status"),
     [(RuntimeError("out of memory"), "failed"), (KeyboardInterrupt(), "interrupted")],
 )
-def test_an_exception_ends_in_its_status_with_complete_logs(
+def test_an_exception_sets_the_status_and_leaves_complete_logs(
     error: BaseException, status: str, tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     optimizer_step = utils.training.step.optimizer_step
@@ -232,7 +226,7 @@ def test_an_exception_ends_in_its_status_with_complete_logs(
     assert read_record(only_run())["views"]["tensorboard"]["state"] == "complete"
 
 
-def test_a_failure_before_training_ends_in_its_status_too(
+def test_a_failure_before_training_sets_the_status_too(
     tiny_argv: Argv,
     only_run: Callable[[], Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -248,7 +242,7 @@ def test_a_failure_before_training_ends_in_its_status_too(
     assert "No space left on device" in (only_run() / "logs" / "train.log").read_text()
 
 
-def test_the_printed_commands_name_a_run_where_it_is(
+def test_the_printed_commands_name_the_run_by_its_path(
     tiny_argv: Argv, tmp_path: Path, only_run: Callable[[], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = tmp_path / "places.yaml"
@@ -272,7 +266,7 @@ def test_train_from_a_notebook_is_quiet(
     assert sources["n_layer"]["source"] == "code"
 
 
-def test_without_aim_there_is_one_visible_warning(
+def test_without_aim_one_warning_is_printed(
     tiny_argv: Argv, only_run: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("utils.training.session.is_installed", lambda name: name != "aim")

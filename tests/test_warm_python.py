@@ -1,4 +1,4 @@
-"""The interpreter of the tests' scripts ends, prints and is stopped as the real one is."""
+"""The warm interpreter ends, prints and is stopped like the real one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ sys.exit(3)
 """
 
 
-def test_a_script_has_its_words_folder_environment_descriptors_and_status(
+def test_a_script_gets_its_arguments_folder_environment_and_descriptors(
     warm_python: WarmPython, tmp_path: Path
 ) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -43,7 +43,7 @@ def test_a_script_has_its_words_folder_environment_descriptors_and_status(
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
-def test_signals_go_both_ways(signum: signal.Signals, warm_python: WarmPython) -> None:
+def test_signals_reach_the_script_and_its_parent(signum: signal.Signals, warm_python: WarmPython) -> None:
     code = f"import os; os.kill(os.getpid(), {int(signum)})"
     assert subprocess.run([warm_python.path, "-c", code]).returncode == -signum
     code = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
@@ -53,10 +53,10 @@ def test_signals_go_both_ways(signum: signal.Signals, warm_python: WarmPython) -
         assert pid != process.pid
         process.send_signal(signum)
         assert process.wait(timeout=60) == -signum
-        assert process.stdout.read() == b""  # it was the last to hold the pipe: it has ended, too
+        assert process.stdout.read() == b""  # the script, the last holder of the pipe, has ended too
 
 
-def test_what_a_fork_cannot_take_over_is_left_to_the_real_interpreter(warm_python: WarmPython) -> None:
+def test_the_real_interpreter_runs_if_a_fork_would_differ(warm_python: WarmPython) -> None:
     code = "import sys; print('torch' in sys.modules, sys.stdout.encoding)"
     env = {**os.environ, "PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([warm_python.path, "-c", code], env=env, capture_output=True, text=True, check=True)
@@ -81,8 +81,8 @@ print(printed == f"{sys.argv[1]} {process.pid} True\\n", process.returncode)
 
 
 @pytest.mark.parametrize("warm", [True, False])
-def test_what_a_script_starts_is_forked_if_that_is_wanted(warm: bool, warm_python: WarmPython, tmp_path: Path) -> None:
-    """Its process is the one that the script has started: it reports that id, and ends it when it ends itself."""
+def test_processes_of_a_script_are_forked_on_request(warm: bool, warm_python: WarmPython, tmp_path: Path) -> None:
+    """A forked child has the process id by which its parent knows it, and ends that process when it kills itself."""
     (tmp_path / "child.py").write_text(CHILD)
     (tmp_path / "parent.py").write_text(PARENT)
     env = {**os.environ, "WARM_CHILDREN": "1" if warm else ""}

@@ -1,4 +1,4 @@
-"""The public interface: its examples run, importing it is light, its mistakes are those of the command line."""
+"""The public interface: its examples run, importing it is light, its errors are those of the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_FLAGS
+from conftest import ROOT, TINY_FLAGS
 
 import utils.inference.generator
 import workbench
@@ -44,8 +44,6 @@ from workbench import (
     train,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -70,7 +68,7 @@ def in_project(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def examples_of(name: str) -> doctest.DocTest:
-    """Those in the docstring of a name of the public interface."""
+    """The examples in the docstring of a public name."""
     documented = type(runs) if name == "runs" else getattr(workbench, name)
     return doctest.DocTestParser().get_doctest(documented.__doc__, {}, name, None, None)
 
@@ -81,7 +79,7 @@ EXAMPLES = {name: examples_of(name) for name in workbench.__all__} | {
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_does_what_it_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_examples_in_docstrings_give_the_output_shown(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     test = EXAMPLES[name]
     test.globs = {"__name__": "example", "math": math} | {name: getattr(workbench, name) for name in workbench.__all__}
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
@@ -90,12 +88,12 @@ def test_an_example_does_what_it_says(name: str, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("name", workbench.__all__)
-def test_every_name_has_an_example_in_which_it_stands(name: str) -> None:
+def test_every_name_has_an_example_that_uses_it(name: str) -> None:
     assert any(name in example.source for example in EXAMPLES[name].examples)
 
 
 def test_importing_it_imports_neither_torch_nor_numpy() -> None:
-    """Nor does making a configuration."""
+    """Nor do creating a configuration and listing runs."""
     code = (
         "import sys, workbench; "
         "workbench.Config(train=workbench.TrainConfig(max_iters=5)); workbench.runs(); "
@@ -117,7 +115,7 @@ def test_its_names_are_complete() -> None:
 # ------------------------------------------------------------------------------------------ training
 
 
-def test_what_print_shows_of_a_trainer_and_a_tokenizer() -> None:
+def test_trainers_and_tokenizers_have_a_short_repr() -> None:
     assert repr(Trainer(run_tag="base")) == "<Trainer of base: not trained yet>"
     assert repr(Trainer()) == "<Trainer: not trained yet>"
     trainer = Trainer(run_tag="base")
@@ -126,7 +124,7 @@ def test_what_print_shows_of_a_trainer_and_a_tokenizer() -> None:
     assert repr(CharTokenizer("abc")) == "<CharTokenizer: 3 tokens>"
 
 
-def test_a_training_that_raises_leaves_no_results_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_that_raises_clears_the_results_of_an_earlier_one(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(max_iters=1)
     trainer.train(quiet=True)
     monkeypatch.setattr("train.train_session", lambda session: 1 / 0)
@@ -143,7 +141,7 @@ def test_keywords_mappings_and_sections_mean_the_same() -> None:
         Trainer({"model": {"n_layer": 3}}, n_layer=2, max_iters=5).config,
     ]
     assert len({config.model_dump_json() for config in kinds}) == 1
-    assert kinds[0].model.n_embd == 16  # of the files
+    assert kinds[0].model.n_embd == 16  # from the files
 
 
 def test_making_a_model_leaves_all_random_streams_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +154,7 @@ def test_making_a_model_leaves_all_random_streams_alone(monkeypatch: pytest.Monk
     assert seeded == []
 
 
-def test_a_config_is_taken_as_it_is() -> None:
+def test_a_config_is_used_unchanged() -> None:
     assert Trainer(Config()).config == Config()
     assert Trainer(Config(), n_layer=2).config == Config(model=ModelConfig(n_layer=2))
 
@@ -170,7 +168,7 @@ class Nested(Callback):
 
 
 def test_a_process_trains_one_run_at_a_time(project: Path) -> None:
-    """Of two at a time, each took random numbers of the other, and both were recorded as bit-exact."""
+    """Two at a time would draw random numbers from one stream, but be recorded as bit-exact."""
     before = len(runs())
     assert train(max_iters=2, callbacks=[f"{__name__}:Nested"], quiet=True).status == "completed"
     with pytest.raises(UserError):
@@ -194,8 +192,8 @@ def float64() -> Iterator[None]:
     [torch.no_grad, torch.inference_mode, float64, lambda: torch.device("meta"), lambda: torch.autocast("cpu")],
     ids=["no_grad", "inference_mode", "float64", "device", "autocast"],
 )
-def test_what_a_notebook_has_set_for_torch_changes_no_number(setting: Callable[[], Any]) -> None:
-    """float64 and autocast gave other losses under the same record; the others ended the run as failed."""
+def test_torch_settings_made_in_a_notebook_change_no_number(setting: Callable[[], Any]) -> None:
+    """Without protection, float64 gives other losses under the same record, and the others end the run as failed."""
     settings = {"max_iters": 3, "eval_interval": 1, "sample_tokens": 5, "quiet": True}
     expected = Run(train(**settings).run_dir)
     with setting():
@@ -216,14 +214,14 @@ def test_load_config_reads_a_file_of_the_home_folder(tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("make", [Trainer, create_model, train, lambda given: create_model(vocab_size=5).fit(given)])
 @pytest.mark.parametrize("given", [5, [("n_layer", 2)], TrainConfig()], ids=lambda given: type(given).__name__)
-def test_what_is_neither_a_config_nor_settings_by_name_is_a_mistake(make: Any, given: Any) -> None:
+def test_arguments_that_are_neither_a_config_nor_settings_are_refused(make: Any, given: Any) -> None:
     with pytest.raises(UserError, match=r"expected a Config, or settings by name \(load_config reads files\), got "):
         make(given)
     with pytest.raises(UserError, match="expected files, or settings by name, got "):
         load_config(given)
 
 
-def test_what_was_set_in_code_is_recorded_as_such() -> None:
+def test_settings_made_in_code_are_recorded_as_such() -> None:
     path = train(max_iters=2, quiet=True).run_dir
     sources = yaml.safe_load((path / "meta" / "config_sources.json").read_text())
     assert sources["max_iters"]["source"] == "code"
@@ -313,10 +311,10 @@ def test_a_damaged_run_is_no_error(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ models
 
 
-def test_a_dataset_that_a_file_names_is_in_the_project_wherever_one_works(
+def test_a_dataset_named_in_a_configuration_file_is_relative_to_the_project(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of this name in the current folder was taken instead, and recorded as a relative path."""
+    """A file of that name in the current folder is not taken instead."""
     file = tmp_path / "own.yaml"
     file.write_text("dataset: own.txt\n")
     (tmp_path / "own.txt").write_text("to be or not to be\n" * 50)
@@ -376,14 +374,14 @@ def test_fit_takes_a_text_a_path_or_a_configuration(kind: str, project: Path, tm
     assert Path(config.data.dataset).read_text() == text
 
 
-def test_a_fit_that_was_interrupted_leaves_the_model_as_it_is() -> None:
+def test_an_interrupted_fit_leaves_the_model_unchanged() -> None:
     model = create_model(stop_at_step=1)
     before = [parameter.clone() for parameter in model.parameters()]
     assert model.fit(quiet=True).status == "interrupted"
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-def test_a_model_that_was_made_by_its_class_fits_with_the_default_settings(project: Path) -> None:
+def test_a_model_made_by_its_class_fits_with_the_default_settings(project: Path) -> None:
     model = workbench.TrainableModel(ModelConfig(n_layer=1, n_embd=16, n_head=2), vocab_size=10)
     results = model.fit(max_iters=1, eval_iters=1, sample_tokens=0, runs_dir=str(project / "runs"), quiet=True)
     assert results.status == "completed"
@@ -414,14 +412,14 @@ def test_a_model_is_loaded_from_a_run_or_an_export() -> None:
         load_model("other")
 
 
-def test_a_run_stands_for_its_path() -> None:
+def test_a_run_can_be_given_instead_of_its_path() -> None:
     run = runs.find("baseline")
     generator = workbench.Generator.from_run(run, device="cpu", draft=run)
     assert generator.tokenizer.hash() == load_model(run)[1].hash()
     assert runs.find(run).path == Run(run).path == run.path
 
 
-def test_the_facts_of_a_model_equal_those_of_its_run() -> None:
+def test_a_model_and_its_run_have_the_same_facts() -> None:
     facts, run = workbench.get_model_info("baseline"), runs.find("baseline")
     model, _ = load_model(run, device="cpu")
     assert facts == workbench.get_model_info(model) | {"training": facts["training"]}

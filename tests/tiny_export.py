@@ -1,4 +1,4 @@
-"""A run with an export, as a training leaves it, without training."""
+"""Writes a run with an export as a training leaves it, without training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLOCK_SIZE = 16
 
 
 def lively(model: M, scale: float = 0.3) -> M:
-    """`model` in eval mode, with weights so large that each part matters: tokens depend on all that precede them."""
+    """`model` in eval mode, with weights so large that each part matters and a token depends on all before it."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=scale)
@@ -44,7 +44,7 @@ def tiny_model(tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> LanguageMod
 
 
 def save_tiny_run(runs_dir: Path, name: str, tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> Path:
-    """The run directory."""
+    """Write a run with an export, and return its directory."""
     run = runs_dir / name
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"id": name, "start": "2026-01-31T14:25:01.000+00:00"}))

@@ -1,7 +1,7 @@
-"""A callback that makes trouble on one rank after some steps; the variable TROUBLE says which: `raise 1 3`.
+"""A callback that makes trouble on one rank after some step.
 
-On each rank it logs the number of its rank, and writes its calls into a file of the folder TROUBLE_CALLS, if there is
-one.
+The environment variable TROUBLE names the trouble, the rank and the step: `raise 1 3`. On each rank the callback logs
+the number of the rank and, if TROUBLE_CALLS names a folder, writes its calls into a file there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from workbench import Callback, Metric, TrainingRun, register_metric
 
 
 class Trouble(Callback):
-    """What, on which rank, after which step."""
+    """The callback; see the module."""
 
     def __init__(self) -> None:
         register_metric(Metric("trouble/rank", "1"))
@@ -69,14 +69,14 @@ class Trouble(Callback):
 
 
 def called(run: TrainingRun, hook: str) -> None:
-    """Write a call into the file of this rank."""
+    """Append a call to the file of this rank."""
     if folder := os.environ.get("TROUBLE_CALLS"):
         with (Path(folder) / f"rank{run.rank}").open("a") as file:
             file.write(f"{run.path} {run.state.step} {hook}\n")
 
 
 def signal_in_next_sum(run: TrainingRun, signum: int) -> None:
-    """Let a signal reach this rank while it waits for the others, to which it has given what they are to agree on."""
+    """Signal this rank during its next sum over the ranks, when its own contribution is already fixed."""
     ranks = run.state.ranks
     add = ranks.sum_exactly
 
@@ -89,7 +89,7 @@ def signal_in_next_sum(run: TrainingRun, signum: int) -> None:
 
 
 def fill_disk_once() -> None:
-    """Let the next file of a checkpoint in shards find no space."""
+    """Let the next write of a sharded checkpoint fail for lack of space."""
     write = shards.write_tensors
 
     def full(*_: Any) -> None:

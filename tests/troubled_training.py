@@ -1,4 +1,6 @@
-"""train.py with trouble at a chosen step: `python tests/troubled_training.py MOMENT STEP [train.py's words]`.
+"""Run train.py with trouble at a chosen step.
+
+    python tests/troubled_training.py MOMENT STEP [arguments of train.py]
 
 A script, not tests: test_tracking_faults.py starts it. MOMENT is pause, tear or wait.
 """
@@ -19,9 +21,9 @@ WAIT_SECONDS = 60.0
 
 
 def pause_at(step: int) -> None:
-    """After update `step` wait until all views have shown something, say so on PAUSE_FD, wait for a line on stdin.
+    """After update `step`, wait until all views have shown something, report it on PAUSE_FD, wait for a line on stdin.
 
-    The views flush often, and do not wait long between attempts.
+    The views flush often and retry soon.
     """
     from utils.tracking import feeder
     from utils.training import step as training
@@ -50,7 +52,7 @@ def pause_at(step: int) -> None:
 
 
 def wait_at(_: int) -> None:
-    """Wait before the first step for as long as a pipe or a slow disk might, and say so on PAUSE_FD."""
+    """Report on PAUSE_FD before the first step, then wait forever, as for a pipe or a slow disk."""
     from utils.training import session
 
     def wait(*_: Any) -> None:
@@ -62,7 +64,7 @@ def wait_at(_: int) -> None:
 
 
 def tear_at(step: int) -> None:
-    """Die by SIGKILL when a part of the metrics of `step` is written."""
+    """Die by SIGKILL when part of the metrics of `step` has been written."""
     write: Callable[..., int] = os.write
     marker = f'{{"step":{step},'.encode()
 

@@ -1,17 +1,17 @@
-"""A `python` for tests, which forks scripts from a process that has imported torch and what else takes long.
+"""A `python` for tests that forks scripts from a process in which torch and other slow modules are already imported.
 
-A training of a second spends four in imports. The client, `WarmPython.path`, stands in for the interpreter on a command
-line. A server forks a process that has the client's open descriptors, directory, environment, umask and words, and runs
-the script in it. The client passes its signals on, and ends as the script does: with its exit status, or by its signal.
-The server has imported no module of the project, so it serves any copy of the project. What a script starts in its turn
-is started as ever, by the real interpreter; with WARM_CHILDREN in its environment, it is forked as well.
+A training of one second spends four in imports. The client, `WarmPython.path`, stands in for the interpreter on a
+command line. A server forks a process that has the client's open descriptors, directory, environment, umask and
+arguments, and runs the script in it. The client passes its signals on, and ends as the script does: with its exit
+status, or by its signal. The server has imported no module of the project, so it serves any copy of the project. The
+processes that a script starts use the real interpreter; with WARM_CHILDREN in its environment, they are forked as well.
 
-Pictures are plotted, but not rendered, which would be a third of a tiny training, and a new database of Aim is a copy.
+Pictures are plotted but not rendered, which would take a third of a tiny training; a new database of Aim is a copy.
 
-Where a fork would differ (another user, a variable that is read when Python or a library starts, a closed standard
-stream, an option of the interpreter), the client becomes the real interpreter. What a fork cannot show is tested with
-sys.executable: start and imports, the process's id, group and terminal, and its death when the client is killed, which
-follows a moment later.
+If a fork would behave differently (another user, a variable that is read when Python or a library starts, a closed
+standard stream, an option of the interpreter), the client becomes the real interpreter. Tests of what a fork cannot
+show use sys.executable: start and imports, the id, group and terminal of the process, and its death when the client is
+killed, which follows a moment later.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# Environment variables that count when the interpreter starts or a library is imported, but for those `ignored` below,
-# which training sets itself.
+# Prefixes of environment variables that are read when the interpreter starts or a library is imported, apart from those
+# `ignored` below, which training sets itself.
 EARLY = (
     "PYTHON",
     "OMP_",
@@ -81,7 +81,7 @@ PRELOADED = (  # not torch._dynamo: its triton reports leaks at the end of each 
 
 
 def early(environment: Any) -> dict[str, str]:
-    """What a forked process cannot take over: that part of its environment, and its user."""
+    """The variables that a forked process cannot adopt after its start, and its user."""
     ignored = (
         "PYTEST",
         "PYTHONPATH",
@@ -90,7 +90,7 @@ def early(environment: Any) -> dict[str, str]:
         "GOMP_SPINCOUNT",
         "TORCHINDUCTOR_CACHE_DIR",
     )
-    ignored += ("TORCHELASTIC_", "TORCH_NCCL_")  # which torchrun gives its ranks
+    ignored += ("TORCHELASTIC_", "TORCH_NCCL_")  # torchrun sets them for its ranks
     found = {name: environment[name] for name in sorted(environment) if name.startswith(EARLY)}
     return {name: value for name, value in found.items() if not name.startswith(ignored)} | {"user": str(os.getuid())}
 
@@ -99,7 +99,7 @@ def early(environment: Any) -> dict[str, str]:
 
 
 def client(address: str, python: str, server_early: dict[str, str]) -> None:
-    """Run the command line of this process on the server, or else by the real interpreter; does not return."""
+    """Run the command line of this process on the server or, failing that, by the real interpreter; does not return."""
     words = sys.argv[1:]
     fds = [int(name) for name in os.listdir("/proc/self/fd") if is_open(int(name))]
     unbuffered = words[:1] == ["-u"]  # as torchrun starts its ranks
@@ -157,7 +157,7 @@ def read(connection: socket.socket, size: int) -> bytes:
 
 
 def serve(listener: socket.socket) -> dict[str, Any]:
-    """Fork for each client; returns a client's task in the new process. Ends when stdin does."""
+    """Fork for each client; returns the client's task in the new process. The server exits when stdin is closed."""
     import contextlib
     import selectors
 
@@ -182,12 +182,12 @@ def serve(listener: socket.socket) -> dict[str, Any]:
                 child = os.pidfd_open(pid)
                 waiting.register(child, selectors.EVENT_READ, (pid, child, connection))
                 waiting.register(connection, selectors.EVENT_READ, (pid, child, connection))
-            elif key.fd not in waiting.get_map():  # both were ready
+            elif key.fd not in waiting.get_map():  # the client and its process were both ready
                 continue
             else:
                 pid, child, connection = key.data
                 if key.fd != child:
-                    os.kill(pid, signal.SIGKILL)  # the client was
+                    os.kill(pid, signal.SIGKILL)  # as the client was
                 _, status = os.waitpid(pid, 0)
                 waiting.unregister(child)
                 waiting.unregister(connection)
@@ -209,7 +209,7 @@ def become(task: dict[str, Any]) -> None:
     import runpy
     import types
 
-    beyond = max(*task["fds"], *task["received"]) + 1  # first out of the way of one another
+    beyond = max(*task["fds"], *task["received"]) + 1  # move them past all of these first: the numbers may overlap
     moved = [os.dup2(fd, beyond + i) for i, fd in enumerate(task["received"])]
     for fd, number in zip(moved, task["fds"], strict=True):
         os.dup2(fd, number)
@@ -249,7 +249,7 @@ def become(task: dict[str, Any]) -> None:
 
 
 def take_id(client: int) -> None:
-    """Go by the process id of the client, which is the one that the script that started it knows."""
+    """Report the client's process id as our own: it is the one that the parent of the client knows."""
     own, getpid, kill = os.getpid(), os.getpid, os.kill
     os.getpid = lambda: client
     os.kill = lambda pid, number: kill(own if pid == client else pid, number)
@@ -257,7 +257,7 @@ def take_id(client: int) -> None:
 
 
 def draw_pixels() -> None:
-    """From now on a picture that matplotlib makes in memory is one pixel."""
+    """Make every PNG that matplotlib renders a single pixel."""
     from matplotlib.figure import Figure
 
     render = Figure.savefig
@@ -273,7 +273,7 @@ def draw_pixels() -> None:
 
 @functools.cache
 def copy_databases(folder: Path) -> None:
-    """From now on Aim's new databases are copies of the first one: alembic, which makes them, takes two seconds."""
+    """Make Aim's new databases copies of the first one: alembic takes two seconds to create one."""
     from aim.storage.migrations import utils
 
     real, script = utils.create_migration_cmd, folder / "new_database.sh"
@@ -305,7 +305,7 @@ def preload(folder: Path) -> None:
 
 
 class WarmPython:
-    """The server, and the folder `bin` that stands in for that of the virtual environment; close() ends it."""
+    """The server, and a folder `bin` that stands in for that of the virtual environment; close() ends the server."""
 
     def __init__(self, folder: Path) -> None:
         import subprocess

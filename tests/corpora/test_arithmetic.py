@@ -1,4 +1,4 @@
-"""The generated problems: right, unique, and held out in all their forms."""
+"""The generated problems are right, unique, and held out in all their forms."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def texts(config: ArithmeticConfig, found: ProblemSet) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("settings", [SMALL, EVERYTHING])
-def test_answers_are_those_of_python(settings: dict[str, Any]) -> None:
+def test_answers_equal_those_of_python(settings: dict[str, Any]) -> None:
     config, found = problems_of(**settings)
     for text in [*texts(config, found)["train"][:2000], *texts(config, found)["held_out"]]:
         question, _, answer = text.partition("=")
@@ -51,14 +51,14 @@ def test_every_problem_is_unique_and_no_form_of_a_held_out_one_is_trained_on(set
     trained = set(found.train)
     for problem in found.held_out:
         assert not problem.forms() & trained
-    # By hand: the numbers of a sum of two, in either order.
+    # The same by hand for sums of two numbers, in either order.
     trained_on = {tuple(sorted(problem.operands)) for problem in found.train if problem.operators == ("+",)}
     held_out = {tuple(sorted(problem.operands)) for problem in found.held_out if problem.operators == ("+",)}
     assert held_out
     assert not held_out & trained_on
 
 
-def test_all_problems_of_one_digit_are_there() -> None:
+def test_all_problems_of_one_digit_are_generated() -> None:
     config, found = problems_of(**SMALL)
     every = {f"{a}{sign}{b}=" for a in range(10) for b in range(10) for sign in "+-"}
     held_out = {form.prompt(config) for problem in found.held_out for form in problem.forms()}
@@ -96,7 +96,7 @@ def test_forms_follow_the_commutative_law_and_keep_the_value() -> None:
     assert forms("4+4") == {"4+4"}
 
 
-def test_the_three_formats() -> None:
+def test_problems_are_written_in_three_formats() -> None:
     def written(form: str, *operands: int, operator: str = "-") -> str:
         config, problem = ArithmeticConfig(arithmetic_format=form), Problem(operands, (operator,))
         return problem.prompt(config) + problem.solution(config)
@@ -127,7 +127,7 @@ def test_a_dataset_is_written_once_and_whole(tmp_path: Path) -> None:
     assert arithmetic_dataset(ArithmeticConfig(**SMALL), tmp_path) != folder
 
 
-def test_a_dataset_that_cannot_be_written_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_dataset_that_cannot_be_written_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CorpusError, match="the problems cannot be written: Not a directory"):
         arithmetic_dataset(ArithmeticConfig(**SMALL), tmp_path / "file")

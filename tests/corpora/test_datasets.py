@@ -1,4 +1,4 @@
-"""The folder of a prepared dataset: written shard by shard, read back, verified."""
+"""The folder of a prepared dataset is written shard by shard, read back and verified."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write(folder: Path) -> Dataset:
     return dataset
 
 
-def test_what_was_written_is_read_back(tmp_path: Path) -> None:
+def test_a_written_dataset_is_read_back(tmp_path: Path) -> None:
     dataset = write(tmp_path / "mine")
     assert is_dataset(tmp_path / "mine")
     assert not is_dataset(tmp_path)
@@ -38,14 +38,14 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert array("I", dataset.path(train.shards[0], "origins").read_bytes()).tolist() == [0, 1, 0, 2, 0, 3]
 
 
-def test_a_dataset_is_its_content_not_its_name(tmp_path: Path) -> None:
+def test_the_hash_of_a_dataset_does_not_depend_on_its_name(tmp_path: Path) -> None:
     dataset = write(tmp_path / "mine")
     shutil.copytree(tmp_path / "mine", tmp_path / "copy")
     assert read_dataset(tmp_path / "copy").hash == dataset.hash
 
 
 @pytest.mark.parametrize("name", ["train_00000.bin", "val_00000.ends", "train_00000.origins"])
-def test_a_file_that_was_edited_is_named(tmp_path: Path, name: str) -> None:
+def test_an_edited_short_or_missing_file_is_named(tmp_path: Path, name: str) -> None:
     dataset = write(tmp_path / "mine")
     dataset.verify()
     path = dataset.folder / name
@@ -60,7 +60,7 @@ def test_a_file_that_was_edited_is_named(tmp_path: Path, name: str) -> None:
         dataset.verify()
 
 
-def test_files_that_did_not_change_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_files_are_verified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = write(tmp_path / "mine")
     dataset.verify()
     monkeypatch.setattr("utils.corpora.datasets.checksum", lambda path: pytest.fail(f"{path} was read again"))
@@ -75,7 +75,7 @@ def test_files_that_did_not_change_are_read_once(tmp_path: Path, monkeypatch: py
         *({"sources": ["a.txt"]}, {"sources": 1}),
     ],
 )
-def test_a_damaged_description_is_one_line(tmp_path: Path, damage: dict[str, object]) -> None:
+def test_a_damaged_description_is_an_error_that_names_it(tmp_path: Path, damage: dict[str, object]) -> None:
     dataset = write(tmp_path / "mine")
     path = dataset.folder / "dataset.json"
     content = {key: value for key, value in (json.loads(path.read_text()) | damage).items() if value is not None}
@@ -84,7 +84,7 @@ def test_a_damaged_description_is_one_line(tmp_path: Path, damage: dict[str, obj
         read_dataset(dataset.folder)
 
 
-def test_a_description_that_is_no_mapping_is_damaged(tmp_path: Path) -> None:
+def test_a_description_that_is_not_a_mapping_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text("[1]")
     with pytest.raises(DatasetError, match="damaged"):
         read_dataset(tmp_path)

@@ -1,4 +1,4 @@
-"""Registered corpora, text files and folders; what is wrong with one is one error that names it."""
+"""Registered corpora, text files and folders; each fault in one is an error that names the file."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def test_pydocs_is_the_language_reference_of_this_python(tmp_path: Path) -> None
     assert text == find_source("pydocs", tmp_path).read()
 
 
-def test_a_file_is_read_as_it_is(tmp_path: Path) -> None:
+def test_a_file_is_read_unchanged_but_for_its_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes("\ufeffZeile\r\nübergroß 😀".encode())
     assert find_source(str(path), tmp_path).read() == "Zeile\r\nübergroß 😀"  # without the byte order mark
 
 
-def test_a_folder_says_what_is_read_what_is_skipped_and_how_it_is_cut(tmp_path: Path) -> None:
+def test_the_notes_on_a_folder_describe_what_is_read_skipped_and_split(tmp_path: Path) -> None:
     names = ["a.py", "b.py", "c/d.md", "e.js", "f.c", "g.C", "h.rs", "i.bin", "y.html", ".hidden.c", "z"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -69,12 +69,12 @@ def test_json_lines_that_are_learned_as_a_text_are_reported(tmp_path: Path) -> N
     )
 
 
-def test_what_a_folder_skips_is_printed(tmp_path: Path) -> None:
+def test_the_files_that_a_folder_skips_are_reported(tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "one.txt").write_text("to be or not to be\n" * 20)
     (tmp_path / "texts" / "two.go").write_text("package main")
     said: list[str] = []
-    for _ in range(2):  # also of a corpus that is encoded already
+    for _ in range(2):  # the second time the corpus is encoded already
         load_corpus(DataConfig(dataset=str(tmp_path / "texts")), 8, tmp_path, report=said.append)
     assert said[:2] == said[2:]
     assert "1 file read (1 .txt), 1 file of other kinds skipped (1 .go)" in said[0]
@@ -90,7 +90,7 @@ def test_a_folder_is_its_text_files_in_path_order(tmp_path: Path) -> None:
     assert find_source(str(folder), tmp_path).read() == "[a/b.py]\n[a/z.md]\n[b.txt]\n[c]"
 
 
-def test_linked_folders_are_read_once_and_no_link_leads_astray(tmp_path: Path) -> None:
+def test_linked_folders_are_read_once_even_if_links_form_a_cycle(tmp_path: Path) -> None:
     folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
     for name in ("texts/b.txt", "texts/z/old.txt", "elsewhere/book.txt", "elsewhere/.git/config.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -181,7 +181,7 @@ for dataset in sys.argv[1:]:
 
 @pytest.fixture(scope="module")
 def answers_without_rights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What reading a source says of readable and unreadable places, in a process that is not root."""
+    """The results of reading readable and unreadable places, in a process that is not root."""
     folder = tmp_path_factory.mktemp("rights")
     folder.chmod(0o755)
     for name in ("readable.txt", "unreadable.txt", "closed/inside.txt", "open/unreadable/inside.txt"):
@@ -204,7 +204,7 @@ def test_readable_text_is_read_without_rights(answers_without_rights: dict[str, 
 
 
 @pytest.mark.parametrize("place", ["unreadable.txt", "closed/inside.txt", "closed", "open"])
-def test_an_unreadable_place_is_an_error_that_says_so(answers_without_rights: dict[str, str], place: str) -> None:
+def test_an_unreadable_place_is_an_error(answers_without_rights: dict[str, str], place: str) -> None:
     answer = answers_without_rights[place]
     assert answer.startswith(place)
     assert answer.endswith("cannot be read: Permission denied")
@@ -215,7 +215,7 @@ def test_an_unreadable_place_is_an_error_that_says_so(answers_without_rights: di
 
 @pytest.fixture
 def small_play(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PLAY passes for Tiny Shakespeare."""
+    """Make PLAY pass for Tiny Shakespeare."""
     monkeypatch.setattr(sources, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
 
 
@@ -271,8 +271,8 @@ class LocalServer(http.server.HTTPServer):
 
 
 @pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
-    """A public home of Tiny Shakespeare on this machine."""
+def public_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
+    """A local server in place of the public address of Tiny Shakespeare."""
     server = LocalServer(("127.0.0.1", 0), _Answer)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -286,15 +286,15 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalServer]:
 
 
 @pytest.mark.usefixtures("small_play")
-def test_shakespeare_is_downloaded_once(home: LocalServer, tmp_path: Path) -> None:
+def test_shakespeare_is_downloaded_once(public_server: LocalServer, tmp_path: Path) -> None:
     corpora = tmp_path / "new" / "corpora"
     assert [find_source("shakespeare", corpora).read() for _ in range(3)] == [PLAY.decode()] * 3
-    assert home.requests == 1
+    assert public_server.requests == 1
     assert [path.name for path in corpora.iterdir()] == ["tinyshakespeare.txt"]
 
 
-def test_a_download_of_something_else_is_an_error_and_not_kept(home: LocalServer, tmp_path: Path) -> None:
-    home.body = b"<html>Please log in</html>"
+def test_a_download_with_other_content_is_an_error_and_not_kept(public_server: LocalServer, tmp_path: Path) -> None:
+    public_server.body = b"<html>Please log in</html>"
     with pytest.raises(CorpusError, match=r"127\.0\.0\.1.*not Tiny Shakespeare"):
         find_source("shakespeare", tmp_path).read()
     assert list(tmp_path.iterdir()) == []
@@ -302,8 +302,10 @@ def test_a_download_of_something_else_is_an_error_and_not_kept(home: LocalServer
 
 @pytest.mark.usefixtures("small_play")
 @pytest.mark.parametrize(("status", "missing"), [(404, 0), (500, 0), (200, 10)])
-def test_a_failed_download_says_what_to_do(home: LocalServer, status: int, missing: int, tmp_path: Path) -> None:
-    home.status, home.missing = status, missing
+def test_a_failed_download_says_what_to_do(
+    public_server: LocalServer, status: int, missing: int, tmp_path: Path
+) -> None:
+    public_server.status, public_server.missing = status, missing
     with pytest.raises(CorpusError, match=r"cannot be downloaded .*put tinyshakespeare\.txt into .*WORKBENCH_DATA"):
         find_source("shakespeare", tmp_path).read()
     assert list(tmp_path.iterdir()) == []
@@ -317,7 +319,7 @@ def test_without_a_connection_the_error_says_what_to_do(monkeypatch: pytest.Monk
         find_source("shakespeare", tmp_path).read()
 
 
-@pytest.mark.usefixtures("small_play", "home")
+@pytest.mark.usefixtures("small_play", "public_server")
 def test_a_download_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "corpora").write_text("a file where the folder should be")
     with pytest.raises(CorpusError, match="corpora"):
@@ -326,14 +328,12 @@ def test_a_download_that_cannot_be_kept_is_an_error(tmp_path: Path) -> None:
 
 def test_the_folder_of_datasets_is_not_the_package_of_that_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the package, `import datasets` finds the folder datasets/ beside the scripts, which has no functions."""
-    from utils.corpora import source_files
-
     monkeypatch.setitem(sys.modules, "datasets", type(sys)("datasets"))
     with pytest.raises(CorpusError, match="pip install datasets"):
         source_files._downloaded("someone/texts", "someone/texts", None)
 
 
-def test_too_little_memory_for_a_download_is_not_taken_for_a_failed_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_error_is_not_reported_as_a_failed_download(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*_words: object, **_options: object) -> None:
         raise MemoryError
 

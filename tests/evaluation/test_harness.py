@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness: the numbers of its own model class, whatever the batch size; records; mistakes."""
+"""Tasks of lm-evaluation-harness give the numbers of its own model class at any batch size; records; mistakes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BLOCK_SIZE = 24
 
 
 def requests_for(words: Sequence[str], kind: str) -> list[Any]:
-    """Questions with several answers, of which some share a context and some exceed BLOCK_SIZE."""
+    """Requests, some of which share a context, and some of which exceed BLOCK_SIZE."""
     rng, found = random.Random(0), []
     for number in range(24):
         context = " ".join(rng.choices(words, k=rng.choice((1, 3, 8))))
@@ -63,8 +63,8 @@ def with_token_before(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
 @pytest.mark.slow
 @pytest.mark.parametrize("began_with", ["nothing", "a published model"])
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_the_numbers_are_those_of_the_class_for_transformers(tmp_path: Path, position: str, began_with: str) -> None:
-    """Both classes read the same weights, ours from the run, the other from its export for transformers."""
+def test_results_equal_those_of_the_harness_for_transformers(tmp_path: Path, position: str) -> None:
+    """Our class has the model of the run, the harness's the export of the run for transformers."""
     from lm_eval.models.huggingface import HFLM
 
     from utils.evaluation.harness import HarnessModel
@@ -185,7 +185,7 @@ def test_tasks_are_run_recorded_shown_and_compared(runs: Path, capsys: pytest.Ca
         (["--task", "hellaswag"], "tasks other than arithmetic need lm-evaluation-harness: pip install"),
     ],
 )
-def test_a_mistake_is_one_line(
+def test_a_mistake_is_reported_in_one_line(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(harness_tasks.importlib.util, "find_spec", lambda name: None)
@@ -207,7 +207,7 @@ def test_two_texts_are_compared_by_quality_and_speed(runs: Path, capsys: pytest.
     assert "text.txt: bits/byte" in capsys.readouterr().out
 
 
-def test_a_recorded_metric_that_is_no_number_is_kept(tmp_path: Path) -> None:
+def test_a_recorded_metric_that_is_nan_is_kept(tmp_path: Path) -> None:
     run = make_run(tmp_path, "run")
     append_evaluation(run, {"time": "2026", "data": "x", "task": "x", "metrics": {"f1": float("nan"), "acc": 0.5}})
     (found,), problem = read_evaluations(run)
@@ -215,7 +215,7 @@ def test_a_recorded_metric_that_is_no_number_is_kept(tmp_path: Path) -> None:
     assert (found["metrics"]["acc"], problem) == (0.5, None)
 
 
-def test_the_best_value_is_the_best_number() -> None:
+def test_the_best_value_that_is_not_nan_is_highlighted() -> None:
     facts = {"task": "t", "few_shot": 0, "problems": 10, "data_hash": "d"}
     scores = [float("nan"), 0.2, 0.1]
     directions = {"acc": True, "ter": False, "pct_stereotype": None}
@@ -227,12 +227,12 @@ def test_the_best_value_is_the_best_number() -> None:
     assert styles == [["", "", ""], ["bold green", "", ""], ["", "bold green", ""]]
 
 
-def test_the_error_of_a_metric_is_that_of_its_mean() -> None:
+def test_the_error_of_a_metric_is_the_standard_error_of_its_mean() -> None:
     shares = [1.0, 0.0, 1.0, 1.0]
     p = statistics.fmean(shares)
     assert harness_tasks.error_of_mean(shares, p) == pytest.approx(math.sqrt(p * (1 - p) / 3))
     probabilities = [0.4, 0.5, 0.6, 0.5]  # the documents of truthfulqa_mc2
     assert harness_tasks.error_of_mean(probabilities, 0.5) == pytest.approx(statistics.stdev(probabilities) / 2)
-    assert harness_tasks.error_of_mean(probabilities, 1.65) is None  # a perplexity, say
+    assert harness_tasks.error_of_mean(probabilities, 1.65) is None  # such as a perplexity
     assert harness_tasks.error_of_mean([[1, 2], [3, 4]], 0.5) is None
     assert harness_tasks.error_of_mean([1.0], 1.0) is None

@@ -43,6 +43,8 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+# settings of ours that llama's family can hold
+LLAMA_LIKE: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 # name -> class of transformers, settings of its configuration
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2_SIZES),
@@ -81,7 +83,7 @@ def make_model(name: str, **settings: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def foreign_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
-    """A model by its name in MODELS, and a folder that it was saved to; made when it is asked for first."""
+    """Returns the folder and the model of a name in MODELS; each is made at its first use."""
     made: dict[str, tuple[Path, Any]] = {}
 
     def get(name: str) -> tuple[Path, Any]:

@@ -1,6 +1,6 @@
-"""A server on this machine that stands in for the Hugging Face hub: models in folders, and its ways to fail.
+"""A local server that stands in for the Hugging Face hub: models in folders, and failures on request.
 
-python tests/formats/fake_hub.py FOLDER NAME ... --port PORT     # the model in FOLDER has these names; until Ctrl-C
+python tests/formats/fake_hub.py FOLDER NAME ... --port PORT     # serves the model in FOLDER under these names
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """What the server has and what it was asked.
+    """The models of the server, its failures, and the requests that it has received.
 
-    models: folder of each model by its name.
+    models: the folder of each model, by name.
     gated: names of models that need a token.
-    breaks: bytes after which the connection of a file breaks, once, by the name of the file.
-    stalls: as `breaks`, but the connection stays and nothing more comes until `go` is set.
-    sent: bytes of each file that were sent in all, by its name.
-    wrong: names of files whose hash the server states wrongly.
+    breaks: the number of bytes after which the connection breaks, once, by file name.
+    stalls: like `breaks`, but the connection stays open and nothing more is sent until `go` is set.
+    sent: the number of bytes sent in total, by file name.
+    wrong: names of files for which the server states a wrong hash.
     """
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Hub:
         self.url = ""
 
     def digest(self, path: Path) -> tuple[str, bool]:
-        """The hash of a file as the hub names it, and whether it is a large one."""
+        """The hash that the hub states for a file, and whether the file counts as large."""
         content = path.read_bytes()
         if path.name in self.wrong:
             content += b"!"
@@ -56,13 +56,13 @@ class Hub:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one connection from what `hub` has."""
+    """Answers the requests of one connection from `hub`."""
 
     protocol_version = "HTTP/1.1"
 
     def __init__(self, hub: Hub, *arguments: Any) -> None:
         self.hub = hub
-        super().__init__(*arguments)  # which answers the requests
+        super().__init__(*arguments)  # this answers the requests
 
     def log_message(self, *arguments: Any) -> None: ...
 

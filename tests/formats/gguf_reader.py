@@ -1,4 +1,4 @@
-"""An independent reader of GGUF files: the bytes by their specification, the model in NumPy."""
+"""An independent reader of GGUF files, written after their specification, which computes the model in NumPy."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")  # by the number of a type
+SCALARS = ("<B", "<b", "<H", "<h", "<I", "<i", "<f", "<?", None, None, "<Q", "<q", "<d")  # by the number of the type
 STRING, ARRAY = 8, 9
 Array = np.ndarray[Any, Any]
 
@@ -69,13 +69,13 @@ class GGUF:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
         tokens = self.metadata["tokenizer.ggml.tokens"]
-        if self.metadata["tokenizer.ggml.model"] == "rwkv":  # here, one token for each character
+        if self.metadata["tokenizer.ggml.model"] == "rwkv":  # ours have one token per character
             plain = [token.encode().decode("unicode_escape") for token in tokens]
             return [plain.index(character) for character in text]
         assert self.metadata["tokenizer.ggml.pre"] == "gpt-2"
         merges = [tuple(pair.split(" ")) for pair in self.metadata["tokenizer.ggml.merges"]]
         vocab = {token: place for place, token in enumerate(tokens)}
-        for first, second in merges:  # this package wants parts of tokens to be tokens; no text ends with one
+        for first, second in merges:  # this package requires the parts of a merge to be tokens
             for part in (first, second, first + second):
                 vocab.setdefault(part, len(vocab))
         tokenizer = Tokenizer(models.BPE(vocab, merges))
@@ -84,7 +84,7 @@ class GGUF:
         return list(tokenizer.encode(text).ids)
 
     def logits(self, ids: list[int]) -> Array:
-        """(T, V) for a text from its start."""
+        """Logits (T, V) of the whole sequence."""
         architecture = self.metadata["general.architecture"]
         facts = {
             key.removeprefix(f"{architecture}."): value
@@ -104,7 +104,7 @@ class GGUF:
                 gate = self._linear(h, f"blk.{layer}.ffn_gate")
                 inner = gate / (1 + np.exp(-gate)) * up
             x = x + self._linear(inner, f"blk.{layer}.ffn_down")
-        return self._linear(self._norm(x, "output_norm", facts), "output")  # also where the head is tied
+        return self._linear(self._norm(x, "output_norm", facts), "output")  # even if the head is tied
 
     def _linear(self, x: Array, name: str) -> Array:
         return x @ self.tensors[f"{name}.weight"].T + self.tensors.get(f"{name}.bias", 0.0)

@@ -1,4 +1,4 @@
-"""Adapters as peft has them: it opens ours, gives the same logits, and in training the same losses."""
+"""peft opens our adapters, and gives the same logits and, in training, the same losses."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from utils.training.step import clip_gradients, forward_backward, optimizer_step
 
 
 def heavy(test: Any) -> Any:
-    """Marks a test that imports peft and transformers."""
+    """Mark a test that imports peft and transformers as slow."""
     return pytest.mark.slow(pytest.mark.xdist_group("transformers")(test))
 
 
@@ -36,12 +36,16 @@ VOCABULARY = char_tokenizer(chr(0x4E00 + place) for place in range(50))
 GPT2: dict[str, Any] = {"position": "learned", "mlp": "gelu_tanh"}
 LLAMA: dict[str, Any] = {"position": "rope", "mlp": "swiglu", "norm": "rmsnorm", "bias": False, "n_kv_head": 2}
 QWEN2: dict[str, Any] = {**LLAMA, "qkv_bias": True}
-OURS: dict[str, Any] = {"position": "rope", "mlp": "relu2", "logit_softcap": 5.0}  # no family holds it
+OURS: dict[str, Any] = {
+    "position": "rope",
+    "mlp": "relu2",
+    "logit_softcap": 5.0,
+}  # no family can hold it
 SIZES: dict[str, Any] = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 16}
 
 
 def adapted(shape: dict[str, Any], settings: OptimizerConfig) -> LanguageModel:
-    """A small model whose adapters are trained."""
+    """A small model whose adapters have random weights."""
     torch.manual_seed(0)
     config = ModelConfig(**SIZES, **shape)
     model = LanguageModel(config, 50).eval()
@@ -58,7 +62,7 @@ def base_of(model: LanguageModel) -> LanguageModel:
 
 
 def in_transformers(model: LanguageModel, folder: Path) -> Any:
-    """The base of a model, as transformers opens it."""
+    """The base of a model, opened by transformers."""
     from transformers import AutoModelForCausalLM
 
     export_huggingface(Source("base", base_of(model), VOCABULARY), folder)
@@ -98,7 +102,7 @@ def test_layers_have_the_names_of_the_family(
             assert tensor.size(0) == (9 if shape is OURS and "qkv" in name else 3)
 
 
-def test_targets_are_whole_names_where_an_end_means_more_layers() -> None:
+def test_targets_are_full_names_if_a_suffix_would_match_more_layers() -> None:
     layers = {f"model.layers.{n}.mlp.{part}" for n in range(2) for part in ("up_proj", "gate_proj")}
     assert target_modules([f"model.layers.{n}.mlp.up_proj" for n in range(2)], layers) == ["mlp.up_proj"]
     assert target_modules(["model.layers.1.mlp.up_proj"], layers) == ["model.layers.1.mlp.up_proj"]
@@ -120,7 +124,7 @@ def test_peft_opens_an_adapter_and_gives_its_logits(shape: dict[str, Any], tmp_p
         expected = model(idx)[0]
         assert torch.allclose(found, expected, rtol=0, atol=1e-5)
         assert not torch.allclose(base_of(model)(idx)[0], expected, atol=0.05)
-        if shape is not OURS:  # whose configuration is not a dictionary, as peft's merging expects
+        if shape is not OURS:  # peft's merging expects the configuration to be a dictionary
             ours = base_of(model)
             ours.load_state_dict(merged_weights(model))
             assert torch.allclose(theirs.merge_and_unload()(idx).logits, ours(idx)[0], rtol=0, atol=1e-5)
@@ -158,7 +162,7 @@ def test_fifty_steps_have_the_losses_of_the_same_loop_with_peft(
 
 
 def losses_of_peft(peft: Any, folder: Path, state: TrainState) -> list[float]:
-    """The losses of 50 updates of the adapter in `folder`, by peft, transformers and torch alone."""
+    """The losses of 50 updates of the adapter in `folder`, made with peft, transformers and torch only."""
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
@@ -182,7 +186,7 @@ def losses_of_peft(peft: Any, folder: Path, state: TrainState) -> list[float]:
 
 
 @heavy
-def test_a_published_model_is_tuned_by_adapters_that_peft_puts_on_it(tmp_path: Path, tiny_corpus: Path) -> None:
+def test_peft_opens_the_adapters_of_a_fine_tuned_published_model(tmp_path: Path, tiny_corpus: Path) -> None:
     import peft
     from transformers import AutoModelForCausalLM
 

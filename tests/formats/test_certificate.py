@@ -1,4 +1,4 @@
-"""Certificates: an export compared with ours in the real programs."""
+"""Certificates: exports are compared with our model in the programs that they are made for."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.formats.conftest import LLAMA_LIKE
 from tests.tiny_export import char_tokenizer, save_tiny_run
 from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import DataConfig
@@ -22,8 +23,7 @@ from utils.formats.certificate import PROMPTS
 from utils.formats.source import open_source
 from weights import main
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which it imports
-ROPE: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which these tests import
 BYTE = build_tokenizer(DataConfig(tokenizer="byte"), [])
 ENDED = char_tokenizer("\0 \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
 
@@ -31,16 +31,22 @@ ENDED = char_tokenizer("\0 \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Path]:
     def save(tokenizer: Tokenizer = BYTE, **settings: Any) -> Path:
-        return save_tiny_run(tmp_path, "base", tokenizer, **{**ROPE, "block_size": 160, **settings})
+        return save_tiny_run(tmp_path, "base", tokenizer, **{**LLAMA_LIKE, "block_size": 160, **settings})
 
     return save
+
+
+@pytest.fixture
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compare 4 generated tokens instead of 64."""
+    monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
 
 
 def export(run: Path, *flags: str) -> int:
     return main(["export", run.name, *flags, "--runs-dir", str(run.parent)])
 
 
-def test_transformers_and_we_agree(
+def test_transformers_agrees_with_our_model(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = run(n_kv_head=1)
@@ -66,15 +72,15 @@ def test_transformers_and_we_agree(
     assert again["engines"][0]["prompts"] == found["prompts"][:1]
 
 
-def test_the_pipeline_of_transformers_continues_a_text_as_we_do(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("few_tokens")
+def test_the_pipeline_of_transformers_continues_a_text_beyond_the_context(
+    run: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     import transformers
 
-    monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
     made = run(ENDED, block_size=32)
     assert export(made, "--format", "hf") == 0
-    assert capfd.readouterr().err == ""  # though prompts are longer than the context
+    assert capfd.readouterr().err == ""  # although prompts are longer than the context
     folder = made / "artifacts" / "hf"
     pipeline = transformers.pipeline("text-generation", str(folder))
     found = pipeline("the cat ", max_new_tokens=20, do_sample=False, return_full_text=False)
@@ -84,10 +90,10 @@ def test_the_pipeline_of_transformers_continues_a_text_as_we_do(
     assert found[0]["generated_text"] == ENDED.decode(ids[8:])
 
 
-def test_other_weights_and_other_ids_are_differences(
-    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("few_tokens")
+def test_different_weights_and_token_ids_are_reported(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
     made = run()
     assert export(made, "--format", "hf") == 0
     folder = made / "artifacts" / "hf"
@@ -108,22 +114,21 @@ def test_other_weights_and_other_ids_are_differences(
     assert not read_json(copy / "certificate.json")["agrees"]
 
 
+@pytest.mark.usefixtures("few_tokens")
 @pytest.mark.parametrize(("format", "file"), [("hf", "model.safetensors"), ("gguf", "model.gguf")])
-def test_an_export_of_other_weights_than_its_run_has_is_not_certified(
+def test_an_export_whose_weights_differ_from_its_run_is_not_certified(
     format: str,
     file: str,
     run: Callable[..., Path],
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
     made = run()
     assert export(made, "--format", format) == 0
     certify = ["certify", str(made / "artifacts" / format), "--runs-dir", str(made.parent)]
     assert main(certify) == 0
     path = made / "artifacts" / format / file
     content = bytearray(path.read_bytes())
-    content[-20] ^= 0x40  # of the last tensor, which is the tied head in GGUF
+    content[-20] ^= 0x40  # in the last tensor, which is the tied head in GGUF
     path.write_bytes(content)
     capsys.readouterr()
     assert main(certify) == 1
@@ -133,10 +138,10 @@ def test_an_export_of_other_weights_than_its_run_has_is_not_certified(
     assert certificate["other_weights"] == {"hf": "model.norm.weight", "gguf": "output.weight"}[format]
 
 
+@pytest.mark.usefixtures("few_tokens")
 def test_an_export_whose_weights_changed_since_its_certificate_is_not_certified_again(
-    run: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
     made = run()
     assert export(made, "--format", "hf") == 0
     folder = Path(shutil.copytree(made / "artifacts" / "hf", tmp_path / "alone"))
@@ -146,17 +151,17 @@ def test_an_export_whose_weights_changed_since_its_certificate_is_not_certified_
     content = bytearray(path.read_bytes())
     content[-20] ^= 0x40
     path.write_bytes(content)
-    for _ in range(2):  # the second does not take the first one's word for it
+    for _ in range(2):  # the first attempt does not change the certificate
         capsys.readouterr()
         assert main(["certify", str(folder)]) == 1
         assert "its weights are not those that were certified: model.safetensors" in capsys.readouterr().out
         assert read_json(folder / "certificate.json")["weights"] == before
 
 
-def test_an_export_that_the_engine_computes_otherwise_is_not_kept(
+@pytest.mark.usefixtures("few_tokens")
+def test_an_export_that_the_engine_computes_differently_is_not_kept(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("utils.formats.certificate.NEW_TOKENS", 4)
     made = run()
     monkeypatch.setattr("utils.formats.engines.Transformers.encode", lambda self, text: [1, 2])
     assert export(made, "--format", "hf") == 1
@@ -166,7 +171,7 @@ def test_an_export_that_the_engine_computes_otherwise_is_not_kept(
     assert [path.name for path in (made / "artifacts").iterdir()] == ["export"]
 
 
-def test_onnxruntime_and_we_agree(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_onnxruntime_agrees_with_our_model(run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     made = run(n_kv_head=1, qk_norm=True, sliding_window=20, logit_softcap=9.0)
     assert export(made, "--format", "onnx") == 0
     folder = made / "artifacts" / "onnx"
@@ -177,12 +182,12 @@ def test_onnxruntime_and_we_agree(run: Callable[..., Path], capsys: pytest.Captu
     assert [prompt["equal_tokens"] for prompt in found["prompts"]] == [64] * len(PROMPTS)
     assert set(certificate["weights"]) == {"model.onnx"}
     assert {path.name for path in folder.iterdir()} == {"README.md", "certificate.json", "model.onnx", "tokenizer.json"}
-    # the code of the card, where it says that it runs
+    # run the code of the model card in the folder that the card names
     code = (folder / "README.md").read_text(encoding="utf-8").split("```python")[1].split("```")[0]
     subprocess.run([sys.executable, "-c", code.replace('"The "', '"cat "')], cwd=folder.parent, check=True)
 
 
-def test_models_and_types_that_onnx_does_not_have_are_refused(
+def test_models_and_types_that_onnx_does_not_support_are_refused(
     run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = run(ngram_rows=(50,))
@@ -197,7 +202,7 @@ def test_models_and_types_that_onnx_does_not_have_are_refused(
 
 
 @pytest.mark.parametrize(("format", "package"), [("hf", "transformers"), ("gguf", "xllamacpp")])
-def test_what_is_not_installed_is_said(
+def test_an_engine_that_is_not_installed_is_reported(
     format: str,
     package: str,
     run: Callable[..., Path],
@@ -214,7 +219,7 @@ def test_what_is_not_installed_is_said(
     assert len(certificate["weights"]) == 1
 
 
-def test_what_is_no_export_or_lacks_its_run_is_refused(
+def test_a_folder_that_is_not_an_export_or_lacks_its_run_is_refused(
     tmp_path: Path, run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["certify", str(tmp_path)]) == 2
@@ -235,7 +240,7 @@ LLAMA_CPP = [
 
 
 @pytest.mark.parametrize(("family", "dtype"), LLAMA_CPP)
-def test_llama_cpp_and_we_agree(family: str, dtype: str, run: Callable[..., Path]) -> None:
+def test_llama_cpp_agrees_with_our_model(family: str, dtype: str, run: Callable[..., Path]) -> None:
     settings: dict[str, dict[str, Any]] = {
         "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": True},
         "llama": {"bias": True, "n_kv_head": 1},

@@ -1,8 +1,7 @@
-"""weights.py convert: files of other programs become runs that compute the same and train on from where they were."""
+"""weights.py convert makes runs from files of other programs; they compute the same and continue to train."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import struct
 import zipfile
@@ -29,6 +28,7 @@ IDX = torch.arange(T)[None] * 7 % V
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Converts files to a run, and returns the run and the output, or the error line if `status` is not 0."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "letters.txt").write_text(TEXT)
 
@@ -61,8 +61,8 @@ def settings(run: Path) -> dict[str, Any]:
 def trained_nanogpt(path: Path, steps: int = 4, bias: bool = True) -> tuple[foreign.Tensors, torch.optim.AdamW]:
     p = {name: tensor.requires_grad_() for name, tensor in foreign.gpt2(bias).items()}
     optimizer = foreign.adamw_of(p)
-    for step in range(steps):
-        loss = foreign.gpt2_logits(p, IDX + 0 * step).logsumexp(-1).mean()
+    for _ in range(steps):
+        loss = foreign.gpt2_logits(p, IDX).logsumexp(-1).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -115,7 +115,7 @@ def test_a_nanogpt_run_without_decay_may_have_any_min_lr(run: Any, tmp_path: Pat
     assert not found.keys() & {"min_lr", "lr_decay_iters"}
 
 
-def test_a_nanogpt_run_trains_on_as_nanogpt_itself_would(run: Any, tmp_path: Path) -> None:
+def test_a_converted_run_continues_to_train_like_nanogpt(run: Any, tmp_path: Path) -> None:
     """The updates of the resumed run are those of the same AdamW in nanoGPT's model, on the same batches."""
     p, optimizer = trained_nanogpt(tmp_path / "ckpt.pt")
     made, _ = run(tmp_path / "ckpt.pt", "--tokenizer", "char", "--dataset", "letters.txt")
@@ -156,12 +156,10 @@ def test_a_nanogpt_run_trains_on_as_nanogpt_itself_would(run: Any, tmp_path: Pat
     assert moved > 1e-4
 
 
-def test_without_its_text_a_run_is_complete_and_can_be_forked(run: Any, tmp_path: Path) -> None:
+def test_a_run_converted_without_its_text_can_be_forked(run: Any, tmp_path: Path) -> None:
     trained_nanogpt(tmp_path / "ckpt.pt")
     text = tmp_path / "letters.txt"
-    (tmp_path / "tokenizer.json").write_text(
-        json.dumps({"type": "char", "version": 1, "vocabulary": list("\n abcdefghi"), "unknown_token": None})
-    )
+    (tmp_path / "tokenizer.json").write_text(json.dumps(CHARACTERS))
     made, out = run(tmp_path / "ckpt.pt", "--tokenizer", str(tmp_path / "tokenizer.json"))
     assert "--fork" in out
     words = ["--dataset", str(text), "--max-iters", "6", "--runs-dir", str(tmp_path / "runs"), "--no-aim-logging"]
@@ -172,9 +170,7 @@ def test_without_its_text_a_run_is_complete_and_can_be_forked(run: Any, tmp_path
     assert after.optimizer_tensors["token_embedding.weight/step"] == 6  # 4 of them in nanoGPT
 
 
-def test_commands_that_read_runs_read_a_converted_one(
-    run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_for_runs_accept_a_converted_one(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trained_nanogpt(tmp_path / "ckpt.pt")
     made, _ = run(tmp_path / "ckpt.pt", "--tokenizer", "char", "--dataset", "letters.txt")
     folder = ["--runs-dir", str(made.parent)]
@@ -216,7 +212,7 @@ def test_a_damaged_nanogpt_checkpoint_is_refused_by_name(
     assert problem in run(tmp_path / "ckpt.pt", "--tokenizer", "char", "--dataset", "letters.txt", status=2)
 
 
-def test_a_tensor_without_a_place_and_a_head_of_its_own_are_refused(run: Any, tmp_path: Path) -> None:
+def test_unknown_untied_and_missing_tensors_are_refused(run: Any, tmp_path: Path) -> None:
     words = ("--tokenizer", "char", "--dataset", "letters.txt")
     p = foreign.gpt2()
     checkpoint = foreign.nanogpt_checkpoint(p, None, 3)
@@ -270,8 +266,7 @@ def test_the_state_of_llm_c_gives_moments_and_the_weights_in_float32(
     assert torch.equal(tensors["token_embedding.weight/exp_avg_sq"], v["transformer.wte.weight"])
     assert tensors["final_norm.bias/step"] == 300
     foreign.write_llm_c_state(tmp_path / "state_00000300_00000.bin", 300, m, v, processes=2)
-    with contextlib.suppress(FileNotFoundError):
-        made.rename(tmp_path / "first")
+    made.rename(tmp_path / "first")
     _, out = run(tmp_path, *characters)
     assert "that of 2 processes, so it was left out" in out
 
@@ -316,7 +311,7 @@ def c_file(**changes: int) -> bytes:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_whose_header_lies_is_refused(run: Any, tmp_path: Path, content: bytes, problem: str) -> None:
+def test_a_file_with_a_false_header_is_refused(run: Any, tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "model.bin").write_bytes(content)
     assert problem in run(tmp_path / "model.bin", "--tokenizer", "byte", status=2)
 
@@ -385,7 +380,7 @@ class Code:
 
 
 def pickles(folder: Path) -> Iterator[tuple[str, str]]:
-    """(file, what is said of it)."""
+    """Write malicious and damaged files; yields the name and the expected error of each."""
     good = foreign.nanogpt_checkpoint(foreign.gpt2(), None, 3)
     torch.save({**good, "config": Code()}, folder / "code.pt")
     yield "code.pt", "refused: this pickle asks to import"
@@ -432,13 +427,13 @@ def pickles(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def archive_of(path: Path, structure: bytes, name: str = "data.pkl") -> None:
-    """An archive with one pickle in it."""
+    """Write an archive that contains one pickle."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"archive/{name}", b"\x80\x02" + structure)
 
 
 def two_directories(path: Path, zip64: bool) -> None:
-    """An archive whose end points to a directory with a compressed pickle, with a harmless one right before the end."""
+    """Write an archive whose end points to a directory with a compressed pickle, right after a harmless one."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + b"]" * (1 << 20) + b".")
     bad = path.read_bytes()
@@ -455,9 +450,7 @@ def two_directories(path: Path, zip64: bool) -> None:
     path.write_bytes(b"".join(parts))
 
 
-def test_pickles_with_code_and_lies_are_refused_in_one_line_and_nothing_of_them_is_run(
-    run: Any, tmp_path: Path
-) -> None:
+def test_malicious_and_damaged_pickles_are_refused_in_one_line_and_not_run(run: Any, tmp_path: Path) -> None:
     for name, problem in pickles(tmp_path):
         found = run(tmp_path / name, "--tokenizer", "char", "--dataset", "letters.txt", status=2)
         assert problem in found, name

@@ -1,4 +1,4 @@
-"""Models of transformers become ours and ours become theirs: the same logits, and the same bytes of weights."""
+"""Imports from and exports to transformers keep the logits, and imports exported again keep the bytes of weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model import LanguageModel
-from tests.formats.conftest import MODELS
+from tests.formats.conftest import LLAMA_LIKE, MODELS
 from tests.tiny_export import TOKENIZER, char_tokenizer, tiny_model
 from utils.config.settings import ModelConfig
 from utils.formats.families import FAMILIES, family_for
@@ -19,7 +19,7 @@ from utils.formats.pretrained import open_pretrained
 from utils.formats.source import Source
 from utils.inference.decode import decode_one_token, new_cache, prefill
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which it imports
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which these tests import
 CPU = torch.device("cpu")
 Foreign = Callable[[str], tuple[Path, Any]]
 OTHER_TOKENIZER = char_tokenizer(chr(0x4E00 + place) for place in range(101))
@@ -33,7 +33,7 @@ def ids(model: LanguageModel, batch: int = 2) -> torch.Tensor:
 
 @every_model
 @torch.no_grad()
-def test_logits_are_theirs_with_and_without_a_cache(name: str, foreign_folder: Foreign) -> None:
+def test_an_imported_model_gives_the_logits_of_transformers(name: str, foreign_folder: Foreign) -> None:
     folder, theirs = foreign_folder(name)
     ours = open_pretrained(folder).load(CPU, torch.float32)
     idx = ids(ours)
@@ -47,7 +47,7 @@ def test_logits_are_theirs_with_and_without_a_cache(name: str, foreign_folder: F
 
 @every_model
 @torch.no_grad()
-def test_an_import_is_exported_with_the_same_bytes(name: str, foreign_folder: Foreign, tmp_path: Path) -> None:
+def test_an_imported_model_is_exported_with_the_same_bytes(name: str, foreign_folder: Foreign, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder, theirs = foreign_folder(name)
@@ -69,7 +69,6 @@ def test_an_import_is_exported_with_the_same_bytes(name: str, foreign_folder: Fo
     torch.testing.assert_close(model(idx).logits, theirs(idx).logits, atol=1e-5, rtol=0)
 
 
-LLAMA_LIKE = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "default": ("GPT2LMHeadModel", {"position": "learned"}),
     "no biases": ("GPT2LMHeadModel", {"position": "learned", "bias": False, "mlp": "relu2", "tie_embeddings": False}),
@@ -88,7 +87,7 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", OURS)
 @torch.no_grad()
-def test_our_models_give_the_same_logits_there(kind: str, tmp_path: Path) -> None:
+def test_our_models_give_the_same_logits_in_transformers(kind: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     architecture, settings = OURS[kind]

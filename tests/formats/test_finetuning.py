@@ -1,10 +1,9 @@
-"""--init-from hf:FOLDER: an ordinary run with the weights, architecture and tokenizer of a published model."""
+"""--init-from hf:FOLDER starts a run from the weights, architecture and tokenizer of a published model."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,14 @@ from utils.runs.log import read_metrics
 from utils.training.start import start_of_parent
 from weights import main
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which it imports
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which these tests import
 TEXT = "the cat sat on the mat. a dog ran to the cat and the mat ran away. " * 40
 ALPHABET = sorted(set(TEXT))
-Train = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text, models of transformers with a tokenizer of fewer tokens than rows, and runs."""
+    """A folder with a text, runs, and models of transformers whose tokenizers have fewer tokens than rows."""
     folder = tmp_path_factory.mktemp("finetuning")
     (folder / "text.txt").write_text(TEXT)
     for name, kind, more in (
@@ -110,7 +108,7 @@ def test_fifty_steps_give_the_losses_of_the_same_loop_in_transformers(
     assert losses[-1] < losses[0] - 0.5
 
 
-def test_a_run_needs_the_model_at_its_start_only(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_needs_the_published_model_only_at_its_start(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     flags = ("--init-from", f"hf:{work / 'moving'}", "--block-size", "16")
@@ -139,7 +137,7 @@ def test_a_run_needs_the_model_at_its_start_only(work: Path, capsys: pytest.Capt
     out = child / "artifacts" / "hf"
     config, tokenizer_config = read_json(out / "config.json"), read_json(out / "tokenizer_config.json")
     assert config["architectures"] == ["Qwen3ForCausalLM"]
-    assert config["max_position_embeddings"] == 4096  # of which training used a part
+    assert config["max_position_embeddings"] == 4096  # training used only a part
     assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert tokenizer_config["chat_template"] == "{{ messages }}"
     card = (out / "README.md").read_text()
@@ -168,7 +166,7 @@ def refusal(work: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     return capsys.readouterr().err
 
 
-def test_what_contradicts_the_model_is_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_contradict_the_model_are_refused(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     start = ("--init-from", f"hf:{work / 'gpt2'}")
     assert "are of another model: n_embd 32, not 64; fitting: --n-embd 32" in refusal(
         work, capsys, *start, "--n-embd", "64"

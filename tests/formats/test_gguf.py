@@ -1,4 +1,4 @@
-"""The export in the format GGUF, read by a reader of the tests' own."""
+"""The export to GGUF, read by an independent reader."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.formats.conftest import LLAMA_LIKE
 from tests.formats.gguf_reader import GGUF
 from tests.tiny_export import char_tokenizer, save_tiny_run, tiny_model
 from tokenizer import Tokenizer, build_tokenizer, tokenizer_from_json
@@ -24,19 +25,18 @@ from weights import main
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # where the packages are installed
 TOKENIZER = char_tokenizer("\0 \nabcdefghijklmnopqrstuvwxyzüABQ:?.")
 TEXT = "The 42 cats,\n\n\tnaïve café — 日本語 🙂👩‍👩‍👧 Ā ﬁ \u00a0 don't  1234567 x\r\n \\n"
-ROPE: dict[str, Any] = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 LLAMA3 = {"rope_scaling": "llama3", "rope_factor": 4.0, "rope_original_context": 8}
 MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"position": "learned", "mlp": "gelu_tanh"},
     "gpt2, no biases, untied": {"position": "learned", "mlp": "gelu_tanh", "bias": False, "tie_embeddings": False},
-    "llama": {**ROPE, "n_kv_head": 2},
-    "llama, biases, wide heads, untied": {**ROPE, "bias": True, "head_dim": 12, "tie_embeddings": False},
-    "llama, linear": {**ROPE, "rope_scaling": "linear", "rope_factor": 2.0},
-    "llama 3": {**ROPE, **LLAMA3},
-    "mistral, window as long as the context": {**ROPE, "sliding_window": 16},
-    "qwen2": {**ROPE, "qkv_bias": True, "n_kv_head": 1},
-    "qwen3": {**ROPE, "qk_norm": True, "qk_norm_weights": True, "head_dim": 12},
-    "qwen3, norms without weights": {**ROPE, "qk_norm": True},
+    "llama": {**LLAMA_LIKE, "n_kv_head": 2},
+    "llama, biases, wide heads, untied": {**LLAMA_LIKE, "bias": True, "head_dim": 12, "tie_embeddings": False},
+    "llama, linear": {**LLAMA_LIKE, "rope_scaling": "linear", "rope_factor": 2.0},
+    "llama 3": {**LLAMA_LIKE, **LLAMA3},
+    "mistral, window as long as the context": {**LLAMA_LIKE, "sliding_window": 16},
+    "qwen2": {**LLAMA_LIKE, "qkv_bias": True, "n_kv_head": 1},
+    "qwen3": {**LLAMA_LIKE, "qk_norm": True, "qk_norm_weights": True, "head_dim": 12},
+    "qwen3, norms without weights": {**LLAMA_LIKE, "qk_norm": True},
 }
 
 
@@ -45,7 +45,7 @@ def source(tokenizer: Tokenizer = TOKENIZER, **settings: Any) -> Source:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_another_reader_computes_our_logits(name: str, tmp_path: Path) -> None:
+def test_an_independent_reader_computes_our_logits(name: str, tmp_path: Path) -> None:
     ours = source(**MODELS[name])
     assert ours.model.config.block_size == 16
     export_gguf(ours, tmp_path / "out")
@@ -55,7 +55,7 @@ def test_another_reader_computes_our_logits(name: str, tmp_path: Path) -> None:
     read = GGUF(tmp_path / "out" / "model.gguf")
     assert np.abs(read.logits(ids) - expected).max() < 1e-4
     assert read.metadata["general.architecture"] == name.replace("mistral", "llama").split(",")[0].split(" ")[0]
-    assert "output.weight" in read.tensors  # also where it is tied
+    assert "output.weight" in read.tensors  # even if it is tied
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0"])
@@ -65,7 +65,7 @@ def test_smaller_types_round_only_matrices(kind: str, tmp_path: Path) -> None:
     read = GGUF(tmp_path / "out" / "model.gguf")
     assert {read.types[name] for name in read.types if "norm" in name or name.endswith("bias")} == {0}
     assert read.types["blk.0.attn_q.weight"] == {"F16": 1, "Q8_0": 8}[kind]
-    assert read.types["blk.0.ffn_down.weight"] == 1  # 40 is no multiple of 32
+    assert read.types["blk.0.ffn_down.weight"] == 1  # 40 is not a multiple of 32
     assert any("2 tensors are F16" in note for note in found["notes"]) == (kind == "Q8_0")
     ids = list(range(12))
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_the_vocabulary_gives_our_ids(kind: str, tmp_path: Path) -> None:
         assert read.metadata["tokenizer.ggml.token_type"][ours.end_of_text] == CONTROL
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])  # of others it leaves out scaling, widths or biases
+@pytest.mark.parametrize("name", ["llama", "qwen2"])  # of the others it ignores scaling, widths or biases
 def test_the_reader_of_transformers_agrees(name: str, tmp_path: Path) -> None:
     import transformers
 
@@ -135,21 +135,21 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "u
             lambda: TOKENIZER,
             r"gpt2 does not support mlp gelu \(only gelu_tanh",
         ),
-        ({**ROPE, "sliding_window": 5}, lambda: TOKENIZER, "sliding_window 5"),
-        ({**ROPE, "qkv_bias": True, **LLAMA3}, lambda: TOKENIZER, "rope_scaling llama3"),
-        ({**ROPE, "logit_softcap": 5.0}, lambda: TOKENIZER, "logit_softcap 5"),
-        (ROPE, lambda: char_tokenizer("abc", "?"), "unknown_token"),
-        (ROPE, lambda: char_tokenizer("abcü"), "characters beyond ASCII without a token that ends a text"),
-        (ROPE, lambda: changed_bpe(added_tokens=[]), "no token that ends a text"),
-        (ROPE, lambda: changed_bpe(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
+        ({**LLAMA_LIKE, "sliding_window": 5}, lambda: TOKENIZER, "sliding_window 5"),
+        ({**LLAMA_LIKE, "qkv_bias": True, **LLAMA3}, lambda: TOKENIZER, "rope_scaling llama3"),
+        ({**LLAMA_LIKE, "logit_softcap": 5.0}, lambda: TOKENIZER, "logit_softcap 5"),
+        (LLAMA_LIKE, lambda: char_tokenizer("abc", "?"), "unknown_token"),
+        (LLAMA_LIKE, lambda: char_tokenizer("abcü"), "characters beyond ASCII without a token that ends a text"),
+        (LLAMA_LIKE, lambda: changed_bpe(added_tokens=[]), "no token that ends a text"),
+        (LLAMA_LIKE, lambda: changed_bpe(normalizer={"type": "Lowercase"}), "normalizer Lowercase"),
         (
-            ROPE,
+            LLAMA_LIKE,
             lambda: changed_bpe(pre_tokenizer={"type": "Sequence", "pretokenizers": [DIGITS, BYTES]}),
             r"pre-tokenizer \(Digits, ByteLevel\)",
         ),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused_by_name(
+def test_settings_that_the_format_cannot_hold_are_refused_by_name(
     settings: dict[str, Any], tokenizer: Any, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=words):
@@ -160,7 +160,7 @@ def test_what_the_format_cannot_hold_is_refused_by_name(
 def test_without_the_package_one_line_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_tiny_run(tmp_path, "base", TOKENIZER, **ROPE)
+    save_tiny_run(tmp_path, "base", TOKENIZER, **LLAMA_LIKE)
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert main(["export", "base", "--format", "gguf", "--runs-dir", str(tmp_path)]) == 2
     assert "needs the package gguf: pip install gguf" in capsys.readouterr().err

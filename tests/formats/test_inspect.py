@@ -1,4 +1,4 @@
-"""weights.py inspect and diff: what files hold, by their headers, and how their numbers differ."""
+"""weights.py inspect and diff: what the headers of files describe, and how their numbers differ."""
 
 from __future__ import annotations
 
@@ -39,19 +39,17 @@ def answer(capsys: Capture, *words: Any, status: int = 0) -> Any:
     return json.loads(printed.out) if "--json" in words else printed.out
 
 
-def test_layers_of_one_shape_are_one_row(file: Path, capsys: Capture) -> None:
+def test_layers_of_the_same_shape_are_one_row(file: Path, capsys: Capture) -> None:
     out = answer(capsys, "inspect", file)
     assert "433 parameters in 16 tensors" in out
     assert any(line.split()[:5] == ["blocks.[0-11].mlp.up.weight", "8", "x", "4", "F32"] for line in out.splitlines())
     found = answer(capsys, "inspect", file.parent, "--json")
     assert found["parameters"] == 433
     assert found["modules"]["blocks.11"] == {"tensors": 1, "parameters": 32, "bytes": 128}
-    assert found["tensors"]["step"] | {"file": ""} == {
-        **{"dtype": "I64", "shape": [], "elements": 1, "bytes": 8, "file": ""}
-    }
+    assert found["tensors"]["step"].items() >= {"dtype": "I64", "shape": [], "elements": 1, "bytes": 8}.items()
 
 
-def test_stats_have_no_columns_for_what_no_tensor_has(tmp_path: Path, capsys: Capture) -> None:
+def test_stats_omit_columns_that_would_be_empty(tmp_path: Path, capsys: Capture) -> None:
     name = "model.layers.10.self_attn.q_proj.weight"
     save_file({name: torch.ones(4096, 4096, dtype=torch.bfloat16)}, tmp_path / "model.safetensors")
     header, row = answer(capsys, "inspect", tmp_path, "--stats").splitlines()[2:]
@@ -59,7 +57,7 @@ def test_stats_have_no_columns_for_what_no_tensor_has(tmp_path: Path, capsys: Ca
     assert row.split()[0] == name  # in one piece, in a terminal of 80 columns
 
 
-def test_stats_are_those_of_torch(file: Path, capsys: Capture) -> None:
+def test_stats_equal_a_computation_by_torch(file: Path, capsys: Capture) -> None:
     from safetensors.torch import load_file
 
     found = answer(capsys, "inspect", file, "--stats", "--json")["tensors"]
@@ -120,7 +118,7 @@ def test_the_cache_of_the_hub_is_found_without_a_network(
     assert "expected a folder, or OWNER/NAME" in answer(capsys, "inspect", "hf:../../x", status=2)
 
 
-def test_files_of_llm_c_and_llama2_c_are_looked_into(tmp_path: Path, capsys: Capture) -> None:
+def test_files_of_llm_c_and_llama2_c_are_inspected(tmp_path: Path, capsys: Capture) -> None:
     foreign.write_llm_c(tmp_path / "gpt2.bin", foreign.gpt2(), 5)
     found = answer(capsys, "inspect", tmp_path / "gpt2.bin", "--json")["tensors"]
     assert found["h.*.attn.c_attn.weight"]["shape"] == [foreign.L, 3 * foreign.C, foreign.C]
@@ -129,7 +127,7 @@ def test_files_of_llm_c_and_llama2_c_are_looked_into(tmp_path: Path, capsys: Cap
     assert "layers.*.w1" in answer(capsys, "inspect", tmp_path / "model.bin")
 
 
-def test_what_holds_no_weights_is_refused_with_a_reason(tmp_path: Path, capsys: Capture) -> None:
+def test_files_without_weights_are_refused_with_a_reason(tmp_path: Path, capsys: Capture) -> None:
     torch.save({}, tmp_path / "pytorch_model.bin")
     assert "a pickle can run code" in answer(capsys, "inspect", tmp_path, status=2)
     assert "expected safetensors, or a model of" in answer(capsys, "inspect", tmp_path / "pytorch_model.bin", status=2)
@@ -138,7 +136,7 @@ def test_what_holds_no_weights_is_refused_with_a_reason(tmp_path: Path, capsys: 
     assert "no run" in answer(capsys, "inspect", "nothing", "--runs-dir", tmp_path, status=2)
 
 
-def test_diff_says_which_layers_moved_and_by_how_much(file: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_diff_reports_which_layers_changed_and_by_how_much(file: Path, tmp_path: Path, capsys: Capture) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(file)
@@ -164,7 +162,7 @@ def test_diff_says_which_layers_moved_and_by_how_much(file: Path, tmp_path: Path
     assert "equal: 433 numbers in 16 tensors" in answer(capsys, "diff", file, file)
 
 
-def test_numbers_are_read_a_part_at_a_time(file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stats_computed_in_parts_are_the_same(file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = answer(capsys, "inspect", file, "--stats", "--json")
     monkeypatch.setattr("utils.formats.numbers.PART_ELEMENTS", 7)
     parts = answer(capsys, "inspect", file, "--stats", "--json")["tensors"]

@@ -1,4 +1,4 @@
-"""Exports and conversions that are stopped in the middle: whole or absent, an older one stays, and a next try works."""
+"""Exports and conversions that are stopped leave a complete result, an older one or nothing, and can be repeated."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 import foreign_models as foreign
 import pytest
 
+from tests.formats.conftest import LLAMA_LIKE
 from tests.tiny_export import char_tokenizer, save_tiny_run
 from utils.folders import replace_folder
 from weights import main
 
 ENDED = char_tokenizer("\0 \nabcdefghijklmnopqrstuvwxyz")
-ROPE = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 SLOW = (pytest.mark.slow, pytest.mark.xdist_group("transformers"))  # where the package gguf is installed
-WRITERS = {  # by format, what writes the weights
+WRITERS = {  # the function that writes the weights, by format
     "hf": "utils.formats.huggingface.write_shards",
     "gguf": "utils.formats.gguf._write",
     "onnx": "utils.formats.onnx_export.write_graph",
@@ -29,7 +29,7 @@ WRITERS = {  # by format, what writes the weights
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    save_tiny_run(tmp_path, "base", ENDED, **ROPE)
+    save_tiny_run(tmp_path, "base", ENDED, **LLAMA_LIKE)
     for package in ("transformers", "xllamacpp", "onnxruntime"):  # the certificate takes seconds
         monkeypatch.setitem(sys.modules, package, None)
     return tmp_path
@@ -55,7 +55,7 @@ STOPS = {"full disk": (full_disk, 1), "SIGTERM": (terminated, 143)}
 
 
 def half_written(stop: Callable[[], None]) -> Callable[..., None]:
-    """In place of a function that writes: begins a file in its first argument, then is stopped."""
+    """A stand-in for a function that writes: it begins a file at its first path, then stops."""
 
     def write(*arguments: object) -> None:
         path = next(argument for argument in arguments if isinstance(argument, Path))
@@ -74,7 +74,7 @@ def test_a_stopped_export_leaves_nothing_or_the_older_one(
 ) -> None:
     monkeypatch.setattr("utils.formats.onnx_export._check_packages", lambda: None)
     artifacts, (how, status) = runs / "base" / "artifacts", STOPS[stop]
-    if format != "onnx":  # that takes seconds
+    if format != "onnx":  # that export takes seconds
         assert export(runs, format) == 0
     before = content(artifacts / format) if format != "onnx" else None
     with monkeypatch.context() as patch:
@@ -91,7 +91,7 @@ def test_a_stopped_export_leaves_nothing_or_the_older_one(
 
 @SLOW[0]
 @SLOW[1]
-def test_gguf_says_why_it_could_not_be_written(
+def test_an_error_of_writing_gguf_is_reported(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("utils.formats.gguf.MODEL", "/dev/full")
@@ -115,7 +115,7 @@ weights.main(sys.argv[1:])
 """
 
 
-def test_the_export_after_one_that_was_killed_finds_the_older_one(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_export_after_a_killed_one_restores_the_older_one(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = runs / "base" / "artifacts" / "hf"
     assert export(runs, "hf") == 0
     before = content(place)
@@ -131,9 +131,7 @@ def test_the_export_after_one_that_was_killed_finds_the_older_one(runs: Path, mo
     assert {path.name for path in place.parent.iterdir()} == {"export", "hf"}
 
 
-def test_a_folder_is_put_back_where_its_replacement_was_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_restored_if_its_replacement_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("place", "new"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()

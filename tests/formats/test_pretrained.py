@@ -1,4 +1,4 @@
-"""Folders of models: what is written into them, and what is refused when they are written or read."""
+"""Folders of models: their content, and what is refused when they are written or read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.formats.conftest import LLAMA_LIKE
 from tests.tiny_export import TOKENIZER, char_tokenizer, save_tiny_run, tiny_model
 from tokenizer import Tokenizer, build_tokenizer
 from utils.config.settings import DataConfig
@@ -33,7 +34,6 @@ def byte() -> Tokenizer:
     return build_tokenizer(DataConfig(tokenizer="byte"), [])
 
 
-LLAMA_LIKE = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "n-grams": ({"position": "learned", "ngram_rows": (5,)}, r"GPT2LMHeadModel, cannot hold: ngram_rows \(5,\)"),
     "softcap": (LLAMA_LIKE | {"logit_softcap": 30.0}, "LlamaForCausalLM, cannot hold: logit_softcap 30"),
@@ -44,7 +44,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_no_family_can_hold_is_refused_by_name_before_anything_is_written(kind: str, tmp_path: Path) -> None:
+def test_settings_that_no_family_can_hold_are_refused_before_anything_is_written(kind: str, tmp_path: Path) -> None:
     settings, message = REFUSED[kind]
     with pytest.raises(FormatError, match=message):
         export_huggingface(Source("ours", tiny_model(**settings), TOKENIZER), tmp_path / "out")
@@ -124,7 +124,7 @@ def test_two_exports_to_one_place_do_not_mix(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_a_killed_export_left_is_not_part_of_the_next(tmp_path: Path) -> None:
+def test_remains_of_a_killed_export_are_not_part_of_the_next(tmp_path: Path) -> None:
     source = Source("ours", tiny_model(position="learned"), TOKENIZER)
     (tmp_path / ".out.tmp" / "folder").mkdir(parents=True)
     (tmp_path / ".out.tmp" / "model-00001-of-00009.safetensors").write_text("half")
@@ -134,7 +134,7 @@ def test_what_a_killed_export_left_is_not_part_of_the_next(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_numbers_that_a_type_does_not_have_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_numbers_that_a_type_cannot_hold_are_refused_before_anything_is_written(tmp_path: Path) -> None:
     source = Source("ours", tiny_model(position="learned"), TOKENIZER)
     with torch.no_grad():
         source.model.final_norm.weight[3] = 1e5
@@ -148,7 +148,7 @@ def test_numbers_that_a_type_does_not_have_are_refused_before_anything_is_writte
     assert not any(tmp_path.iterdir())
 
 
-def test_an_export_alone_has_no_place_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_outside_a_run_needs_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = save_tiny_run(tmp_path / "runs", "base", position="learned")
     alone = (run / "artifacts" / "export").rename(tmp_path / "alone")
     assert main(["export", str(alone), "--format", "hf"]) == 2
@@ -197,7 +197,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "many blocks": ({"n_layer": 1024}, "describes a model of at least"),
     "wide mlp": ({"n_inner": 10**12}, "describes a model of at least"),
     "other shape": ({"n_positions": 17}, r"wpe.weight has shape \(16, 16\), config.json says \(17, 16\)"),
-    "one block less": ({"n_layer": 1}, "tensors that our model of GPT2LMHeadModel does not have: transformer.h.1"),
+    "one block too few": ({"n_layer": 1}, "tensors that our model of GPT2LMHeadModel does not have: transformer.h.1"),
     "untied": ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
 }
 
@@ -214,7 +214,7 @@ def test_unknown_keys_are_reported(tmp_path: Path) -> None:
     assert open_pretrained(model_folder(tmp_path / "model", flux=3)).unknown == ["flux"]
 
 
-def test_only_safetensors_of_its_own_folder_are_read(tmp_path: Path) -> None:
+def test_only_safetensors_inside_the_folder_are_read(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     weights = (folder / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
@@ -238,7 +238,7 @@ LLAMA_KEYS = {"num_hidden_layers": 32, "hidden_size": 64, "intermediate_size": 6
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
-def test_values_that_are_missing_are_those_of_transformers() -> None:
+def test_missing_values_are_the_defaults_of_transformers() -> None:
     qwen2 = read_qwen2(ForeignConfig({**LLAMA_KEYS, "use_sliding_window": True}, "config.json"))
     assert (qwen2["sliding_window"], qwen2["full_attention_layers"]) == (4096, 28)
     assert "sliding_window" not in read_qwen2(ForeignConfig({**LLAMA_KEYS, "sliding_window": 8}, "config.json"))
@@ -306,7 +306,7 @@ def test_a_head_that_equals_the_embedding_is_read(tmp_path: Path) -> None:
     assert open_pretrained(folder).config.tie_embeddings
 
 
-def test_a_tensor_in_two_shards_is_refused_and_one_file_goes_before_shards(tmp_path: Path) -> None:
+def test_a_tensor_in_two_shards_is_refused_and_a_single_file_is_preferred(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     save_file(weights, folder / "model-1.safetensors")
@@ -323,7 +323,7 @@ def test_a_tensor_in_two_shards_is_refused_and_one_file_goes_before_shards(tmp_p
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md"]
 )
-def test_a_link_out_of_the_folder_brings_no_file_of_its_reader_into_a_run(name: str, tmp_path: Path) -> None:
+def test_a_link_out_of_the_folder_is_not_followed(name: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     secret = tmp_path / "secret"
     secret.write_bytes((folder / name).read_bytes() if (folder / name).exists() else b"a key")
@@ -335,7 +335,7 @@ def test_a_link_out_of_the_folder_brings_no_file_of_its_reader_into_a_run(name: 
 
 HEADERS = {
     "endless": (2**62).to_bytes(8, "little") + b"{}",
-    "no object": (2).to_bytes(8, "little") + b"[]",
+    "not an object": (2).to_bytes(8, "little") + b"[]",
     "nested": (200_000).to_bytes(8, "little") + b"[" * 200_000,
     "huge shape": (lambda text: len(text).to_bytes(8, "little") + text)(
         json.dumps({"x": {"dtype": "F32", "shape": [2**40, 2**20], "data_offsets": [0, 4]}}).encode()

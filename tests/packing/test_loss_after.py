@@ -1,4 +1,4 @@
-"""loss_after: only what follows a text in its document counts, and is what val/accuracy asks for."""
+"""loss_after: only the tokens after a text in each document are targets and the answers of val/accuracy."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def load(folder: Path, packing: str, loss_after: str | None, texts: list[str] = 
     return load_corpus(config, block_size, folder / "corpora", datasets_dir=folder)
 
 
-def counted(text: str, loss_after: str) -> str:
-    """The targets of a document that count, as text: what follows `loss_after`, and the end."""
+def targets_of(text: str, loss_after: str) -> str:
+    """The targets of a document as text: all that follows `loss_after`, and the end."""
     return text.partition(loss_after)[2] + "\0" if loss_after in text else ""
 
 
 @pytest.mark.parametrize("packing", ["none", "documents"])
 @pytest.mark.parametrize("loss_after", ["=", "1=", "+8="])
-def test_targets_are_what_follows_the_text_in_each_document(tmp_path: Path, packing: str, loss_after: str) -> None:
+def test_targets_are_the_tokens_after_the_text_in_each_document(tmp_path: Path, packing: str, loss_after: str) -> None:
     corpus = load(tmp_path, packing, loss_after)
     rows, decode = corpus.rows("train", T), corpus.tokenizer.decode
     assert rows is not None
@@ -44,20 +44,20 @@ def test_targets_are_what_follows_the_text_in_each_document(tmp_path: Path, pack
     found = []
     for row, target in zip(inputs, targets, strict=True):
         documents = [text for text in decode(row).split("\0") if text]
-        expected = "".join(counted(text, loss_after) for text in documents)
+        expected = "".join(targets_of(text, loss_after) for text in documents)
         assert decode(target[target != IGNORED]) == expected
         found += documents
     assert sorted(found) == sorted(SUMS)
 
 
-def test_the_text_counts_wherever_it_ends_in_the_document() -> None:
+def test_the_text_may_end_anywhere_in_the_document() -> None:
     rows = np.array([[0, 5, 9, 5, 0, 5, 9, 7], [9, 5, 0, 7, 5, 5, 9, 9]])
     assert follows(rows, [9], 0).astype(int).tolist() == [[0, 0, 1, 1, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0, 1, 1]]
     assert follows(rows, [5, 9], 0).astype(int).tolist() == [[0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1]]
     assert not follows(rows, [1] * 9, 0).any()
 
 
-def test_questions_are_the_documents_of_validation_that_fit(tmp_path: Path) -> None:
+def test_questions_are_the_validation_documents_that_fit(tmp_path: Path) -> None:
     corpus = load(tmp_path, "none", "=", block_size=7)
     decode = corpus.tokenizer.decode
     found = held_out_questions(corpus, 7)
@@ -75,7 +75,7 @@ def test_a_text_that_no_document_has_is_an_error(tmp_path: Path) -> None:
         DataConfig(loss_after="=")
 
 
-def test_a_text_without_tokens_is_one_line_that_names_the_setting(
+def test_a_text_without_tokens_is_an_error_that_names_the_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_token(tokenizer: object, text: str) -> list[int]:

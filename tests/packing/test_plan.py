@@ -1,4 +1,4 @@
-"""Best-fit packing against the definition, document by document."""
+"""Best-fit packing compared with its definition, document by document."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.packing.rows import Packed
 
 
 def by_definition(lengths: list[int], block_size: int) -> int:
-    """How many rows best-fit decreasing needs, where the rest of a long document opens a row."""
+    """The number of rows of best-fit decreasing, in which the rest of a long document opens a row."""
     rows = sum(length // block_size for length in lengths if length > block_size)
     room = [block_size - length % block_size for length in lengths if length > block_size and length % block_size]
     for length in sorted((length for length in lengths if length <= block_size), reverse=True):
@@ -43,20 +43,20 @@ def test_every_token_is_in_one_row_and_documents_that_fit_are_whole(seed: int, b
         own = (segments.rows == row) & (segments.columns < column)
         assert segments.lengths[own].sum() == column  # side by side
         assert column + length <= block_size
-        if column:  # only the first of a row may be a part
+        if column:  # only the first segment of a row may be a part
             assert starts[first] == length
     assert rows.used == lengths.sum()
     assert rows.cut == pytest.approx(lengths[lengths > block_size].sum() / lengths.sum())
 
 
 @pytest.mark.parametrize(("lengths", "expected"), [([9, 9], 4), ([8, 8], 2), ([1], 1), ([], 0)])
-def test_some_documents_or_none_are_long(lengths: list[int], expected: int) -> None:
+def test_long_and_short_documents_fill_the_expected_rows(lengths: list[int], expected: int) -> None:
     rows = Packed(best_fit(np.array(lengths, dtype=np.int64), 8), 8)
     assert len(rows) == expected
     assert rows.used == sum(lengths)
 
 
-def test_a_plan_is_read_as_it_was_written_and_not_if_it_is_damaged(tmp_path: Path) -> None:
+def test_a_plan_is_read_back_unless_it_is_damaged(tmp_path: Path) -> None:
     plan, path = best_fit(np.array([3, 9, 1, 4, 4]), 4), tmp_path / "plans" / "a.plan"
     plan.save(path)
     found = load_plan(path)

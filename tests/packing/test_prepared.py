@@ -1,4 +1,4 @@
-"""A prepared dataset as a corpus: read in place, checked when training starts, and cut into rows."""
+"""A prepared dataset used as a corpus: read in place, checked when training starts, and cut into rows."""
 
 from __future__ import annotations
 
@@ -74,14 +74,14 @@ def test_a_pass_shows_every_target_once(folder: Path, packing: str) -> None:
     samples = corpus.tokens_of_pass(T) // T - (packing == "random")
     for step in range(-(-samples // 8)):
         places, (_, targets) = one.places("train", 3, step * 8, 8), one.update(step)
-        left = samples - step * 8  # of the pass
+        left = samples - step * 8  # in the pass
         np.add.at(seen, (places + 1)[:left][(targets != IGNORED)[:left]], 1)
     starts, lengths = corpus.prepared.documents["train"].bounds(np.arange(len(TEXTS)))  # type: ignore[union-attr]
     kept = np.minimum(lengths, T) if packing == "none" else lengths
     expected = np.zeros_like(seen)
     for start, length in zip(starts, kept, strict=True):
         expected[start + 1 : start + length + 1] += 1
-    if packing == "random":  # but for less than a window at either end
+    if packing == "random":  # except for less than a window at either end
         assert seen.max() == 1
         assert seen.sum() >= corpus.n_train - 2 * T
     else:
@@ -125,7 +125,7 @@ def test_the_very_last_token_predicts_the_end(tmp_path: Path) -> None:
     assert set(targets[0, 7:].tolist()) == {IGNORED}
 
 
-def test_leaks_have_no_targets_where_they_are_left_out(folder: Path) -> None:
+def test_leaks_have_no_targets_if_they_are_left_out(folder: Path) -> None:
     lost = sum(len(VALIDATION[number]) + 1 for number in (1, 5))
     for packing in ("documents", "random"):
         one = sampler(load(folder, packing=packing))
@@ -145,7 +145,7 @@ def test_a_plan_is_made_once_and_kept(folder: Path, monkeypatch: pytest.MonkeyPa
     config = DataConfig(dataset=str(folder), packing="documents")
     plans = folder.parent.parent / "corpora" / "plans"
     corpus = load_corpus(config, T, folder.parent.parent / "corpora", keep=False)
-    assert not plans.exists()  # a mistake that is found now leaves nothing
+    assert not plans.exists()  # so a mistake found later leaves nothing
     expected = sampler(corpus).update(5)
     corpus.stored()
     assert len(list(plans.iterdir())) == 2
@@ -177,7 +177,7 @@ MISTAKES: list[tuple[Callable[[Path], object], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("damage", "settings", "message"), MISTAKES)
-def test_a_mistake_is_one_line_that_names_the_place(
+def test_a_mistake_is_reported_in_one_line_that_names_the_place(
     folder: Path, damage: Callable[[Path], object], settings: dict[str, Any], message: str
 ) -> None:
     load(folder)
@@ -187,7 +187,7 @@ def test_a_mistake_is_one_line_that_names_the_place(
     assert "\n" not in str(caught.value)
 
 
-def test_ids_beyond_the_vocabulary_are_found(tmp_path: Path) -> None:
+def test_ids_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d", ["abcabc" * 20], ["abc" * 20], kind="char")
     small = CharTokenizer("\0ab")
     small.save(dataset.folder / "tokenizer.json")
@@ -219,7 +219,7 @@ def test_only_a_dataset_is_packed(tmp_path: Path) -> None:
         load_corpus(config, T, tmp_path / "corpora")
 
 
-def test_an_unknown_name_is_answered_with_the_datasets_that_there_are(folder: Path) -> None:
+def test_an_unknown_name_is_an_error_that_lists_the_datasets(folder: Path) -> None:
     with pytest.raises(CorpusError, match=r"dataset smal: no .* expected pydocs, .*, small, .* mean small"):
         load(folder.with_name("smal"))
     with pytest.raises(CorpusError, match="dataset smal: no "):
@@ -257,7 +257,7 @@ def test_the_record_of_a_run_has_documents_and_rows(folder: Path) -> None:
 
 @pytest.mark.parametrize("packing", ["none", "documents"])
 @pytest.mark.parametrize("micro_steps", [1, 2, 8])
-def test_the_shares_of_micro_steps_are_those_of_their_targets(folder: Path, packing: str, micro_steps: int) -> None:
+def test_micro_steps_are_weighted_by_their_targets(folder: Path, packing: str, micro_steps: int) -> None:
     one = sampler(load(folder, packing=packing))
     for step in (0, 5):
         counts = [int((one.train_batch(step, m, micro_steps)[1] != IGNORED).sum()) for m in range(micro_steps)]
@@ -269,7 +269,7 @@ def test_the_shares_of_micro_steps_are_those_of_their_targets(folder: Path, pack
         ]
 
 
-def test_bytes_per_token_leave_out_what_has_no_target(folder: Path) -> None:
+def test_bytes_per_token_ignore_tokens_without_a_target(folder: Path) -> None:
     one = sampler(load(folder, packing="none"))
     object.__setattr__(one.corpus, "byte_counts", np.arange(256))
     targets = torch.cat([part.flatten() for _, part in one.evaluation_batches("val", 9)])

@@ -1,4 +1,4 @@
-"""Sequences of token ids in rows."""
+"""Sequences of token ids are packed into rows."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_a_row_needs_a_token() -> None:
         pack_sequences([[1]], 0)
 
 
-def test_sequences_are_left_as_they_are() -> None:
+def test_the_given_sequences_are_not_changed() -> None:
     sequences = [[1, 2], [3]]
     assert pack_sequences(add_special_tokens(sequences, 0), 8) == [[0, 1, 2, 0, 3]]
     assert sequences == [[1, 2], [3]]
 
 
-def test_the_examples() -> None:
+def test_the_examples_in_docstrings_run() -> None:
     assert doctest.testmod(module).failed == 0

@@ -1,4 +1,4 @@
-"""Permutations without memory."""
+"""Random permutations computed place by place, without storing them."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_the_order_depends_on_seed_stream_and_pass_and_never_changes() -> None:
     assert Order(1, 0, 0, 1000)[0:8].tolist() == [253, 682, 25, 815, 579, 992, 962, 994]
 
 
-def test_neighbours_are_torn_apart() -> None:
-    """Of a random permutation of n, about one pair of neighbours stays, and any number is n / 3 from its place."""
+def test_neighbours_are_separated() -> None:
+    """In a random permutation of n, few neighbours stay neighbours, and numbers move by n / 3 on average."""
     order = Order(5, 0, 0, 10_000)
     numbers = order[0:10_000]
     assert (np.abs(np.diff(numbers)) == 1).sum() < 10

@@ -1,4 +1,4 @@
-"""Duplicates: what is planted is found, nothing else is, and what a removed document repeats is kept."""
+"""Planted duplicates are found and nothing else is; of a document and its duplicates, one is kept."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_similarity_is_the_jaccard_index_of_runs_of_9_characters(a: str, b: str)
     assert len(fingerprint(a)) == len(fingerprint(b)) == 116
 
 
-def test_parts_of_a_long_text_are_as_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_text_hashed_in_parts_has_the_same_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
     text = random_text(random.Random(0), 3000)
     whole = fingerprint(text), sorted(duplicates._shingles(text))
     monkeypatch.setattr(duplicates, "HASHED_CHARACTERS", 100)
@@ -51,7 +51,7 @@ def test_parts_of_a_long_text_are_as_the_whole(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_planted_duplicates_are_found_and_nothing_else() -> None:
-    """Half of the planted copies are just similar enough, the others nearly."""
+    """Half of the planted copies are just above the threshold, the others just below."""
     data = planted(documents=1000)
     assert len(data.repeats()) == 100
     assert found(data.texts) == data.repeats()
@@ -70,8 +70,8 @@ def test_the_order_of_documents_decides_which_is_kept() -> None:
     assert found(texts, None) == {4: 3}
 
 
-def test_what_a_document_repeats_is_kept_itself() -> None:
-    """b is near a, and c near b but not near a: with b gone, nothing is left that c repeats."""
+def test_a_document_that_repeats_only_a_removed_one_is_kept() -> None:
+    """b is near a, and c near b but not near a: once b is removed, c repeats nothing."""
     generator = random.Random(3)
     a = random_text(generator, 1000)
     b, _ = edited_copy(generator, a, 0.8, 0.82)
@@ -81,7 +81,7 @@ def test_what_a_document_repeats_is_kept_itself() -> None:
     assert found([a, b, c, b, c]) == {1: 0, 3: 0, 4: 2}
 
 
-def test_the_threshold_counts() -> None:
+def test_texts_at_the_threshold_are_duplicates() -> None:
     text = "0123456789abcdefgh"  # 10 shingles
     other = "0123456789abcdefghij"  # 12, so the similarity is 10 / 12
     assert found([text, other], 10 / 12) == {1: 0}
@@ -95,7 +95,7 @@ def test_few_and_short_texts(texts: list[str]) -> None:
 
 
 def test_thousands_of_candidates_are_not_all_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Texts that share a band with every other one, and are not similar."""
+    """Each text shares a band with all others, but none are similar."""
     compared = []
     monkeypatch.setattr(duplicates, "_jaccard", lambda a, b: compared.append(1) or 0.0)
     prints = [number.to_bytes(16, "big") + bytes(100) for number in range(400)]
@@ -103,7 +103,7 @@ def test_thousands_of_candidates_are_not_all_compared(monkeypatch: pytest.Monkey
     assert len(compared) < 400 * duplicates.MOST_CANDIDATES
 
 
-def test_leaks_are_documents_of_validation_that_training_has() -> None:
+def test_leaks_are_validation_documents_that_training_contains() -> None:
     generator = random.Random(5)
     train = [random_text(generator, 500) for _ in range(40)]
     val = [train[7], "unseen", edited_copy(generator, train[3], 0.85, 0.9)[0], random_text(generator, 500), train[7]]
@@ -123,11 +123,11 @@ def test_deduplication_keeps_documents_as_they_are() -> None:
         deduplication(["a"], threshold=0.5)
 
 
-def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rensa", None)
     with pytest.raises(UserError, match="pip install rensa"):
         fingerprint("a")
 
 
-def test_the_examples() -> None:
+def test_the_examples_in_docstrings_run() -> None:
     assert doctest.testmod(duplicates).failed == 0

@@ -1,4 +1,4 @@
-"""prepare.py: any source becomes the same dataset, whatever interrupts it and however many processes make it."""
+"""prepare.py makes the same dataset from any kind of source, with any number of processes, after any interruption."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> Run:
 
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every loop of the passes goes round several times."""
+    """Make every loop of the passes run several times."""
     monkeypatch.setattr(readers, "UNIT_BYTES", 3000)
     monkeypatch.setattr(encoding, "JOB_BYTES", 1500)
     monkeypatch.setattr(encoding, "BATCH", 500)
@@ -93,7 +93,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that was printed on stderr."""
+    """Return the last line on stderr."""
     *_, line = capsys.readouterr().err.splitlines()
     return line
 
@@ -102,7 +102,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def every_source(folder: Path) -> dict[str, list[Any]]:
-    """The same texts in each form, with the flags that read it."""
+    """The same texts in each kind of source, with the flags that read it."""
     import pyarrow
     import pyarrow.ipc
     import pyarrow.parquet
@@ -143,7 +143,9 @@ def every_source(folder: Path) -> dict[str, list[Any]]:
     }
 
 
-def test_the_same_texts_in_any_form_are_the_same_dataset(tmp_path: Path, run: Run, small_parts: None) -> None:
+def test_the_same_texts_from_any_kind_of_source_are_the_same_dataset(
+    tmp_path: Path, run: Run, small_parts: None
+) -> None:
     stripped = {}
     sources = every_source(tmp_path)
     sources["json lines"] = [json_lines(tmp_path / "plain.jsonl")]
@@ -152,7 +154,7 @@ def test_the_same_texts_in_any_form_are_the_same_dataset(tmp_path: Path, run: Ru
         dataset = dataset_of(tmp_path, str(number))
         texts = {split: texts_of(dataset, split) for split in ("train", "val")}
         stripped[name] = {split: [text.strip() for text in found] for split, found in texts.items()}
-        if name != "separator":  # whose documents have no line breaks around them, and so other hashes
+        if name != "separator":  # its documents lack line breaks around them, so their hashes differ
             assert sorted(texts["train"] + texts["val"]) == sorted(TEXTS), name
             assert stripped[name] == stripped["json lines"], name
             assert len(dataset.splits["train"].shards) > 1
@@ -161,7 +163,7 @@ def test_the_same_texts_in_any_form_are_the_same_dataset(tmp_path: Path, run: Ru
 
 
 @pytest.mark.parametrize("separator", ["\n", "--", "\n\n", "<|x|>"])
-def test_ranges_of_a_file_have_each_record_once(
+def test_ranges_of_a_file_contain_each_record_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, separator: str
 ) -> None:
     monkeypatch.setattr("utils.corpora.blocks.BLOCK", 5)
@@ -210,8 +212,7 @@ def test_one_text_is_split_by_position(tmp_path: Path, run: Run, small_parts: No
         assert dataset.splits["train"].bytes == len(train.encode())
 
 
-def test_a_long_text_has_the_tokens_of_the_whole(tmp_path: Path, run: Run, small_parts: None) -> None:
-    """Pieces that are encoded apart give the ids that the tokenizer gives for all of the text."""
+def test_a_long_text_encoded_in_pieces_has_the_ids_of_the_whole(tmp_path: Path, run: Run, small_parts: None) -> None:
     (tmp_path / "novel.txt").write_text("".join(TEXTS), encoding="utf-8")
     assert run(tmp_path / "novel.txt", "--tokenizer", "bpe", "--bpe-vocab-size", "400") == 0
     dataset = dataset_of(tmp_path)
@@ -230,7 +231,7 @@ def test_the_split_stays_when_data_is_added(tmp_path: Path, run: Run) -> None:
     assert 0.02 < len(more) / len(TEXTS) < 0.25
 
 
-def test_a_cache_in_a_saved_data_set_is_no_data(tmp_path: Path) -> None:
+def test_cache_files_of_a_saved_dataset_are_not_data(tmp_path: Path) -> None:
     for name in ("data-00000-of-00001.arrow", "cache-0123456789abcdef.arrow"):
         (tmp_path / name).touch()
     (tmp_path / "state.json").write_text('{"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}')
@@ -247,7 +248,7 @@ def test_a_range_without_a_record_is_read_to_its_end_only(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("log", [27, 31])
-def test_zstd_may_look_back_as_far_as_it_can(log: int, tmp_path: Path) -> None:
+def test_zstd_with_the_largest_windows_is_read(log: int, tmp_path: Path) -> None:
     import zstandard
 
     parameters = zstandard.ZstdCompressionParameters(window_log=log, enable_ldm=True)
@@ -258,7 +259,7 @@ def test_zstd_may_look_back_as_far_as_it_can(log: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", ["0.0001", "0.9999"])
-def test_equal_documents_stay_together_where_a_split_would_be_empty(tmp_path: Path, run: Run, fraction: str) -> None:
+def test_equal_documents_stay_together_even_if_a_split_would_be_empty(tmp_path: Path, run: Run, fraction: str) -> None:
     texts = ["the same text"] * 3 + ["another text"] * 2
     assert run(json_lines(tmp_path / "a.jsonl", texts), "--tokenizer", "byte", "--val-fraction", fraction) == 0
     dataset = dataset_of(tmp_path)
@@ -270,7 +271,7 @@ def test_equal_documents_stay_together_where_a_split_would_be_empty(tmp_path: Pa
 
 
 @pytest.mark.parametrize(("newline", "warned"), [("\n", False), ("\r\n", True)])
-def test_a_separator_that_no_file_has_is_told(
+def test_a_separator_that_no_file_has_is_reported(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], newline: str, warned: bool
 ) -> None:
     (tmp_path / "a.txt").write_bytes((newline * 2).join(["a paragraph", "another one", "the last"]).encode())
@@ -280,7 +281,7 @@ def test_a_separator_that_no_file_has_is_told(
     assert (hint in captured.out + captured.err) == warned
 
 
-def test_two_documents_are_one_for_each_split(tmp_path: Path, run: Run) -> None:
+def test_of_two_documents_each_split_gets_one(tmp_path: Path, run: Run) -> None:
     assert run(json_lines(tmp_path / "a.jsonl", TEXTS[:2]), "--tokenizer", "byte") == 0
     dataset = dataset_of(tmp_path)
     assert [dataset.splits[name].documents for name in ("train", "val")] == [1, 1]
@@ -294,7 +295,7 @@ def test_a_registered_corpus_is_a_source(tmp_path: Path, run: Run) -> None:
 # ------------------------------------------------------------------------------------------------------------ cleaning
 
 
-def test_cleaning_and_what_it_removed(
+def test_cleaning_is_applied_and_reported(
     tmp_path: Path, run: Run, small_parts: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "steps.yaml").write_text(
@@ -350,7 +351,9 @@ def test_a_long_document_is_cleaned_in_pieces(tmp_path: Path, run: Run, monkeypa
     assert "Nothing, apart from what the cleaning removed." in (dataset.folder / "CARD.md").read_text()
 
 
-def test_a_long_document_stays_or_goes_as_a_whole(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_document_is_kept_or_removed_as_a_whole(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reading, "LONG_CHARACTERS", 500)
     monkeypatch.setattr(reading, "CLEANED_TOGETHER", 300)
     (tmp_path / "steps.yaml").write_text("- emails\n- document_length: {min_characters: 100, max_characters: 1000}\n")
@@ -395,7 +398,7 @@ sys.exit(prepare.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_a_preparation_that_is_killed_goes_on(tmp_path: Path) -> None:
+def test_a_killed_preparation_continues(tmp_path: Path) -> None:
     source = json_lines(tmp_path / "a.jsonl", TEXTS * 3)
     target = tmp_path / "sets" / "mine"
     words = [str(source), "--out", str(target), "--tokenizer", "bpe", "--bpe-vocab-size", "300", "--workers", "1"]
@@ -438,7 +441,7 @@ def test_parts_of_other_settings_or_files_are_not_used(
     assert sorted(texts_of(dataset, "train") + texts_of(dataset, "val")) == sorted(text.upper() for text in TEXTS)
 
 
-def test_a_worker_that_is_killed_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_worker_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="a worker process was killed"):
         list(workers.in_order(_dies, [1, 2, 3], 2, lambda amount: None))
 
@@ -447,7 +450,9 @@ def _dies(job: int, report: Callable[[int], None]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_two_processes_preparing_the_same_name(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_another_process_prepares_is_refused(
+    tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = json_lines(tmp_path / "a.jsonl")
     with work_folder(tmp_path / "sets" / "mine"):
         assert run(source) == 2
@@ -472,7 +477,7 @@ def test_the_same_command_again_has_nothing_to_do(tmp_path: Path, run: Run, caps
     assert [path.name for path in (tmp_path / "sets").iterdir()] == ["mine"]
 
 
-def test_a_folder_that_is_no_dataset_is_never_replaced(
+def test_a_folder_that_is_not_a_dataset_is_never_replaced(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "sets" / "mine").mkdir(parents=True)
@@ -482,7 +487,7 @@ def test_a_folder_that_is_no_dataset_is_never_replaced(
     assert contents(tmp_path / "sets" / "mine") == {"letters.txt": b"dear"}
 
 
-def test_a_damaged_dataset_is_only_replaced_when_asked(
+def test_a_damaged_dataset_is_replaced_only_on_request(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = json_lines(tmp_path / "a.jsonl")
@@ -502,7 +507,7 @@ def test_a_damaged_dataset_is_only_replaced_when_asked(
 
 
 def bad_sources(folder: Path) -> dict[str, tuple[list[Any], str]]:
-    """Sources and flags, each with what the error line must say."""
+    """Sources and flags, each with a pattern of the expected error line."""
     import pyarrow
     import pyarrow.parquet
     import zstandard
@@ -561,7 +566,7 @@ def no_end_of_text(folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def test_bad_input_is_one_line_and_leaves_nothing(
+def test_bad_input_is_reported_in_one_line_and_leaves_nothing(
     tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str], small_parts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -574,7 +579,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         assert not (tmp_path / "sets").exists() or not os.listdir(tmp_path / "sets"), name
 
 
-def test_bytes_that_are_no_text_are_replaced_or_left_out(tmp_path: Path, run: Run, small_parts: None) -> None:
+def test_bytes_that_are_not_text_are_replaced_or_left_out(tmp_path: Path, run: Run, small_parts: None) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "1.txt").write_bytes("grüße".encode() + b"\xff\0 end")
     (tmp_path / "a" / "2.txt").write_text("fine")
@@ -642,7 +647,7 @@ def test_a_long_record_is_read_in_pieces(
 def test_a_piece_of_a_long_document_may_have_no_tokens(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tokenizer such as BERT's drops white space, of which a document may have megabytes."""
+    """A tokenizer such as BERT's drops white space, and a document may have megabytes of it."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
@@ -662,7 +667,7 @@ def options(source: Path, folder: Path) -> pipeline.Preparation:
     return prepare.preparation_options(prepare.parse(words))
 
 
-def test_a_full_disk_is_one_line_and_the_parts_stay(
+def test_a_full_disk_is_reported_in_one_line_and_finished_parts_stay(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = json_lines(tmp_path / "a.jsonl")
@@ -681,7 +686,7 @@ def test_a_full_disk_is_one_line_and_the_parts_stay(
     assert "continuing with the parts" in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------------- what is shown
+# -------------------------------------------------------------------------------------------------------------- output
 
 
 def test_list_show_and_verify(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -710,7 +715,7 @@ def test_list_show_and_verify(tmp_path: Path, run: Run, capsys: pytest.CaptureFi
     assert re.search(r"no dataset mein in .*: there is mine, other; did you mean mine\?", error_of(capsys))
 
 
-def test_the_command_that_trains_finds_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_printed_training_command_finds_the_dataset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A name is enough only in the folder that train.py searches without further flags."""
     words = [str(json_lines(tmp_path / "a.jsonl")), "--workers", "1", "--datasets-dir", str(tmp_path / "my sets")]
     assert prepare.main([*words, "--out", "mine"]) == 0
@@ -742,7 +747,7 @@ def test_a_dry_run_shows_which_step_would_remove_everything(
     assert "2 removed by the cleaning (--dry-run shows by which step)" in error_of(capsys)
 
 
-def test_what_comes_from_elsewhere_is_no_markdown_on_the_card(tmp_path: Path, run: Run) -> None:
+def test_text_from_elsewhere_is_not_markdown_on_the_card(tmp_path: Path, run: Run) -> None:
     source = tmp_path / "a.jsonl"
     source.write_text('{"text": "one"}\n{"text": "two"}\n{"![](http://x)<b>": 1}\n')
     order = ("--tolerate", "1", "--licence", "![](http://y) <i>", "--separator", "|")
@@ -767,7 +772,7 @@ def test_leaks_are_in_the_dataset_and_on_its_card(tmp_path: Path, run: Run, caps
     assert re.search(r"is like .*a\.jsonl:\d+", (dataset.folder / "CARD.md").read_text())
 
 
-def test_the_first_start_on_a_new_dataset_compares_no_checksum(
+def test_the_first_start_on_a_new_dataset_computes_no_checksum(
     tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert run(json_lines(tmp_path / "a.jsonl")) == 0
