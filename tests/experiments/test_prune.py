@@ -333,6 +333,19 @@ def test_removing_a_run_that_is_a_link_removes_its_target(tmp_path: Path) -> Non
     assert list(runs_dir.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["artifacts", "artifacts/checkpoints", "logs"])
+@pytest.mark.parametrize("options", [{}, {"whole_runs": True}], ids=str)
+def test_what_a_link_in_a_run_leads_to_is_never_deleted(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    runs_dir, home = tmp_path / "runs", tmp_path / "home"
+    run = make_run(runs_dir, "received", checkpoints={1: 100})
+    shutil.rmtree(run / name)
+    for place in (".config.old", ".half.tmp", "checkpoints"):
+        write(home / place / "letter", b"precious")
+    (run / name).symlink_to(home)
+    plan = plan_pruning(runs_dir, **options)
+    assert (plan.removals, plan.kept) == ([], {"received": "has a link that leads out of it"})
+
+
 def test_a_second_link_to_a_run_is_kept_with_it_or_removed_alone(tmp_path: Path) -> None:
     runs_dir = tmp_path / "runs"
     pinned = make_run(runs_dir, "pinned", notes={"pinned": True})

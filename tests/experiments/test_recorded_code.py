@@ -17,13 +17,10 @@ from utils.runs.index import read_run
 def test_a_patch_that_leaves_the_tree_is_refused(tmp_path: Path, name: str) -> None:
     tree = tmp_path / "tree"
     tree.mkdir()
-    patch = tmp_path / "code.patch"
-    patch.write_text(
-        f"diff --git a/{name} b/{name}\nnew file mode 100644\n--- /dev/null\n+++ b/{name}\n@@ -0,0 +1 @@\n+evil\n"
-    )
-    with pytest.raises(ReproductionError, match="cannot be applied: invalid path"):
-        apply_patch(patch, tree)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["code.patch", "tree"]
+    patch = f"diff --git a/{name} b/{name}\nnew file mode 100644\n--- /dev/null\n+++ b/{name}\n@@ -0,0 +1 @@\n+evil\n"
+    with pytest.raises(ReproductionError, match=r"mine\.patch: the patch cannot be applied: invalid path"):
+        apply_patch(patch.encode(), tree, Path("mine.patch"))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["tree"]
 
 
 def test_a_patch_through_a_symbolic_link_is_refused(tmp_path: Path) -> None:
@@ -31,12 +28,9 @@ def test_a_patch_through_a_symbolic_link_is_refused(tmp_path: Path) -> None:
     tree.mkdir()
     outside.mkdir()
     (tree / "link").symlink_to(outside)
-    patch = tmp_path / "code.patch"
-    patch.write_text(
-        "diff --git a/link/x b/link/x\nnew file mode 100644\n--- /dev/null\n+++ b/link/x\n@@ -0,0 +1 @@\n+evil\n"
-    )
+    patch = b"diff --git a/link/x b/link/x\nnew file mode 100644\n--- /dev/null\n+++ b/link/x\n@@ -0,0 +1 @@\n+evil\n"
     with pytest.raises(ReproductionError, match="beyond a symbolic link"):
-        apply_patch(patch, tree)
+        apply_patch(patch, tree, Path("mine.patch"))
     assert not list(outside.iterdir())
 
 

@@ -14,6 +14,8 @@ from fake_runs import make_run, training_records, write
 
 import experiments
 from utils.files import is_regular, open_regular, read_json
+from utils.formats.hub_weights import note_of, noted
+from utils.runs.find import parent_path
 from utils.runs.log import RunLogError, last_record, read_lines, read_records
 from utils.runs.run import Run, RunError
 
@@ -123,6 +125,24 @@ def test_no_hostile_file_hides_the_good_runs(make: Callable[[Path], None], tmp_p
     assert (len(answers), rest, result.returncode) == (len(commands), "", 0), result.stderr
     for command, answer in zip(commands, answers, strict=True):
         assert "good" in answer or command[0] == "prune", (command, result.stderr)
+
+
+@pytest.mark.parametrize("make", HOSTILE)
+def test_what_a_run_calls_its_parent_is_read_like_a_file_of_a_run(make: Callable[[Path], None], tmp_path: Path) -> None:
+    parent = {"run": "gone", "path": str(tmp_path / "there"), "step": 3, "relation": "init", "export": "0123"}
+    run = make_run(tmp_path / "runs", "child", parent=parent)
+    (tmp_path / "there").mkdir()
+    make(tmp_path / "there" / "config.json")
+    with pytest.raises(RunError, match="neither beside it"):
+        parent_path(run, parent)
+
+
+@pytest.mark.parametrize("make", HOSTILE)
+def test_a_note_of_a_download_is_read_like_a_file_of_a_run(make: Callable[[Path], None], tmp_path: Path) -> None:
+    note = note_of(tmp_path, "config.json")
+    note.parent.mkdir(parents=True)
+    make(note)
+    assert noted(tmp_path, "config.json") == (None, None)
 
 
 def test_a_log_that_is_not_json_does_not_hide_the_others_from_sql(

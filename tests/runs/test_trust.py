@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -18,7 +19,8 @@ import train
 import workbench
 from utils.config.loader import ConfigLoader
 from utils.errors import UserError
-from utils.experiments.reproduce import reproduce
+from utils.experiments.reproduce import _adopt, reproduce
+from utils.experiments.subjects import Subjects
 from utils.runs import trust
 from utils.runs.index import read_run
 from utils.runs.origin import LOCAL_PATH, config_of_fork, recorded_config
@@ -133,6 +135,43 @@ def test_the_files_of_a_patch_are_those_that_git_would_change(runs_dir: Path) ->
     run = read_run(make_run(runs_dir, "x", host="eve", patch=hidden + PATCH))
     with pytest.raises(UserError, match=r"meta/code.patch, which changes train.py, model.py; --trust"):
         reproduce(run, ROOT)
+
+
+@pytest.mark.parametrize("damage", ["link", "pipe", "large"])
+def test_a_patch_that_is_no_file_of_the_run_is_not_applied_unseen(damage: str, runs_dir: Path) -> None:
+    path = make_run(runs_dir, "x", host="eve", patch=PATCH)
+    patch = path / "meta" / "code.patch"
+    patch.rename(runs_dir / "payload")
+    if damage == "link":
+        patch.symlink_to("../../payload")
+    elif damage == "pipe":
+        os.mkfifo(patch)
+    else:
+        patch.write_text(PATCH)
+        os.truncate(patch, (64 << 20) + 1)
+    with pytest.raises(UserError, match=r"code\.patch: cannot be read: "):
+        reproduce(read_run(path), ROOT)
+    with pytest.raises(UserError, match=r"code\.patch: cannot be read: "):
+        Subjects(ROOT, runs_dir, runs_dir / "trees").one(os.fspath(path))
+
+
+def test_a_repetition_copies_no_file_from_outside_of_the_run(runs_dir: Path, tmp_path: Path) -> None:
+    run, repetition = (make_run(runs_dir, name) for name in ("x", "y"))
+    (tmp_path / "key").write_text("secret")
+    (run / "meta" / "git.txt").unlink(missing_ok=True)
+    (run / "meta" / "git.txt").symlink_to(tmp_path / "key")
+    (repetition / "artifacts").mkdir(exist_ok=True)
+    _adopt(read_run(run), repetition, ROOT, keep_code=False)
+    assert "secret" not in "".join(path.read_text() for path in (repetition / "meta").iterdir() if path.is_file())
+
+
+def test_a_link_in_a_foreign_run_is_its_configuration_too(runs_dir: Path, tmp_path: Path) -> None:
+    run = make_run(runs_dir, "x", host="eve", settings={"callbacks": ["evil:Evil"]})
+    file = run / "meta" / "full_config.json"
+    file.rename(tmp_path / "payload.json")
+    file.symlink_to(tmp_path / "payload.json")
+    with pytest.raises(UserError, match=r"callback evil:Evil \(not found\); --trust"):
+        workbench.load_config(file)
 
 
 def test_the_configuration_of_a_foreign_run_needs_trust_in_a_notebook_too(runs_dir: Path) -> None:

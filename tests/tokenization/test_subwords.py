@@ -476,6 +476,31 @@ def test_a_file_that_is_not_a_tokenizer_json_is_named(content: str, message: str
     assert "\n" not in str(caught.value)
 
 
+def test_a_failure_inside_the_package_is_one_error(tmp_path: Path) -> None:
+    path, model = tmp_path / "tokenizer.json", {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}
+
+    def build(**facts: Any) -> Tokenizer:
+        path.write_text(json.dumps({"model": model, **facts}))
+        return built_from(path)
+
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: .* cannot use it: .*precompiled_charsmap"):
+        build(normalizer={"type": "Precompiled", "precompiled_charsmap": ""})
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    with pytest.raises(TokenizerError, match=r"cannot encode a part of the text: .*retry-limit"):
+        build(pre_tokenizer=pattern).encode("a" * 60 + "b")
+    pattern = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
+    model["vocab"]["a" * 60 + "b"] = 2
+    with pytest.raises(TokenizerError, match=r"cannot decode its tokens: .*retry-limit"):
+        build(decoder=pattern).decode([2])
+
+
+def test_an_id_of_billions_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"model": {"type": "BPE", "vocab": {"a": 0, "b": 4294967295}, "merges": []}}')
+    with pytest.raises(TokenizerError, match="it has the token id 4,294,967,295; expected at most 4,194,304 tokens"):
+        built_from(path)
+
+
 def test_a_missing_tokenizer_json_is_named(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"nowhere: no such file; expected a tokenizer\.json"):
         built_from(tmp_path / "nowhere")

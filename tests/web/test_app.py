@@ -123,6 +123,19 @@ def test_pages_of_other_origins_cannot_post(client: TestClient) -> None:
         assert status({"sec-fetch-site": site}) == 403
 
 
+def test_pages_of_other_origins_load_nothing_but_may_link(client: TestClient) -> None:
+    def status(**fetch: str) -> int:
+        return client.get("/health", headers={f"sec-fetch-{name}": value for name, value in fetch.items()}).status_code
+
+    assert status(site="none", mode="navigate", dest="document") == status(site="same-origin", mode="cors") == 200
+    for site in ("cross-site", "same-site"):
+        assert status(site=site, mode="navigate", dest="document") == 200
+        assert (
+            status(site=site, mode="no-cors", dest="image") == status(site=site, mode="navigate", dest="iframe") == 403
+        )
+    assert client.get("/health", headers={"origin": "http://evil.example"}).status_code == 403
+
+
 def test_a_public_server_accepts_any_name_and_requires_the_key() -> None:
     app = add_routes(create_app("a test", api_key="secret", loopback=False, open_paths=["/openapi.json"]))
     with TestClient(app, "http://models.example") as client:

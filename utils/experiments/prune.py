@@ -1,6 +1,7 @@
 """Freeing disk space: which checkpoints and runs may be deleted, the oldest first.
 
-Runs that are being trained, pinned, promoted, unreadable, or the parent of another run are never touched.
+Runs that are being trained, pinned, promoted, unreadable, or the parent of another run are never touched, nor is a run
+with a folder that is a link out of it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from utils.runs.origin import RESUMABLE
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 AGES = {"h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
 RUNNING = "running"  # a reason not to touch a run
+LEADS_OUT = "has a link that leads out of it"  # another one: what is there may belong to something else
+FOLDERS = (META, LOGS, ARTIFACTS, EXPORT, CHECKPOINTS)  # of a run, in which something may be deleted
 TEMPORARY = ".*.tmp"  # files that were being written
 ASIDE = ".pruned"  # ending of the name of a folder that is being deleted
 
@@ -86,7 +89,7 @@ def plan_pruning(
     sizes = {run.id: size_of(run.path) for run in runs}
     kept = _kept(runs, runs_dir, keep_last, older_than, unfinished)
     candidates = [run for run in runs if run.id not in kept]
-    removals = list(_leftovers(runs_dir, [run for run in runs if kept.get(run.id) != RUNNING]))
+    removals = list(_leftovers(runs_dir, [run for run in runs if kept.get(run.id) not in (RUNNING, LEADS_OUT)]))
     total = sum(sizes.values()) + sum(removal.bytes for removal in removals if not removal.run)
     left = total - sum(removal.bytes for removal in removals)
     for removal in removals:
@@ -115,7 +118,7 @@ def _leftovers(runs_dir: Path, runs: Sequence[IndexedRun]) -> Iterator[Removal]:
     """What killed processes have left behind: half-deleted folders and half-written files.
 
     Args:
-        runs: the runs that are not being trained.
+        runs: the runs that are not being trained, and whose FOLDERS are within them.
     """
     places = [("", runs_dir, (f".*{ASIDE}", TEMPORARY))]
     for run in runs:
@@ -139,6 +142,7 @@ def _kept(
     newest = {run.id for run in readable[max(0, len(readable) - keep_last) :]} if keep_last else set()
     reasons = {
         RUNNING: lambda run: run.status == "running" or is_held(run.path, run.record),
+        LEADS_OUT: lambda run: any(_is_outside(run.path / folder, run.path) for folder in FOLDERS),
         "cannot be read": lambda run: not run.readable or run.notes_are_lost,
         "pinned": lambda run: run.notes["pinned"],
         "promoted": lambda run: run.id in promoted,
@@ -152,6 +156,10 @@ def _kept(
     places = {os.path.realpath(run.path): kept[run.id] for run in runs if run.id in kept}
     aliases = ((run, places.get(os.path.realpath(run.path))) for run in runs)  # keep second links to them too
     return {run.id: kept.get(run.id, why) for run, why in aliases if why}
+
+
+def _is_outside(folder: Path, run: Path) -> bool:
+    return not real_path(folder).is_relative_to(real_path(run))
 
 
 def remove_all(removals: Sequence[Removal]) -> dict[Removal, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import tarfile
@@ -29,14 +28,30 @@ class ReproductionError(UserError):
 
 
 def code_of_its_own(run: IndexedRun, root: Path, code: Code) -> list[str]:
-    """The code that a repetition would run and that this project does not have already, in words."""
+    """The code that a repetition would run and that this project does not have already, in words.
+
+    Raises:
+        ReproductionError: the patch of the run cannot be read.
+    """
     known = ConfigLoader(root).load().config.train.callbacks
     words = callback_words(name for name in run.settings.get("callbacks") or () if name not in known)
-    if code == "recorded" and os.path.lexists(run.path / PATCH):
-        with contextlib.suppress(OSError):  # is reported when the patch is applied
-            if read_bytes(run.path / PATCH, run.path):
-                words.append(f"{PATCH}, which changes {', '.join(_changed_by(run.path / PATCH)) or 'no file'}")
+    if code == "recorded" and (patch := recorded_patch(run)):
+        words.append(f"{PATCH}, which changes {', '.join(_changed_by(patch)) or 'no file'}")
     return words
+
+
+def recorded_patch(run: IndexedRun) -> bytes:
+    """The uncommitted changes that a run was trained with; empty if there were none.
+
+    Raises:
+        ReproductionError: the patch cannot be read, or is not a file within the run.
+    """
+    try:
+        return read_bytes(run.path / PATCH, run.path)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise ReproductionError(f"{run.path / PATCH}: cannot be read: {error.strerror}") from None
 
 
 def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list[str]]:
@@ -46,7 +61,7 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
         The project folder there (`root` itself for a run without git), and what is not known about the code, in words.
 
     Raises:
-        ReproductionError: the repository does not have the commit, or the patch does not apply.
+        ReproductionError: the repository does not have the commit, or the patch cannot be read or does not apply.
     """
     facts = run.record.get("git") or {}
     if facts.get("commit") is None:
@@ -58,8 +73,8 @@ def recorded_code(run: IndexedRun, root: Path, folder: Path) -> tuple[Path, list
         place = unpack_commit(facts["commit"], root, tree, f" of {run.id}")
     except ReproductionError as error:
         raise ReproductionError(f"{error}; --code current trains with the current code") from None
-    if (run.path / PATCH).is_file():
-        apply_patch(run.path / PATCH, tree)
+    if patch := recorded_patch(run):
+        apply_patch(patch, tree, run.path / PATCH)
     left_out = listed_files(run.path, LEFT_OUT)
     unknown = [f"the content of files that were left out of the patch: {', '.join(left_out)}"] if left_out else []
     unknown += [
@@ -109,24 +124,27 @@ def unpack_commit(commit: str, root: Path, tree: Path, of: str = "") -> Path:
     return tree / real_path(root).relative_to(real_path(top))
 
 
-def apply_patch(patch: Path, tree: Path) -> None:
+def apply_patch(patch: bytes, tree: Path, name: Path) -> None:
     """Apply a patch to the files in `tree`; git refuses paths outside it.
+
+    Args:
+        name: the patch in messages.
 
     Raises:
         ReproductionError: it does not apply, or would write outside `tree`.
     """
-    command = ["git", "apply", "--whitespace=nowarn", os.fspath(real_path(patch))]
-    result = subprocess.run(command, cwd=tree, env=_outside(tree), capture_output=True, text=True, errors="replace")
+    command = ["git", "apply", "--whitespace=nowarn"]
+    result = subprocess.run(command, cwd=tree, env=_outside(tree), input=patch, capture_output=True)
     if result.returncode:
-        reason = (result.stderr.strip().splitlines() or ["git apply failed"])[0]
-        raise ReproductionError(f"{patch}: the patch cannot be applied: {reason.removeprefix('error: ')}")
+        reason = (result.stderr.decode(errors="replace").strip().splitlines() or ["git apply failed"])[0]
+        raise ReproductionError(f"{name}: the patch cannot be applied: {reason.removeprefix('error: ')}")
 
 
-def _changed_by(patch: Path) -> list[str]:
+def _changed_by(patch: bytes) -> list[str]:
     """The files that `apply_patch` would change; git lists them, as parts of a patch may lack the line `diff --git`."""
-    command = ["git", "apply", "--numstat", "-z", os.fspath(real_path(patch))]
+    command = ["git", "apply", "--numstat", "-z"]
     with tempfile.TemporaryDirectory() as folder:  # in a repository, git would omit files outside the folder
-        listing = subprocess.run(command, cwd=folder, env=_outside(folder), capture_output=True).stdout
+        listing = subprocess.run(command, cwd=folder, env=_outside(folder), input=patch, capture_output=True).stdout
     return [os.fsdecode(entry.split(b"\t", 2)[-1]) for entry in listing.split(b"\0") if entry]
 
 

@@ -6,7 +6,6 @@ The repetition runs in a process of its own, so that it can run the recorded cod
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from utils.experiments.bits import LogComparison, compare_logs
 from utils.experiments.diff import environment_of
 from utils.experiments.recorded_code import Code, ReproductionError, code_of_its_own, recorded_code
 from utils.experiments.training_process import run_training
-from utils.files import real_path
+from utils.files import is_regular, read_bytes, real_path, write_atomic
 from utils.runs.find import moved_path, parent_path
 from utils.runs.index import IndexedRun, read_run, resolved_setting
 from utils.runs.layout import CHECKPOINTS, CONFIG, EXPORT, GIT, LOGS, METRICS_LOG, PATCH, TOKENIZER
@@ -281,8 +280,8 @@ def _adopt(run: IndexedRun, path: Path, root: Path, keep_code: bool) -> None:
     if not keep_code:
         facts["git"] = run.record.get("git")
         for name in (GIT, PATCH):
-            if (run.path / name).is_file():
-                shutil.copyfile(run.path / name, path / name)
+            if is_regular(run.path / name, run.path):
+                write_atomic(path / name, read_bytes(run.path / name, run.path))
     change_record(path, **facts)
     write_seal(path)
 

@@ -25,6 +25,7 @@ from utils.experiments.recorded_code import (
     apply_patch,
     code_of_its_own,
     recorded_code,
+    recorded_patch,
     unpack_commit,
 )
 from utils.experiments.reproduce import UNTRACKED, first_weights_flags, flags_of, settings_flags
@@ -33,7 +34,6 @@ from utils.runs.code import CodeReader, GitFacts, open_repo
 from utils.runs.find import moved_path, resolve_runs
 from utils.runs.identity import TRAJECTORY_KEYS, code_identity, corpus_of, origin_of
 from utils.runs.index import IndexedRun, read_run, resolved_setting
-from utils.runs.layout import PATCH
 from utils.runs.origin import PINNED_KEYS, recorded_config
 from utils.runs.run import RunError
 from utils.runs.trust import require_trust
@@ -264,9 +264,7 @@ class Subjects:
         place = self._new_tree()
         place.mkdir()
         project, _ = recorded_code(first, self.root, place)
-        patch = b""
-        if (first.path / PATCH).is_file():
-            patch = read_bytes(first.path / PATCH, first.path)
+        patch = recorded_patch(first)
         loaded = recorded_config(first.path, ConfigLoader(self.root))
         return Experiment(name, project, loaded, code_identity(first), patch, first)
 
@@ -330,9 +328,7 @@ class Subjects:
         tree = self._new_tree()
         project = unpack_commit(commit, self.root, tree)
         if patch:
-            file = tree.with_suffix(".patch")
-            file.write_bytes(patch)
-            apply_patch(file, tree)
+            apply_patch(patch, tree, tree.with_suffix(".patch"))
         overrides = overrides or {}
         loader = ConfigLoader(project)
         loaded = loader.load((), _as_given(overrides)) if configure else LoadedConfig.from_config(Config())

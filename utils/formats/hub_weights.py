@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+from utils.files import read_text
 from utils.terminal.words import size
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -112,7 +113,7 @@ def note_of(folder: Path, file: str) -> Path:
 def noted(folder: Path, file: str) -> tuple[str | None, str | None]:
     """(commit, hash) of a file that was downloaded into a folder, from its note; None, None without a note."""
     try:
-        lines = note_of(folder, file).read_text(encoding="utf-8")[:1000].splitlines()
+        lines = read_text(note_of(folder, file), folder)[:1000].splitlines()
     except (OSError, ValueError):
         return None, None
     return (lines[0], lines[1]) if len(lines) >= 2 else (None, None)

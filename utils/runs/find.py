@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from utils.checkpoints.folder import EXPORT_CONFIG_FILE, STATE_FILE, WEIGHTS_FILE
 from utils.errors import nearest
-from utils.files import expand_home
+from utils.files import expand_home, read_json
 from utils.runs.layout import EXPORT, RECORD
 from utils.runs.names import promoted_run
 from utils.runs.run import RunError, read_record, read_status
@@ -148,8 +147,8 @@ def is_export(path: Path) -> bool:
 def export_checksum(folder: Path) -> str | None:
     """The checksum of the weights in the configuration of an export; None if there is no readable export."""
     try:
-        return str(json.loads((folder / EXPORT_CONFIG_FILE).read_text(encoding="utf-8"))["weights_crc32"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return str(read_json(folder / EXPORT_CONFIG_FILE)["weights_crc32"])
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 

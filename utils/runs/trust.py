@@ -81,8 +81,9 @@ def require_trust(run: Path, root: Path, what: Sequence[str], trusted: bool) -> 
 
 
 def enclosing_run(path: Path) -> Path | None:
-    """The run directory that contains a file; None if none does."""
-    return next((folder for folder in Path(os.path.realpath(path)).parents if (folder / RECORD).is_file()), None)
+    """The run directory that contains a file, or the link that leads to it; None if none does."""
+    folders = (*Path(os.path.abspath(path)).parents, *Path(os.path.realpath(path)).parents)
+    return next((folder for folder in folders if (folder / RECORD).is_file()), None)
 
 
 def callback_words(names: Iterable[str]) -> list[str]:

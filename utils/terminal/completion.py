@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -54,6 +53,7 @@ def actions_of(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 def complete_run(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Tags and ids of runs, newest first, promoted names, and `latest`; what cannot be read is left out."""
+    from utils.files import read_json
     from utils.terminal.cli import PROJECT_ROOT
 
     folder = getattr(parsed_args, "runs_dir", None)
@@ -72,7 +72,7 @@ def complete_run(parsed_args: argparse.Namespace, **_: Any) -> list[str]:
             tag = name.split("_", 2)[2:]  # 20260131_142501_baseline
             found.update(dict.fromkeys([*tag, name]))
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError):
-        models = json.loads((runs / MODELS).read_text(encoding="utf-8"))
+        models = read_json(runs / MODELS)
         found.update(
             {f"{name}@v{number}": None for name, versions in models.items() for number in range(1, 1 + len(versions))}
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -16,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from utils.config.settings import DataConfig
+from utils.errors import first_line
 from utils.tokenization.byte_tokens import Utf8Tokenizer
 from utils.tokenization.chunks import GPT2_BOUNDARY, boundary_of, chunks, decoder_of
 from utils.tokenization.protocol import VERSION, TokenizerError, joined
@@ -122,13 +124,18 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
         self._facts = json.loads(specification)
         try:
             self._facts["decoder"] = decoder_of(self._facts)
-            self._tokenizer = package.Tokenizer.from_str(json.dumps(self._facts))
+            with _panics_as_errors():
+                self._tokenizer = package.Tokenizer.from_str(json.dumps(self._facts))
         except Exception as error:  # the package raises plain Exception
             raise ValueError(f"the package tokenizers cannot use it: {error}") from None
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if not self.vocab_size:
             raise ValueError("it has no tokens")
+        if self.vocab_size > LARGEST_VOCABULARY:
+            raise ValueError(
+                f"it has the token id {self.vocab_size - 1:,}; expected at most {LARGEST_VOCABULARY:,} tokens"
+            )
         self._padded = vocab_size > self.vocab_size
         self.vocab_size = max(self.vocab_size, vocab_size)
         added = self._facts.get("added_tokens") or []
@@ -137,7 +144,11 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
 
     @functools.cached_property
     def _pieces(self) -> list[bytes]:
-        return token_pieces(self._tokenizer, self._facts, self.vocab_size)
+        try:
+            with _panics_as_errors():
+                return token_pieces(self._tokenizer, self._facts, self.vocab_size)
+        except RuntimeError as error:
+            raise TokenizerError(f"the tokenizer.json cannot decode its tokens: {error}") from None
 
     @classmethod
     def build(cls, config: DataConfig, texts: Iterable[str]) -> Self:
@@ -151,11 +162,12 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
     def _encode_all(self, texts: Sequence[str]) -> Iterator[np.ndarray]:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unset, it warns whenever the process forks
         try:
-            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            with _panics_as_errors():
+                encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except TypeError:  # half a surrogate pair
             raise
         except Exception as error:  # the package raises plain Exception
-            raise TokenizerError(f"the tokenizer.json has no token for a part of the text: {error}") from None
+            raise TokenizerError(f"the tokenizer.json cannot encode a part of the text: {error}") from None
         for encoding in encodings:
             yield np.array(encoding.ids, dtype=np.int64)
 
@@ -178,6 +190,17 @@ class HuggingFaceTokenizer(_SubwordTokenizer):
 
     def huggingface(self) -> str:
         return self.specification
+
+
+@contextlib.contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """Turn a panic of the package tokenizers, whose type is not an Exception, into a RuntimeError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(first_line(error)) from None
 
 
 class BpeTokenizer(HuggingFaceTokenizer):

@@ -92,7 +92,7 @@ class Guard:
         """The error for a request that the app must not see; None: it may."""
         if self._loopback and not is_loopback(host_name(headers.get("host", ""))):
             return ApiError(403, "this server answers only to localhost: its Host header must be a loopback name")
-        if scope["method"] not in SAFE_METHODS and not _is_same_origin(headers):
+        if not _is_same_origin(headers) and not (scope["method"] in SAFE_METHODS and _opens_a_page(headers)):
             return ApiError(403, "refused: the request comes from a page of another origin")
         if self._running.draining and scope["path"] != "/health":
             return ApiError(503, "the server is shutting down", headers={"Retry-After": "5", "Connection": "close"})
@@ -155,6 +155,11 @@ def _is_same_origin(headers: Mapping[str, str]) -> bool:
         return False
     origin = headers.get("origin")
     return origin is None or _netloc(origin) == headers.get("host", "").lower()
+
+
+def _opens_a_page(headers: Mapping[str, str]) -> bool:
+    """Whether a browser sends a request because somebody follows a link, rather than because a page loads something."""
+    return headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
 
 
 def _netloc(origin: str) -> str:
