@@ -63,7 +63,7 @@ def with_token_before(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
 @pytest.mark.slow
 @pytest.mark.parametrize("began_with", ["nothing", "a published model"])
 @pytest.mark.parametrize("position", ["learned", "rope"])
-def test_results_equal_those_of_the_harness_for_transformers(tmp_path: Path, position: str) -> None:
+def test_results_equal_those_of_the_harness_for_transformers(tmp_path: Path, position: str, began_with: str) -> None:
     """Our class has the model of the run, the harness's the export of the run for transformers."""
     from lm_eval.models.huggingface import HFLM
 
