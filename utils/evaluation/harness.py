@@ -276,14 +276,14 @@ class HarnessModel(TemplateLM):
 
 
 def prefix_token(trained: Trained) -> int:
-    """What HFLM puts before a text without a context.
+    """The token that HFLM puts before a text without a context.
 
-    The token with which the tokenizer of a published model begins a text, or else ends one; of other models the
-    end-of-text token; without one, a line break or token 0.
+    For a pretrained model it is the model's bos_token, or else its eos_token; for other models end-of-text, or a line
+    break or token 0 if the vocabulary has none.
     """
     tokenizer, run = trained.tokenizer, trained.run
-    facts = {} if run is None else read_json_or_empty(run / PRETRAINED, run)
-    if names := facts.get("tokenizer_config"):
+    names = {} if run is None else read_json_or_empty(run / PRETRAINED, run).get("tokenizer_config")
+    if isinstance(names, dict) and names:
         added = {token["content"]: token["id"] for token in _specification(tokenizer).get("added_tokens") or []}
         for name in ("bos_token", "eos_token"):
             token = names.get(name)
@@ -294,7 +294,7 @@ def prefix_token(trained: Trained) -> int:
 
 
 def tokens_before(tokenizer: Tokenizer) -> list[int]:
-    """What a tokenizer.json puts before each text, which transformers does and training does not: <s> of Llama."""
+    """The tokens that a tokenizer.json puts before each text in transformers, but not in training: Llama's <s>."""
     specification = _specification(tokenizer)
     if not specification.get("post_processor"):
         return []

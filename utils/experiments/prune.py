@@ -27,8 +27,8 @@ from utils.runs.origin import RESUMABLE
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 AGES = {"h": 3600, "d": 86400, "w": 7 * 86400}  # seconds
 RUNNING = "running"  # a reason not to touch a run
-LEADS_OUT = "has a link that leads out of it"  # another one: what is there may belong to something else
-FOLDERS = (META, LOGS, ARTIFACTS, EXPORT, CHECKPOINTS)  # of a run, in which something may be deleted
+LEADS_OUT = "has a link that leads out of it"  # likewise: the target may not be part of the run
+FOLDERS = (META, LOGS, ARTIFACTS, EXPORT, CHECKPOINTS)  # the folders of a run in which files may be deleted
 TEMPORARY = ".*.tmp"  # files that were being written
 ASIDE = ".pruned"  # ending of the name of a folder that is being deleted
 

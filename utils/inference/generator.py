@@ -324,7 +324,7 @@ class Generator:
         return score(self._scoring_model(), self.tokenizer, text, document_token(self.tokenizer, self.training))
 
     def _check_mode(self) -> None:
-        """Raises UserError if the model is in training mode: dropout would change its numbers, and draw random ones."""
+        """Raise UserError if the model is in training mode, because its dropout would change the results."""
         if self.model.training:
             raise UserError("the model is in training mode: call model.eval() first")
 

@@ -138,8 +138,8 @@ class ModelDraft:
     """Proposes tokens drawn from a smaller model.
 
     Args:
-        vocab_size: V of the model that judges. With the same tokenizer, the draft may have more or fewer rows that no
-            token has.
+        vocab_size: V of the model that judges. The draft has the same tokenizer, but its embedding may have more or
+            fewer rows, beyond those of the tokens.
     """
 
     def __init__(self, model: LanguageModel, count: int, vocab_size: int) -> None:

@@ -176,7 +176,7 @@ def torch_settings(config: TrainConfig, device: torch.device) -> Iterator[None]:
 def torch_defaults() -> Iterator[None]:
     """A context with torch's own defaults, whatever a notebook has set: gradients, and new tensors float32 on the CPU.
 
-    No autocast of the caller is in force. The previous settings are restored on exit.
+    An autocast of the caller is switched off. The previous settings are restored on exit.
     """
     dtype, is_cpu = torch.get_default_dtype(), torch.get_default_device().type == "cpu"
     device = contextlib.nullcontext() if is_cpu else torch.device("cpu")  # setting a default slows down every call

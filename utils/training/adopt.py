@@ -126,7 +126,7 @@ def _project_settings(root: Path) -> dict[str, Setting]:
     return {
         key: settings[-1]
         for key, settings in layers.items()
-        # not the text there: only --dataset says what a foreign model was trained on
+        # except for the dataset: only --dataset says what a foreign model was trained on
         if field_fact(key, "kind") != TRAJECTORY and key != "dataset" and settings[-1].source != "default"
     }
 

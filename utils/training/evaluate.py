@@ -83,7 +83,7 @@ def evaluate(state: TrainState, monitor: Monitor, callbacks: Callbacks, must_sto
         with state.ranks.busy():
             monitor.log_sample(sample_text(state))
     monitor.progress.evaluation(state.step, {**losses, **state.bits_per_byte(losses)})
-    callbacks.on_eval(dict(losses))  # theirs: what they add to it is no loss of the run
+    callbacks.on_eval(dict(losses))  # a copy: callbacks may change it
 
 
 def prepare_evaluation(state: TrainState) -> BatchLoss:
