@@ -164,7 +164,7 @@ def test_the_hardest_documents_of_an_update_come_first(trained: Path, capsys: py
         (("--step", "0", "--top", "0"), "--top must be at least 1"),
         (("--step", "0", "--top", "1", "--checkpoint", "lates"), "or a step; did you mean latest"),
         (("--step", "0", "--top", "1", "--checkpoint", "5"), "no checkpoint of step 5"),
-        (("--step", "0", "--checkpoint", "6"), "expected --top N, too"),
+        (("--step", "0", "--checkpoint", "6"), "--checkpoint is of use only with --top N"),
     ],
 )
 def test_a_missing_update_or_checkpoint_is_refused(
