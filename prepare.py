@@ -33,7 +33,7 @@ from utils.terminal.words import counted, size
 
 if TYPE_CHECKING:  # arguments are parsed before numpy is imported
     from utils.corpora.datasets import Dataset
-    from utils.preparation.order import Outcome, Preparation
+    from utils.preparation.options import Outcome, Preparation
     from utils.terminal.console import Terminal
 
 COMMANDS = {
@@ -174,7 +174,7 @@ def preparation_options(arguments: ExperimentArguments) -> Preparation:
 
     from utils.corpora.cleaning import load_pipeline
     from utils.corpora.readers import Reading
-    from utils.preparation.order import Preparation
+    from utils.preparation.options import Preparation
 
     corpora_dir = str(PROJECT_ROOT / config.data.corpora_dir)
     return Preparation(
@@ -222,7 +222,7 @@ def target_of(name: str, folder: Path) -> Path:
 def make(options: Preparation, as_json: bool) -> int:
     """Prepare the dataset and print the outcome."""
     from utils.preparation.commands import show_dataset
-    from utils.preparation.order import Outcome
+    from utils.preparation.options import Outcome
     from utils.preparation.pipeline import prepare
     from utils.terminal.console import Terminal
 

@@ -544,7 +544,7 @@ def create_model(
     tokenizer = None
     if vocab_size is None:
         from data import load_corpus
-        from utils.corpora.places import with_absolute_paths
+        from utils.corpora.absolute_paths import with_absolute_paths
         from utils.preparation.arithmetic import with_problems
 
         placed = with_absolute_paths(loaded, PROJECT_ROOT).config

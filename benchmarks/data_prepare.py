@@ -37,8 +37,8 @@ from utils.corpora.datasets import TOKENIZER_JSON, VERIFIED_JSON
 from utils.corpora.readers import units
 from utils.corpora.source_files import find_files
 from utils.errors import UserError
-from utils.preparation.order import Preparation
-from utils.preparation.pipeline import decide, learned, read_all
+from utils.preparation.options import Preparation
+from utils.preparation.pipeline import decide, learn_tokenizer, read_all
 from utils.preparation.shards import write_shards
 from utils.preparation.work import work_folder
 from utils.terminal.cli import PROJECT_ROOT, Parser, script
@@ -209,14 +209,14 @@ def second_pass(source: Path, folder: Path, kind: str, workers: int, repeats: in
     """Processor seconds for encoding with worker processes, and by the library alone; the least of each."""
     quiet = Terminal(quiet=True)
     config = DataConfig(tokenizer=kind)
-    order = Preparation([str(source)], folder / "timed", config, leaks=False, workers=workers)
-    files = find_files(order.sources, folder).files
-    with work_folder(order.target) as work:
+    options = Preparation([str(source)], folder / "timed", config, leaks=False, workers=workers)
+    files = find_files(options.sources, folder).files
+    with work_folder(options.target) as work:
         work.begin("timed")
-        outcome = read_all(order, work, units(files, order.reading), files, quiet)
-        decide(order, outcome, work, quiet)
+        outcome = read_all(options, work, units(files, options.reading), files, quiet)
+        decide(options, outcome, work, quiet)
         fixed = build_tokenizer(config, ()) if not tokenizer_class(config).learns else None
-        tokenizer = learned(order, work, outcome, fixed, quiet)
+        tokenizer = learn_tokenizer(options, work, outcome, fixed, quiet)
         documents = outcome.documents
         assert documents is not None
         text = "".join(part.text.read_text(encoding="utf-8") for part in documents.parts)

@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.packing.prepared import verify_shards
 from utils.preparation.documents import Documents, cut_single, load_documents
 from utils.preparation.encoding import training_sample
-from utils.preparation.order import Outcome, Preparation, versions
+from utils.preparation.options import Outcome, Preparation, versions
 from utils.preparation.reading import EXAMPLES, Part, ReadJob, effects, finished_part, read_unit
 from utils.preparation.report import write_report
 from utils.preparation.shards import write_shards
@@ -67,7 +67,7 @@ def prepare(options: Preparation, terminal: Terminal) -> Dataset | Outcome:
             if options.dry_run:
                 work.delete()
                 return outcome
-            tokenizer = learned(options, work, outcome, tokenizer, terminal)
+            tokenizer = learn_tokenizer(options, work, outcome, tokenizer, terminal)
             assert outcome.documents is not None
             splits = write_shards(outcome.documents, work, tokenizer, options.workers, terminal)
             dataset = describe_dataset(options, work, outcome, tokenizer, splits, digest)
@@ -257,10 +257,10 @@ def _remove_duplicates(options: Preparation, outcome: Outcome, documents: Docume
 # ---------------------------------------------------------------------------------------------------- the second pass
 
 
-def learned(
+def learn_tokenizer(
     options: Preparation, work: WorkFolder, outcome: Outcome, tokenizer: Tokenizer | None, terminal: Terminal
 ) -> Tokenizer:
-    """The tokenizer: the given one, or the one that an interrupted preparation has learned, or a new one.
+    """The given tokenizer, or the one that an interrupted preparation has learned; without either, learn one.
 
     Raises:
         OSError: it cannot be written.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 from utils.config.fields import FIELDS
 from utils.config.loader import Setting, check_values, flag_name
 from utils.config.parse import ConfigError
-from utils.corpora.places import with_absolute_paths
+from utils.corpora.absolute_paths import with_absolute_paths
 from utils.errors import UserError, nearest, shown
 from utils.runs.index import read_run
 from utils.sweeps.driver import MAX_FAILURES

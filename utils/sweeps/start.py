@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from utils.config.loader import LoadedConfig
-from utils.corpora.places import with_absolute_paths
+from utils.corpora.absolute_paths import with_absolute_paths
 from utils.errors import UserError
 from utils.machine.process import available_cores
 from utils.sweeps.driver import Driver, Ending

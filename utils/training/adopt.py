@@ -22,7 +22,7 @@ from utils.config.fields import derived_settings, field_fact
 from utils.config.loader import ConfigLoader, LoadedConfig, Setting, load_layer, rule_error
 from utils.config.section import TRAJECTORY, RuleError
 from utils.config.settings import TOKENIZERS
-from utils.corpora.places import with_absolute_paths
+from utils.corpora.absolute_paths import with_absolute_paths
 from utils.errors import UserError, nearest
 from utils.files import unwritable, write_json
 from utils.folders import remove, sync_folder

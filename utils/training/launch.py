@@ -263,7 +263,7 @@ def config_of_resume(
         UserError: the recorded configuration cannot be read, an override is refused, or code of a run that was made
             elsewhere would run.
     """
-    from utils.corpora.places import with_absolute_paths  # takes 30 ms, and --help does not need it
+    from utils.corpora.absolute_paths import with_absolute_paths  # takes 30 ms, and --help does not need it
 
     recorded = recorded_config(origin.run, loader)
     loaded = keep_batch(recorded, loader.load_onto(recorded, files, overrides or {}))

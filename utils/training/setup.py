@@ -24,8 +24,8 @@ from utils.config.fields import derived_settings, get_value
 from utils.config.loader import LoadedConfig, rule_error
 from utils.config.section import RuleError
 from utils.config.settings import Config, warmup_steps
+from utils.corpora.absolute_paths import with_absolute_paths
 from utils.corpora.datasets import find_dataset
-from utils.corpora.places import with_absolute_paths
 from utils.corpora.sources import ARITHMETIC, NAMES, CorpusError
 from utils.errors import UserError, shown
 from utils.files import dangling_link
