@@ -432,7 +432,7 @@ def test_parts_of_other_settings_or_files_are_not_used(
 ) -> None:
     source = json_lines(tmp_path / "a.jsonl")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "learned", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(pipeline, "learn_tokenizer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(source, "--tokenizer", "byte") == 130
     assert list(tmp_path.glob("sets/.mine.preparing/texts/*.json"))
     json_lines(source, [text.upper() for text in TEXTS])
